@@ -1,0 +1,64 @@
+"""Erase a concept from a text-to-video diffusion transformer: losses, masks, erasers and captures."""
+
+from importlib.util import find_spec as _find_spec
+
+if _find_spec("fastunlearn.kernels") is None:
+    raise ImportError(
+        "fastunlearn was imported from its source folder, where fastunlearn.kernels is missing: install it with "
+        "`pip install -e .`, or run Python from another folder to use the installed package"
+    )
+
+from fastunlearn.backbones import VelocityModel, as_velocity_model
+from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
+from fastunlearn.erasers import (
+    AdapterEraser,
+    attach_erasers,
+    detach_erasers,
+    erasers_disabled,
+    load_erasers,
+    save_erasers,
+)
+from fastunlearn.functional import (
+    LocalizationLoss,
+    VelocityLoss,
+    concept_attention,
+    localization_loss,
+    negatively_guided_velocity,
+    negatively_guided_velocity_loss,
+    velocity_loss,
+)
+from fastunlearn.losses import (
+    ConceptPreservationLoss,
+    MaskLocalizationLoss,
+    NegativelyGuidedVelocityLoss,
+    T2VUnlearningLoss,
+)
+from fastunlearn.masks import average_map, get_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterEraser",
+    "AttnMapsCapture",
+    "ConceptPreservationLoss",
+    "EraserOutputsCapture",
+    "LocalizationLoss",
+    "MaskLocalizationLoss",
+    "NegativelyGuidedVelocityLoss",
+    "T2VUnlearningLoss",
+    "VelocityLoss",
+    "VelocityModel",
+    "as_velocity_model",
+    "attach_erasers",
+    "average_map",
+    "concept_attention",
+    "detach_erasers",
+    "erasers_disabled",
+    "get_mask",
+    "load_erasers",
+    "localization_loss",
+    "negatively_guided_velocity",
+    "negatively_guided_velocity_loss",
+    "save_erasers",
+    "velocity_loss",
+]
