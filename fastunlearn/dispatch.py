@@ -1,0 +1,88 @@
+"""Which backend an operation runs on: the reference in torch, the reference compiled, or a Triton kernel."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+
+from fastunlearn import reference
+from fastunlearn.arguments import check_choice
+
+Backend = Literal["torch", "compile", "triton"]
+
+OPS = (
+    "negatively_guided_velocity",
+    "negatively_guided_velocity_loss",
+    "velocity_loss",
+    "localization_loss",
+    "concept_attention",
+)
+# Operation name -> its Triton implementation, which takes the same arguments as the one in `reference`.
+KERNELS: dict[str, Callable[..., Any]] = {}
+
+
+class BackendChoice(NamedTuple):
+    """Which backend an operation runs on, and why."""
+
+    name: Backend
+    reason: str
+
+
+def choose_backend(op: str, device: torch.device, backend: str | None = None) -> BackendChoice:
+    """The backend that `op` runs on.
+
+    Args:
+        op: one of `OPS`.
+        device: where the tensors are.
+        backend: "torch", "compile", "triton", or None: the environment variable FASTUNLEARN_BACKEND if set, else
+            "triton" where the operation has a kernel for the device, else "torch".
+
+    Raises:
+        ValueError: unknown operation or backend, or a backend that cannot run it.
+    """
+    check_choice("op", op, OPS)
+    name, reason = "backend", "asked for by backend="
+    if backend is None:
+        name, reason = "FASTUNLEARN_BACKEND", "asked for by FASTUNLEARN_BACKEND="
+        backend = os.environ.get("FASTUNLEARN_BACKEND") or None
+    obstacle = _triton_obstacle(op, device)
+    if backend is not None:
+        check_choice(name, backend, ("torch", "compile", "triton"))
+        if backend == "triton" and obstacle is not None:
+            raise ValueError(f"{name} must be 'torch', 'compile' or None here, got 'triton': {obstacle}")
+        return BackendChoice(cast(Backend, backend), reason + backend)
+    if obstacle is not None:
+        return BackendChoice("torch", obstacle)
+    if device.type == "cpu":
+        return BackendChoice("torch", "Triton's interpreter is slow and has to be asked for")
+    return BackendChoice("triton", f"{op} has a Triton kernel for {device.type} tensors")
+
+
+def _triton_obstacle(op: str, device: torch.device) -> str | None:
+    """Why `op` cannot run on Triton, or None where it can."""
+    if op not in KERNELS:
+        return f"no Triton kernel exists for {op} yet"
+    # ROCm's device type is "cuda" too. Triton's interpreter runs kernels on CPU tensors.
+    if device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"Triton does not run on {device.type} tensors (on CPU ones only under TRITON_INTERPRET=1)"
+
+
+def implementation(op: str, device: torch.device, backend: str | None) -> Callable[..., Any]:
+    """The function that computes `op` on the chosen backend, with the arguments of the one in `reference`."""
+    name = choose_backend(op, device, backend).name
+    if name == "triton":
+        return KERNELS[op]
+    if name == "compile" and not torch.compiler.is_compiling():
+        return _compiled(op)
+    return getattr(reference, op)
+
+
+@functools.cache
+def _compiled(op: str) -> Callable[..., Any]:
+    # Not `fullgraph`: past the limit of recompilations it would raise instead of running uncompiled.
+    return torch.compile(getattr(reference, op))

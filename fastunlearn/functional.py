@@ -1,0 +1,301 @@
+"""The operations of concept erasure, tensors in and tensors out: arguments are checked, the backend is chosen.
+
+What each operation computes is defined in `fastunlearn.reference`. All arithmetic is float32, or float64 if any tensor
+passed is float64, whatever the inputs' dtypes, which may differ. Gradients come back in their input's dtype. The
+operations are once-differentiable: a second derivative raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastunlearn.arguments import (
+    check_choice,
+    check_no_group,
+    check_number,
+    check_shape,
+    check_tensor,
+    layer_mask,
+    named_layers,
+    token_index_rows,
+    velocity_arguments,
+)
+from fastunlearn.dispatch import Backend, BackendChoice, choose_backend, implementation
+
+__all__ = [
+    "BackendChoice",
+    "LocalizationLoss",
+    "VelocityLoss",
+    "choose_backend",
+    "concept_attention",
+    "localization_loss",
+    "negatively_guided_velocity",
+    "negatively_guided_velocity_loss",
+    "velocity_loss",
+]
+
+LossType = Literal["l2", "l1"]
+Reduction = Literal["mean", "sum", "none"]
+MaskNormalization = Literal["all", "mask"]
+LocalizationNormalization = Literal["sum", "background_mean"]
+
+
+class VelocityLoss(NamedTuple):
+    """A loss between velocities, and the L2 norms of the two, over all elements, unweighted and detached."""
+
+    loss: Tensor
+    prediction_norm: Tensor
+    target_norm: Tensor
+
+
+class LocalizationLoss(NamedTuple):
+    """The localization loss, and every layer's own term (L,), detached and without `weight`."""
+
+    loss: Tensor
+    per_layer: Tensor
+
+
+def negatively_guided_velocity(uncond: Tensor, cond: Tensor, guidance_scale: float = 7.5) -> Tensor:
+    """The velocity that leads away from a concept: uncond + guidance_scale * (uncond - cond).
+
+    The target of T2VUnlearning (arXiv 2505.17550). Differentiable in both tensors.
+
+    Args:
+        uncond: velocity without the concept in the prompt, any shape.
+        cond: velocity with it, of the same shape.
+        guidance_scale: eta.
+
+    Returns:
+        The velocity, in the inputs' promoted dtype (rounded once, from float32 or float64).
+
+    Raises:
+        TypeError: a tensor is not floating point, or the scale is not a number.
+        ValueError: shapes or devices differ.
+    """
+    check_tensor("uncond", uncond)
+    check_tensor("cond", cond, like=uncond)
+    check_shape("cond", cond, uncond.shape, "that of uncond")
+    check_number("guidance_scale", guidance_scale)
+    return implementation("negatively_guided_velocity", uncond.device, None)(uncond, cond, guidance_scale)
+
+
+def negatively_guided_velocity_loss(
+    prediction: Tensor,
+    uncond: Tensor,
+    cond: Tensor,
+    *,
+    guidance_scale: float = 7.5,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    channel_dim: int = 1,
+    loss_type: LossType = "l2",
+    reduction: Reduction = "mean",
+    mask_normalization: MaskNormalization = "all",
+    weight: float = 1.0,
+    backend: Backend | None = None,
+    group: Any = None,
+) -> VelocityLoss:
+    """The unlearning loss: weight * reduce(mask * sample_weight * rho(prediction - target)).
+
+    The target is `negatively_guided_velocity(uncond, cond, guidance_scale)`, never written to memory. From
+    T2VUnlearning (arXiv 2505.17550). Differentiable in `prediction`, `uncond` and `cond`; at a tie the gradient of
+    "l1" is 0.
+
+    Args:
+        prediction: the student's velocity, (B, C, *spatial) or with another `channel_dim`.
+        uncond: the teacher's velocity without the concept in the prompt, of `prediction`'s shape. Detach it.
+        cond: the teacher's velocity with it, of `prediction`'s shape.
+        guidance_scale: eta.
+        mask: (B or 1, *spatial), or with a channel dim of size 1; bool, integer or floating, hard or soft. Of any
+            resolution: read as by `torch.nn.functional.interpolate(mode="nearest")`. Takes no gradient.
+        sample_weight: (B,), multiplies rho. Takes no gradient. Where it or the mask is 0, even NaN contributes nothing.
+        channel_dim: which dim of the velocities is the channel: 1, or 2 in CogVideoX's (B, F, C, H, W).
+        loss_type: rho, "l2" (square) or "l1" (absolute value).
+        reduction: "mean" (over all elements), "sum" or "none".
+        mask_normalization: what "mean" divides by: "all" elements, or the sum of the "mask" over all of them.
+        weight: multiplies the loss.
+        backend: "torch", "compile", "triton" or None; see `choose_backend`.
+        group: reserved.
+
+    Returns:
+        The loss, a scalar or of `prediction`'s shape, and the norms of prediction and target: float32, or float64 if
+        any tensor passed is. An empty batch or a mask of sum 0 to divide by gives 0.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+    """
+    check_tensor("prediction", prediction)
+    check_tensor("cond", cond, like=prediction)
+    check_shape("cond", cond, prediction.shape, "that of prediction")
+    check_number("guidance_scale", guidance_scale)
+    common = velocity_arguments(
+        prediction, uncond, "uncond", mask, sample_weight, channel_dim, loss_type, reduction, mask_normalization, weight
+    )
+    check_no_group(group)
+    compute = implementation("negatively_guided_velocity_loss", prediction.device, backend)
+    return VelocityLoss(*compute(prediction, uncond, cond, guidance_scale=guidance_scale, **common))
+
+
+def velocity_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    channel_dim: int = 1,
+    loss_type: LossType = "l2",
+    reduction: Reduction = "mean",
+    mask_normalization: MaskNormalization = "all",
+    weight: float = 1.0,
+    backend: Backend | None = None,
+    group: Any = None,
+) -> VelocityLoss:
+    """The preservation loss: weight * reduce(mask * sample_weight * rho(prediction - target)).
+
+    From T2VUnlearning (arXiv 2505.17550). Differentiable in `prediction` and `target`.
+
+    Args:
+        prediction: the student's velocity, (B, C, *spatial) or with another `channel_dim`.
+        target: the teacher's velocity, of `prediction`'s shape. Detach it.
+        mask: as in `negatively_guided_velocity_loss`, like all that follow.
+        sample_weight: (B,).
+        channel_dim: which dim of the velocities is the channel.
+        loss_type: "l2" or "l1".
+        reduction: "mean", "sum" or "none".
+        mask_normalization: "all" or "mask".
+        weight: multiplies the loss.
+        backend: "torch", "compile", "triton" or None.
+        group: reserved.
+
+    Returns:
+        The loss, and the norms of prediction and target, as `negatively_guided_velocity_loss` returns them.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+    """
+    check_tensor("prediction", prediction)
+    common = velocity_arguments(
+        prediction, target, "target", mask, sample_weight, channel_dim, loss_type, reduction, mask_normalization, weight
+    )
+    check_no_group(group)
+    compute = implementation("velocity_loss", prediction.device, backend)
+    return VelocityLoss(*compute(prediction, target, **common))
+
+
+def localization_loss(
+    eraser_outputs: Sequence[Tensor] | Mapping[str, Tensor],
+    mask: Tensor | Mapping[str, Tensor],
+    *,
+    loss_type: LossType = "l2",
+    normalization: LocalizationNormalization = "sum",
+    weight: float = 1.0,
+    backend: Backend | None = None,
+    group: Any = None,
+) -> LocalizationLoss:
+    """What erasers change outside the concept: weight * mean over layers of sum(rho(output * (1 - mask))) / normalizer.
+
+    The localization loss of Receler (arXiv 2311.17717) as T2VUnlearning (arXiv 2505.17550) uses
+    it. Differentiable in the eraser outputs. Where 1 - mask is 0, even NaN contributes nothing.
+
+    Args:
+        eraser_outputs: a tensor a layer, in a sequence or by name: tokens (B, N, D), or feature maps (B, C, *spatial)
+            with two or more spatial dims.
+        mask: 1 on the concept, one for all layers or one a layer name; bool, integer or floating, hard or soft. For
+            tokens (B or 1, *grid) of N positions in all; for feature maps (B or 1, *spatial), or with a channel dim of
+            size 1, of any resolution, read by nearest neighbour. Takes no gradient.
+        loss_type: rho, "l2" or "l1".
+        normalization: "sum" divides a layer's sum by B; "background_mean", Receler's, by D times the sum of 1 - mask.
+        weight: multiplies the loss.
+        backend: "torch", "compile", "triton" or None; see `choose_backend`.
+        group: reserved.
+
+    Returns:
+        The loss, a scalar, and every layer's term (L,): float32, or float64 if any tensor passed is. No layers, an
+        empty batch or no background give 0.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or value, or a layer without a mask.
+    """
+    check_choice("loss_type", loss_type, ("l2", "l1"))
+    check_choice("normalization", normalization, ("sum", "background_mean"))
+    check_number("weight", weight)
+    check_no_group(group)
+    layers = named_layers(eraser_outputs)
+    if isinstance(mask, Mapping) and not isinstance(eraser_outputs, Mapping):
+        raise TypeError("mask must be a tensor where eraser_outputs is a sequence, got a mapping")
+    outputs: list[Tensor] = []
+    masks: list[Tensor] = []
+    for name, output in layers.items():
+        if isinstance(mask, Mapping) and name not in mask:
+            raise ValueError(f"mask must have an entry for every layer of eraser_outputs; {name!r} has none")
+        check_tensor(f"eraser_outputs[{name}]", output, like=outputs[0] if outputs else None)
+        outputs.append(output)
+        masks.append(layer_mask(mask[name] if isinstance(mask, Mapping) else mask, output, name))
+    if not outputs:
+        zeros = torch.zeros(1, device=mask.device if isinstance(mask, Tensor) else None)
+        return LocalizationLoss(zeros.sum(), zeros[:0])
+    compute = implementation("localization_loss", outputs[0].device, backend)
+    return LocalizationLoss(*compute(outputs, masks, loss_type=loss_type, normalization=normalization, weight=weight))
+
+
+def concept_attention(
+    query: Tensor,
+    key: Tensor,
+    token_indices: Tensor | Sequence[int],
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """How much every query attends to the concept's tokens: softmax probability, mean over heads, sum over tokens.
+
+    What T2VUnlearning (arXiv 2505.17550) thresholds into masks. Queries x keys are never held at once. Not
+    differentiable.
+
+    Args:
+        query: (B, H, Sq, d).
+        key: (B, H, Sk, d), all keys of the softmax.
+        token_indices: (T,) or (B, T) integers, the concept's keys; -1 for none. One named twice counts twice. One out
+            of range counts as -1 where it cannot be looked at: on a GPU, and under `torch.compile`.
+        scale: what multiplies query . key; d ** -0.5 if None.
+        key_mask: (B, Sk) bool, True where attended. A query whose keys are all masked gets 0.
+        lse: (B, H, Sq), the natural log of the softmax's denominator, where the attention's forward pass kept it.
+        backend: "torch", "compile", "triton" or None; see `choose_backend`.
+
+    Returns:
+        (B, Sq) float32, in [0, 1] if no token is named twice.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape or device, or an index out of range.
+    """
+    check_tensor("query", query)
+    check_tensor("key", key, like=query)
+    if query.dim() != 4:
+        raise ValueError(f"query must be (B, H, Sq, d), got {tuple(query.shape)}")
+    batch, heads, queries, channels = query.shape
+    if key.dim() != 4 or (*key.shape[:2], key.shape[3]) != (batch, heads, channels) or 0 in key.shape[1:]:
+        raise ValueError(
+            f"key must be ({batch}, {heads}, Sk, {channels}) like query, with at least one head, key and channel; "
+            f"got {tuple(key.shape)}"
+        )
+    if scale is None:
+        scale = channels**-0.5
+    check_number("scale", scale)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, (torch.bool,), like=query)
+        check_shape("key_mask", key_mask, (batch, key.shape[2]), "(B, Sk)")
+    if lse is not None:
+        check_tensor("lse", lse, like=query)
+        check_shape("lse", lse, (batch, heads, queries), "(B, H, Sq)")
+    indices = token_index_rows(token_indices, batch, key.shape[2]).to(query.device)
+    compute = implementation("concept_attention", query.device, backend)
+    return compute(query, key, indices, scale=scale, key_mask=key_mask, lse=lse)

@@ -1,0 +1,135 @@
+"""Every operation and its gradients in float64 NumPy, written from the mathematics and from nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    return np.asarray(x.detach().double().cpu().numpy() if hasattr(x, "detach") else x, dtype=np.float64)
+
+
+def nearest(mask: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
+    """(B, *any) at the resolution `spatial`: position i reads floor(i * in / out), in float32 as torch does."""
+    for axis, size in enumerate(spatial, start=1):
+        step = np.float32(mask.shape[axis]) / np.float32(max(size, 1))
+        index = np.floor(np.arange(size, dtype=np.float32) * step).astype(np.int64)
+        mask = np.take(mask, np.minimum(index, mask.shape[axis] - 1), axis=axis)
+    return mask
+
+
+def weighted(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """weights * values, with 0 * anything = 0."""
+    with np.errstate(invalid="ignore"):
+        return np.where(weights == 0, 0.0, weights * values)
+
+
+def velocity_loss(
+    prediction: Any,
+    uncond: Any,
+    cond: Any = None,
+    *,
+    guidance_scale: float = 0.0,
+    mask: Any = None,
+    sample_weight: Any = None,
+    channel_dim: int = 1,
+    loss_type: str = "l2",
+    reduction: str = "mean",
+    mask_normalization: str = "all",
+    weight: float = 1.0,
+    upstream: Any = 1.0,
+) -> dict[str, np.ndarray]:
+    """The loss, the norms, and upstream * d loss / d input for prediction, uncond (or target) and cond.
+
+    `mask` has no channel dim.
+    """
+    p, u = to_numpy(prediction), to_numpy(uncond)
+    c = u if cond is None else to_numpy(cond)
+    eta = 0.0 if cond is None else guidance_scale
+    target = u if cond is None else u + eta * (u - c)
+    m = np.ones(p.shape)
+    if mask is not None:
+        spatial = p.shape[1:channel_dim] + p.shape[channel_dim + 1 :]
+        m = np.broadcast_to(np.expand_dims(nearest(to_numpy(mask), spatial), channel_dim), p.shape)
+    w = m
+    if sample_weight is not None:
+        w = m * to_numpy(sample_weight).reshape(-1, *[1] * (p.ndim - 1))
+    factor = weight
+    if reduction == "mean":
+        count = m.sum() if mask_normalization == "mask" else p.size
+        factor = weight / count if count else 0.0
+    error = p - target
+    rho, slope = (error**2, 2 * error) if loss_type == "l2" else (np.abs(error), np.sign(error))
+    losses = factor * weighted(w, rho)
+    gradient = weighted(w, slope * factor * to_numpy(upstream))
+    return {
+        "loss": losses if reduction == "none" else losses.sum(),
+        "prediction_norm": np.sqrt((p**2).sum()),
+        "target_norm": np.sqrt((target**2).sum()),
+        "prediction": gradient,
+        "uncond": -(1 + eta) * gradient,
+        "cond": eta * gradient,
+    }
+
+
+def localization_loss(
+    outputs: list[Any],
+    masks: list[Any],
+    *,
+    loss_type: str = "l2",
+    normalization: str = "sum",
+    weight: float = 1.0,
+    upstream: float = 1.0,
+) -> dict[str, Any]:
+    """The loss, every layer's term, and the gradients, a list. A mask is (B or 1, N) or (B or 1, *spatial)."""
+    terms, gradients = [], []
+    for output, mask in zip(outputs, masks, strict=True):
+        o, m = to_numpy(output), to_numpy(mask)
+        if o.ndim == 3:
+            outside, features = (1 - m)[:, :, None], o.shape[2]
+        else:
+            outside, features = (1 - nearest(m, o.shape[2:]))[:, None], o.shape[1]
+        row_shape = list(o.shape)
+        row_shape[2 if o.ndim == 3 else 1] = 1
+        rows = np.broadcast_to(outside, row_shape)
+        divisor = o.shape[0] if normalization == "sum" else features * rows.sum()
+        factor = 1 / divisor if divisor else 0.0
+        x = weighted(rows, o)
+        rho, slope = (x**2, 2 * x) if loss_type == "l2" else (np.abs(x), np.sign(x))
+        terms.append(factor * rho.sum())
+        gradients.append(weighted(rows, slope) * factor * weight / len(outputs) * upstream)
+    return {
+        "loss": weight * np.mean(terms) if terms else 0.0,
+        "per_layer": np.array(terms),
+        "gradients": gradients,
+    }
+
+
+def concept_attention(
+    query: Any, key: Any, token_indices: Any, *, scale: float | None = None, key_mask: Any = None
+) -> np.ndarray:
+    """(B, Sq), with the whole Sq x Sk matrix."""
+    q, k = to_numpy(query), to_numpy(key)
+    batch, _, queries, d = q.shape
+    logits = np.einsum("bhqd,bhkd->bhqk", q, k) * (d**-0.5 if scale is None else scale)
+    attended = np.ones((batch, k.shape[2]), bool) if key_mask is None else to_numpy(key_mask).astype(bool)
+    unnormalised = np.exp(logits - logits.max(-1, keepdims=True, initial=-np.inf)) * attended[:, None, None]
+    total = unnormalised.sum(-1, keepdims=True)
+    probability = np.divide(unnormalised, total, out=np.zeros_like(unnormalised), where=total > 0).mean(1)
+    indices = np.broadcast_to(to_numpy(token_indices).astype(int), (batch, np.shape(token_indices)[-1]))
+    result = np.zeros((batch, queries))
+    for b in range(batch):
+        for j in indices[b]:
+            if j >= 0:
+                result[b] += probability[b, :, j]
+    return result
+
+
+def velocity_error_weight(alphas_cumprod: Any, t: Any, prediction_type: str, loss_type: str) -> np.ndarray:
+    """The factor between prediction error and velocity error, squared under "l2"."""
+    a = to_numpy(alphas_cumprod)[to_numpy(t).astype(int)]
+    root = np.sqrt(a) if prediction_type == "epsilon" else np.sqrt(1 - a)
+    factor = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
+    return factor**2 if loss_type == "l2" else factor
