@@ -1,0 +1,322 @@
+"""Erasers: small adapters on a frozen transformer's attentions, as in T2VUnlearning (arXiv 2505.17550, section 3.2).
+
+With a the video tokens that an attention returns and o_k = up_k(gelu(down_k(a))) the output of its k-th eraser, the
+attention returns a + sum_k o_k instead. Every eraser reads a, not what an earlier eraser made of it, so that erasers
+trained apart can be used together in any order.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastunlearn import eraser_files
+from fastunlearn.backbones import Backbone, attentions, find_transformer
+
+
+class AdapterEraser(nn.Module):
+    """Linear(dim, rank), GELU, Linear(rank, dim). Its last layer starts at zero, so that a fresh eraser does nothing.
+
+    Parameters stay float32 even if the model around it is cast to half precision (AdamW's epsilon is 0 in float16), and
+    are cast to the input's dtype when used.
+    """
+
+    def __init__(self, dim: int, rank: int = 128) -> None:
+        """`dim`: features of the tokens it reads and writes. `rank`: features in between."""
+        super().__init__()
+        for argument, value in (("dim", dim), ("rank", rank)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{argument}: expected a positive integer, got {value!r}")
+        self.down = nn.Linear(dim, rank, dtype=torch.float32)
+        self.up = nn.Linear(rank, dim, dtype=torch.float32)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., dim) to (..., dim) in the input's dtype: what is to be added to the input."""
+        dtype = hidden_states.dtype
+        hidden = F.linear(hidden_states, self.down.weight.to(dtype), self.down.bias.to(dtype))
+        return F.linear(F.gelu(hidden), self.up.weight.to(dtype), self.up.bias.to(dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterEraser:
+        """Follows the model to another device, not to a narrower dtype."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
+
+        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+
+
+class _Erasers(nn.ModuleDict):
+    """The erasers of one attention, by name, in the order they were attached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disabled: Counter[str] = Counter()
+        self.hook: Any = None
+
+    def forward(self, attention_output: Tensor) -> Tensor:
+        total = attention_output
+        for name, eraser in self.items():
+            if not self.disabled[name]:
+                total = total + eraser(attention_output)
+        return total
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside `erasers_disabled` has nobody to switch it on again.
+        return {**self.__dict__, "disabled": Counter()}
+
+
+def _add_erasers(attention: nn.Module, args: Any, output: Any) -> Any:
+    erasers: Any = attention.erasers
+    if isinstance(output, tuple):
+        return (erasers(output[0]), *output[1:])
+    return erasers(output)
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stands in for the `save_pretrained` of a transformer that has erasers.
+
+    A plain function, not a method bound to one model, so that copies and pickles of the model keep it.
+    """
+    raise RuntimeError(
+        "save_pretrained would write a model that from_pretrained loads without its erasers, so with the concept back. "
+        "Save the erasers with fastunlearn.save_erasers; to save the base model, call fastunlearn.detach_erasers first"
+    )
+
+
+def hidden_size(transformer: nn.Module) -> int:
+    """Features of the tokens that the transformer's attentions return."""
+    config: Any = transformer.config
+    return config.num_attention_heads * config.attention_head_dim
+
+
+def _attached(transformer: nn.Module, backbone: Backbone, name: str) -> dict[str, AdapterEraser]:
+    """The erasers called `name`, by layer; empty if there are none."""
+    stacks = _stacks(attentions(transformer, backbone.erased))
+    return {layer: stack[name] for layer, stack in stacks.items() if name in stack}  # type: ignore[misc]
+
+
+def _stacks(layers: Mapping[str, nn.Module]) -> dict[str, _Erasers]:
+    found = {layer: attention._modules.get("erasers") for layer, attention in layers.items()}
+    return {layer: stack for layer, stack in found.items() if isinstance(stack, _Erasers)}
+
+
+def _check_free(transformer: nn.Module, backbone: Backbone, name: str) -> None:
+    """Raises ValueError if `name` cannot name an eraser, or names one of the model's already."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(_Erasers(), name):
+        raise ValueError(f"name: expected letters, digits, '_' and '-', and no ModuleDict attribute, got {name!r}")
+    if _attached(transformer, backbone, name):
+        raise ValueError(f"name: the model has erasers called {name!r} already; detach them or choose another name")
+
+
+def _install(transformer: nn.Module, backbone: Backbone, name: str, erasers: Mapping[str, AdapterEraser]) -> None:
+    """Puts an eraser on every layer and freezes the base. `_check_free` comes first."""
+    layers = attentions(transformer, backbone.erased)
+    base: Any = transformer
+    eraser_parameters = {id(p) for stack in _stacks(layers).values() for p in stack.parameters()}
+    if not eraser_parameters:
+        base._trainable_before_erasers = [n for n, p in transformer.named_parameters() if p.requires_grad]
+        base.save_pretrained = _refuse_save_pretrained
+    for parameter in transformer.parameters():
+        if id(parameter) not in eraser_parameters:
+            parameter.requires_grad_(False)
+    for layer, attention in layers.items():
+        if layer not in _stacks(layers):
+            stack = _Erasers()
+            stack.hook = attention.register_forward_hook(_add_erasers)
+            attention.add_module("erasers", stack)
+        device = next(attention.parameters()).device
+        _stacks(layers)[layer][name] = erasers[layer].to(device).train(attention.training).requires_grad_(True)
+
+
+def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> dict[str, AdapterEraser]:
+    """Puts a fresh eraser on every attention of `model` and freezes everything else.
+
+    The model's output stays as it was, bit for bit, until the erasers are trained. Its parameters keep their names; the
+    erasers' are `{layer}.erasers.{name}.down.weight` and so on. While erasers are attached the transformer refuses
+    `save_pretrained`, because `from_pretrained` would silently give the model without them: use `save_erasers`.
+
+    Args:
+        model: a supported transformer (see `fastunlearn.backbones`), or a VelocityModel or other wrapper of one.
+        rank: the erasers' inner width.
+        name: several sets of erasers can live on one model; their outputs add up.
+
+    Returns:
+        The erasers by the path of their attention from the transformer, as "transformer_blocks.0.attn1".
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: erasers of this name are attached already, or the name or the rank is none.
+    """
+    transformer, backbone = find_transformer(model)
+    _check_free(transformer, backbone, name)
+    dim = hidden_size(transformer)
+    erasers = {layer: AdapterEraser(dim, rank) for layer in attentions(transformer, backbone.erased)}
+    _install(transformer, backbone, name, erasers)
+    return erasers
+
+
+def detach_erasers(model: nn.Module, name: str | None = None) -> None:
+    """Removes the erasers called `name`, or all of them.
+
+    With the last ones go the hooks and the guard on `save_pretrained`, and the parameters that were trainable before
+    the first erasers came are trainable again. Without any erasers, and without a name, nothing happens.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: no erasers are called `name`.
+    """
+    transformer, backbone = find_transformer(model)
+    layers = attentions(transformer, backbone.erased)
+    stacks = _stacks(layers)
+    if name is not None and not _attached(transformer, backbone, name):
+        raise ValueError(f"name: no erasers are called {name!r}")
+    for layer, stack in stacks.items():
+        if name is not None:
+            del stack[name]
+        if name is None or not len(stack):
+            stack.hook.remove()
+            del layers[layer].erasers
+    if stacks and not _stacks(layers):
+        base: Any = transformer
+        trainable = set(base._trainable_before_erasers)
+        del base._trainable_before_erasers, base.save_pretrained
+        for parameter_name, parameter in transformer.named_parameters():
+            if parameter_name in trainable:
+                parameter.requires_grad_(True)
+
+
+@contextmanager
+def erasers_disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Runs `model` as if the erasers called `name`, or all of them, were not attached.
+
+    Nests, ends with exceptions, and concerns this model only: a copy made inside has its erasers on. Takes any module
+    that holds a model with erasers, and does nothing if there are none and no name is given.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: no erasers are called `name`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    stacks = [module for module in model.modules() if isinstance(module, _Erasers)]
+    switched = [(stack, key) for stack in stacks for key in stack if name in (None, key)]
+    if name is not None and not switched:
+        raise ValueError(f"name: no erasers are called {name!r}")
+    for stack, key in switched:
+        stack.disabled[key] += 1
+    try:
+        yield
+    finally:
+        for stack, key in switched:
+            stack.disabled[key] -= 1
+
+
+def save_erasers(
+    model: nn.Module, folder: str | os.PathLike[str], name: str = "default", concept: str | None = None
+) -> None:
+    """Saves the erasers called `name`: a config.json and a safetensors file.
+
+    A crash on the way leaves what the folder held before. Erasers saved there earlier are replaced.
+
+    Args:
+        model: what they are attached to.
+        folder: where to; created if need be.
+        name: which. Not stored: they may be loaded under another name.
+        concept: what they erase, for the record.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: no erasers are called `name`, or a parameter is not finite.
+        FileExistsError: the folder holds the config.json of something else.
+        ImportError: safetensors is not installed.
+    """
+    transformer, backbone = find_transformer(model)
+    erasers = _attached(transformer, backbone, name)
+    if not erasers:
+        raise ValueError(f"name: no erasers are called {name!r}")
+    states = {layer: eraser.state_dict() for layer, eraser in erasers.items()}
+    for layer, state in states.items():
+        _check_finite(layer, state)
+    rank, dim = next(iter(erasers.values())).down.weight.shape
+    facts = {
+        "backbone": backbone.name,
+        "concept": concept,
+        "rank": rank,
+        "dim": dim,
+        "versions": {package: _version(package) for package in ("fastunlearn", "torch", "diffusers")},
+    }
+    eraser_files.write(folder, states, facts)
+
+
+def load_erasers(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> dict[str, AdapterEraser]:
+    """Attaches saved erasers under `name`, and freezes everything else, like `attach_erasers`.
+
+    Reads what `save_erasers` wrote and what T2VUnlearning's scripts wrote (`eraser_weights.pt`, `eraser_config.json`).
+    Pickles are loaded with `weights_only=True`. The model is not touched unless everything fits.
+
+    Args:
+        model: a supported transformer, or a VelocityModel or other wrapper of one.
+        folder: what was saved.
+        name: what to call them here.
+
+    Returns:
+        The erasers by layer.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, the erasers are not for this model, or the name is taken.
+        ImportError: safetensors is not installed.
+    """
+    transformer, backbone = find_transformer(model)
+    _check_free(transformer, backbone, name)
+    stored = eraser_files.read(folder)
+    if stored.backbone not in (None, backbone.name):
+        raise ValueError(f"{folder}: erasers for {stored.backbone}, but the model is {backbone.name}")
+    layers = attentions(transformer, backbone.erased)
+    if stored.states.keys() != layers.keys():
+        missing, unknown = sorted(layers.keys() - stored.states.keys()), sorted(stored.states.keys() - layers.keys())
+        raise ValueError(f"{folder}: erasers missing for layers {missing}, and given for layers unknown {unknown}")
+    dim = hidden_size(transformer)
+    erasers = {layer: _restored(layer, stored.states[layer], dim, stored.rank) for layer in layers}
+    _install(transformer, backbone, name, erasers)
+    return erasers
+
+
+def _restored(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> AdapterEraser:
+    with torch.device("meta"):  # no memory, and no random numbers, for weights about to be replaced
+        eraser = AdapterEraser(dim, rank)
+    expected = {key: tuple(parameter.shape) for key, parameter in eraser.state_dict().items()}
+    got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in state.items()}
+    if got != expected:
+        raise ValueError(f"{layer}: expected parameters {expected}, got {got}")
+    if not all(value.is_floating_point() for value in state.values()):
+        raise ValueError(f"{layer}: expected floating-point parameters")
+    _check_finite(layer, state)
+    eraser.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
+    return eraser
+
+
+def _check_finite(layer: str, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{layer}: {key} of the eraser holds NaN or infinity")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
