@@ -1,0 +1,137 @@
+"""Queries, keys and log-sum-exp of a model's own attention, taken where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+
+_BLOCK_ELEMENTS = 2**24  # attention logits to hold at once where only they tell the log-sum-exp: 64 MB
+
+
+class Attention(NamedTuple):
+    """Queries (B, H, Sq, d) and keys (B, H, Sk, d) of an attention that ran.
+
+    mask: broadcasts to (B, H, Sq, Sk), or None. lse: (B, H, Sq), over all keys of the attention.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scale: float
+    lse: Tensor
+
+    def part(self, rows: slice, keys: slice) -> Attention:
+        """Of these queries, and these keys among all."""
+        mask = None if self.mask is None else _rows(self.mask, rows)[..., keys]
+        return Attention(self.query[:, :, rows], self.key[:, :, keys], mask, self.scale, self.lse[:, :, rows])
+
+    def probabilities(self) -> Tensor:
+        """(B, H, Sq, Sk) float32."""
+        logits = _logits(self.query, self.key, self.mask, self.scale)
+        return logits.sub_(self.lse[..., None]).exp_().float()
+
+
+def _rows(mask: Tensor, rows: slice) -> Tensor:
+    return mask[:, :, rows] if mask.shape[2] > 1 else mask
+
+
+def _logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    logits = (query.to(dtype) @ key.to(dtype).mT).mul_(scale)
+    if mask is None:
+        return logits
+    return logits.masked_fill_(~mask, -torch.inf) if mask.dtype is torch.bool else logits.add_(mask)
+
+
+def _log_sum_exp(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, H, Sq), some queries at a time."""
+    step = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[2]))
+    blocks = [slice(start, start + step) for start in range(0, query.shape[2], step)]
+    return torch.cat(
+        [
+            _logits(query[:, :, rows], key, None if mask is None else _rows(mask, rows), scale).logsumexp(3)
+            for rows in blocks
+        ],
+        2,
+    )
+
+
+class Interception(TorchFunctionMode):
+    """Hands every scaled dot-product attention to `keep`, and returns what it returns."""
+
+    def __init__(self, keep: Callable[[Attention], None]) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **rest: Any,
+    ) -> Tensor:
+        if is_causal:
+            raise ValueError("attention maps of causal attention are not supported")
+        device = query.device.type
+        if torch.is_autocast_enabled(device):  # the attention casts its inputs, so the probabilities are of cast ones
+            query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+        found = None
+        if attn_mask is None and not dropout_p and not rest and not _intercepted_further_out():
+            found = _attention_and_lse(query, key, value, scale)
+        output = (
+            F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, **rest)
+            if found is None
+            else found[0]
+        )
+        query, key = query.detach(), key.detach()
+        mask = None
+        if attn_mask is not None:
+            mask = attn_mask.detach()[(None,) * (4 - attn_mask.dim())]
+            mask = mask.expand(*mask.shape[:3], key.shape[2])
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        with torch.autocast(device, enabled=False):  # the probabilities are float32 whatever the model computes in
+            lse = _log_sum_exp(query, key, mask, scale) if found is None else found[1].detach()
+            self._keep(Attention(query, key, mask, scale, lse))
+        return output
+
+
+def _intercepted_further_out() -> bool:
+    """Whether another capture waits for this attention: it must be called by its name then."""
+    active = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(isinstance(mode, Interception) for mode in active)
+
+
+def _attention_and_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
+    """The operation that scaled_dot_product_attention dispatches to, called directly because it tells the log-sum-exp.
+
+    None where that operation is another than the known ones: then nobody tells it.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    aten, device = torch.ops.aten, query.device.type
+    choice = torch._fused_sdp_choice(query, key, value, scale=scale)
+    if choice == SDPBackend.FLASH_ATTENTION.value and device == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
+    if device != "cuda" or torch.version.hip is not None:
+        return None
+    if choice == SDPBackend.FLASH_ATTENTION.value and query.shape[-1] % 8 == 0:  # others are padded first
+        return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
+    if choice == SDPBackend.EFFICIENT_ATTENTION.value:
+        output, lse = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[:2]
+        return output, lse[:, :, : query.shape[2]]  # the operation pads it
+    return None

@@ -1,0 +1,149 @@
+"""From concept maps to masks: normalise, threshold, average (Receler, arXiv 2311.17717, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+WordIndices = Sequence[int] | Tensor | None
+_HEAD_NUM, _TEXT_LEN = 30, 226  # CogVideoX-2B's, the defaults of the original signature
+
+
+def get_mask(
+    attn_maps: Mapping[str, Tensor],
+    word_indices: WordIndices,
+    thres: float,
+    height: int,
+    width: int,
+    head_num: int = _HEAD_NUM,
+    text_len: int = _TEXT_LEN,
+    *,
+    patch_size: int = 1,
+) -> dict[str, Tensor]:
+    """Where the concept is: a binary mask a layer, and one from the average of all layers.
+
+    A layer's map is averaged over heads, summed over the words, and normalised to [0, 1] by each sample's minimum and
+    maximum; the mask is 1 where it reaches `thres`. The average mask comes from the mean of the normalised maps, itself
+    normalised once more.
+
+    Args:
+        attn_maps: what `AttnMapsCapture` filled: probabilities (B, heads, N, text_len), or concept maps (B, N) if it
+            was given token indices. Also (B * heads, N, text_len). Not modified.
+        word_indices: the concept's positions in the text, (T,) or (B, T), -1 for none. Unused for (B, N) maps, whose
+            words are chosen already.
+        thres: threshold in [0, 1].
+        height: height of the token grid times `patch_size`: the latents' height with the transformer's patch size.
+        width: likewise.
+        head_num: heads in a (B * heads, N, text_len) map. A (B, heads, N, text_len) map tells it by itself.
+        text_len: text tokens in the map, which tells them by itself.
+        patch_size: pixels of the latent a token covers, in height and in width.
+
+    Returns:
+        `{layer: mask}` and `"average_mask"`, each (B, F, h, w) float32 of zeros and ones on the token grid, with
+        h = height / patch_size, w = width / patch_size and F the number of frames that this leaves. A constant map
+        normalises to zeros.
+
+    Raises:
+        ValueError: the size does not divide the tokens (a fitting `patch_size` is suggested), an index is out of range,
+            or `head_num` or `text_len` is neither the default nor what the map has.
+    """
+    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size)
+    masks = {name: (concept >= thres).float() for name, concept in maps.items()}
+    masks["average_mask"] = (_average(maps) >= thres).float()
+    return masks
+
+
+def average_map(
+    attn_maps: Mapping[str, Tensor],
+    word_indices: WordIndices,
+    height: int,
+    width: int,
+    head_num: int = _HEAD_NUM,
+    text_len: int = _TEXT_LEN,
+    *,
+    patch_size: int = 1,
+) -> Tensor:
+    """The soft mask behind `get_mask`'s average mask: (B, F, h, w) float32 in [0, 1]. Arguments as there."""
+    return _average(_concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size))
+
+
+def _concept_maps(
+    attn_maps: Mapping[str, Tensor],
+    word_indices: WordIndices,
+    height: int,
+    width: int,
+    head_num: int,
+    text_len: int,
+    patch_size: int,
+) -> dict[str, Tensor]:
+    """Every layer's normalised map, (B, F, h, w)."""
+    if not attn_maps:
+        raise ValueError("attn_maps: expected at least one layer's map, got none")
+    if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"height, width: expected positive multiples of patch_size={patch_size}, got {height}, {width}"
+        )
+    grid = (height // patch_size, width // patch_size)
+    maps = {}
+    for name, attn_map in attn_maps.items():
+        concept = attn_map if attn_map.dim() == 2 else _words(name, attn_map, word_indices, head_num, text_len)
+        tokens = concept.shape[1]
+        if tokens == 0 or tokens % (grid[0] * grid[1]):
+            raise ValueError(
+                f"height, width: {grid[0]} x {grid[1]} tokens a frame do not divide the {tokens} tokens of {name!r}"
+                + _patch_size_hint(tokens, height, width)
+            )
+        maps[name] = _normalise(concept.detach().float().reshape(concept.shape[0], -1, *grid))
+    return maps
+
+
+def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int, text_len: int) -> Tensor:
+    """(B, heads, N, text_len) or (B * heads, N, text_len) to (B, N): summed over the words, averaged over heads."""
+    if word_indices is None:
+        raise ValueError("word_indices: expected the concept's positions in the text, got None")
+    if attn_map.dim() == 3 and head_num > 0 and attn_map.shape[0] % head_num == 0:
+        attn_map = attn_map.reshape(-1, head_num, *attn_map.shape[1:])
+    if attn_map.dim() != 4:
+        raise ValueError(
+            f"attn_maps[{name!r}]: expected (B, heads, N, text_len), ({head_num} * B, N, text_len) or (B, N), "
+            f"got shape {tuple(attn_map.shape)}"
+        )
+    batch, heads, tokens, length = attn_map.shape
+    for argument, given, default, actual in (
+        ("head_num", head_num, _HEAD_NUM, heads),
+        ("text_len", text_len, _TEXT_LEN, length),
+    ):
+        if given not in (default, actual):
+            raise ValueError(f"{argument}: the map of {name!r} has {actual}, got {given}")
+    words = torch.as_tensor(word_indices, device=attn_map.device)
+    if words.dtype in (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64) or not words.numel():
+        raise ValueError(f"word_indices: expected at least one integer position, got {word_indices}")
+    if words.dim() not in (1, 2) or (words.dim() == 2 and words.shape[0] not in (1, batch)):
+        raise ValueError(f"word_indices: expected (T,) or ({batch}, T), got shape {tuple(words.shape)}")
+    if words.min() < -1 or words.max() >= length:
+        raise ValueError(f"word_indices: expected positions below {length} (or -1 for none), got {words.tolist()}")
+    index = words.long().expand(batch, -1)[:, None, None, :].expand(-1, heads, tokens, -1)
+    chosen = attn_map.gather(3, index.clamp(min=0)).float()
+    return chosen.masked_fill(index < 0, 0).sum(3).mean(1)
+
+
+def _normalise(concept: Tensor) -> Tensor:
+    """To [0, 1] by each sample's minimum and maximum; a constant sample becomes zeros."""
+    low, high = concept.amin((1, 2, 3), keepdim=True), concept.amax((1, 2, 3), keepdim=True)
+    spread = high - low
+    return (concept - low) / spread.masked_fill(spread == 0, 1)
+
+
+def _average(maps: Mapping[str, Tensor]) -> Tensor:
+    return _normalise(torch.stack(list(maps.values())).mean(0))
+
+
+def _patch_size_hint(tokens: int, height: int, width: int) -> str:
+    """The smallest patch that makes the size fit, for who passed the latents' or the pixels' size."""
+    for patch in range(2, 65):
+        fits = height % patch == 0 and width % patch == 0
+        if fits and tokens % ((height // patch) * (width // patch)) == 0:
+            return f"; if {height} x {width} is the size of the latents, pass patch_size={patch}"
+    return ""

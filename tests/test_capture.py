@@ -1,0 +1,360 @@
+import contextlib
+
+import pytest
+import torch
+from tiny_models import GRID, HEADS, LAYERS, TEXT, VIDEO, cogvideox, inputs, train_a_little
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastunlearn import backbones, interception
+from fastunlearn.backbones import Backbone, as_velocity_model
+from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
+from fastunlearn.erasers import attach_erasers, erasers_disabled
+from fastunlearn.masks import get_mask
+
+WORDS = [3, 7]
+
+
+@contextlib.contextmanager
+def recorded_attention(monkeypatch):
+    """Queries, keys and keyword arguments of every attention, seen without any of the library's code."""
+    calls, original = [], F.scaled_dot_product_attention
+
+    def record(query, key, value, **kwargs):
+        calls.append((query.detach(), key.detach(), kwargs.get("attn_mask")))
+        return original(query, key, value, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", record)
+        yield calls
+
+
+def softmax(query, key, mask=None, dtype=torch.float64):
+    """All attention probabilities, (B, H, Sq, Sk)."""
+    logits = query.to(dtype) @ key.to(dtype).mT * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
+    return logits.softmax(-1)
+
+
+def assert_close(actual, exact, eager):
+    """Error at most twice that of eager torch, and a few roundings of the largest probability."""
+    allowed = 2 * (eager.double() - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.max()
+    assert actual.dtype == torch.float32
+    assert actual.shape == exact.shape
+    assert exact.std() > 3 * allowed, "the bound must tell maps apart"
+    assert (actual.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["sincos", "rope"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_maps_are_the_attention_that_runs(rope, dtype, monkeypatch):
+    model = as_velocity_model(cogvideox(rope).to(dtype))
+    x_t, t, cond = inputs(dtype=dtype)
+    maps, concept_maps = {}, {}
+    with torch.no_grad():
+        with recorded_attention(monkeypatch) as calls:
+            expected = model(x_t, t, cond)
+        with AttnMapsCapture(model, maps):
+            assert torch.equal(model(x_t, t, cond), expected)
+        with AttnMapsCapture(model, concept_maps, token_indices=WORDS):
+            assert torch.equal(model(x_t, t, cond), expected)
+    assert list(maps) == list(concept_maps) == LAYERS
+    # The attention itself computes in the model's dtype, so that is what eager means for half precision.
+    eager_dtype = torch.float32 if dtype == torch.float64 else dtype
+    for name, (query, key, _) in zip(LAYERS, calls, strict=True):
+        exact = softmax(query, key)[:, :, TEXT:, :TEXT]
+        eager = softmax(query, key, dtype=eager_dtype)[:, :, TEXT:, :TEXT]
+        assert_close(maps[name], exact, eager)
+        assert_close(concept_maps[name], exact[..., WORDS].sum(-1).mean(1), eager[..., WORDS].float().sum(-1).mean(1))
+
+
+class ToyAttention(nn.Module):
+    """Self-attention over video and text, or attention from video to text, with a given mask."""
+
+    def __init__(self, position):
+        super().__init__()
+        self.position = position
+        self.mask = None
+
+    def forward(self, hidden_states, encoder_hidden_states=None):
+        tokens = [hidden_states, encoder_hidden_states]
+        both = torch.cat(tokens if self.position == "last" else tokens[::-1], 1)
+        query, key = (hidden_states, encoder_hidden_states) if self.position == "cross" else (both, both)
+        query, key = (x.unflatten(2, (HEADS, -1)).transpose(1, 2) for x in (query, key))
+        return F.scaled_dot_product_attention(query, key, key, attn_mask=self.mask)
+
+
+class ToyTransformer(nn.Module):
+    def __init__(self, position):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].attn = ToyAttention(position)
+
+    def forward(self, video, text):
+        return self.blocks[0].attn(video, text)
+
+
+def mask_of(kind, batch, rows, columns):
+    if kind is None:
+        return None
+    generator = torch.Generator().manual_seed(3)
+    shape = {"key": (batch, 1, 1, columns), "head": (batch, HEADS, rows, columns), "matrix": (rows, columns)}
+    if kind == "added":
+        return torch.randn(1, HEADS, 1, columns, generator=generator)
+    mask = torch.rand(shape[kind], generator=generator) > 0.3
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("position", ["first", "last", "cross"])
+@pytest.mark.parametrize("kind", [None, "key", "head", "matrix", "added"])
+def test_text_positions_and_masks(position, kind, monkeypatch):
+    place = (("blocks", "attn"),)
+    toy = Backbone("toy", "ToyTransformer", place, place, position, 1, lambda *_: {})
+    monkeypatch.setattr(backbones, "BACKBONES", (*backbones.BACKBONES, toy))
+    monkeypatch.setattr(interception, "_BLOCK_ELEMENTS", 500)  # several blocks of queries, the last one smaller
+    model, video, text = ToyTransformer(position), torch.randn(2, 11, 32) * 2, torch.randn(2, 5, 32) * 2
+    rows, columns = (11, 5) if position == "cross" else (16, 16)
+    model.blocks[0].attn.mask = mask_of(kind, 2, rows, columns)
+    with recorded_attention(monkeypatch) as calls:
+        expected = model(video, text)
+    maps, concept_maps = {}, {}
+    with AttnMapsCapture(model, maps), AttnMapsCapture(model, concept_maps, token_indices=[[1, 4], [0, -1]]):
+        assert torch.equal(model(video, text), expected)
+    at = {"first": (slice(5, 16), slice(0, 5)), "last": (slice(0, 11), slice(11, 16)), "cross": (slice(None),) * 2}
+    rows, columns = at[position]
+    exact, eager = (softmax(*calls[0], dtype=d)[:, :, rows, columns] for d in (torch.float64, torch.float32))
+    assert_close(maps["blocks.0.attn"], exact, eager)
+
+    def chosen(p):
+        return torch.stack([p[0, ..., [1, 4]].sum(-1).mean(0), p[1, ..., 0].mean(0)])
+
+    assert_close(concept_maps["blocks.0.attn"], chosen(exact), chosen(eager))
+
+
+def test_several_forwards_are_averaged_and_a_new_with_starts_afresh():
+    model = as_velocity_model(cogvideox())
+    runs = [inputs(seed=seed) for seed in range(3)]
+    singles, maps = [], {}
+    with torch.no_grad():
+        for run in runs:
+            with AttnMapsCapture(model, {}, token_indices=WORDS) as capture:
+                model(*run)
+            singles.append(capture._maps)
+        capture = AttnMapsCapture(model, maps, token_indices=WORDS)
+        for _ in range(2):
+            with capture:
+                for run in runs:
+                    model(*run)
+            for name in LAYERS:
+                expected = torch.stack([single[name] for single in singles]).mean(0)
+                torch.testing.assert_close(maps[name], expected, rtol=1e-6, atol=0)
+
+
+def test_guidance_batch_with_different_words_a_sample():
+    model = as_velocity_model(cogvideox())
+    x_t, t, cond = inputs(batch=2)
+    maps, pair = {}, {}
+    with torch.no_grad():
+        with AttnMapsCapture(model, pair, token_indices=WORDS):
+            model(x_t, t, cond)
+        with AttnMapsCapture(model, maps, token_indices=torch.tensor([[-1, -1]] * 2 + [WORDS] * 2)):
+            model(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2), torch.cat([torch.zeros_like(cond), cond]))
+    for name in LAYERS:
+        assert not maps[name][:2].any()
+        torch.testing.assert_close(maps[name][2:], pair[name], rtol=1e-5, atol=1e-7)
+
+
+def test_both_forms_make_the_same_masks():
+    model = as_velocity_model(cogvideox(rope=True))
+    maps, concept_maps = {}, {}
+    with AttnMapsCapture(model, maps), AttnMapsCapture(model, concept_maps, token_indices=WORDS):
+        model(*inputs())
+    full = get_mask(maps, WORDS, 0.31, 8, 8, HEADS, TEXT, patch_size=2)
+    concept = get_mask(concept_maps, None, 0.31, 8, 8, patch_size=2)
+    assert full["average_mask"].shape == (2, *GRID)
+    assert 0 < full["average_mask"].mean() < 1
+    assert all(torch.equal(full[name], concept[name]) for name in full)
+
+
+def gradients(erasers):
+    return [p.grad.clone() for eraser in erasers.values() for p in eraser.parameters()]
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_gradient_checkpointing_changes_nothing(backward_inside):
+    results = []
+    for checkpointing in (False, True):
+        transformer = cogvideox(rope=True)
+        erasers = attach_erasers(transformer, rank=4)
+        train_a_little(erasers)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        model, maps, outputs = as_velocity_model(transformer), {}, {}
+        with contextlib.ExitStack() as captures:
+            captures.enter_context(AttnMapsCapture(model, maps, token_indices=WORDS))
+            captures.enter_context(EraserOutputsCapture(model, erasers, outputs))
+            velocity = model(*inputs())
+            loss = velocity.square().mean() + sum(o.square().sum() for o in outputs.values())
+            kept = dict(outputs)
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        assert all(outputs[name] is kept[name] for name in LAYERS), "recomputation must not replace outputs"
+        results.append((velocity, *maps.values(), *outputs.values(), *gradients(erasers)))
+    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+    assert results[0][-1].any()
+
+
+def test_reentrant_checkpointing_is_refused():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    transformer.enable_gradient_checkpointing(
+        lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+    )
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), EraserOutputsCapture(transformer, erasers, {}):
+        as_velocity_model(transformer)(*inputs())
+
+
+def test_eraser_outputs_are_what_the_attentions_gain():
+    transformer = cogvideox(rope=True)
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    model, outputs, seen = as_velocity_model(transformer), {}, {}
+    for name in LAYERS:
+        transformer.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: out[0]})
+        )
+    with EraserOutputsCapture(model, erasers, outputs):
+        model(*inputs(seed=5))
+        model(*inputs())
+    first, with_erasers = outputs[LAYERS[0]], seen[LAYERS[0]]
+    assert first.shape == (2, VIDEO, 64)
+    with erasers_disabled(model):
+        model(*inputs())
+    torch.testing.assert_close(first, with_erasers - seen[LAYERS[0]], rtol=1e-4, atol=1e-5)
+    first.sum().backward()
+    assert erasers[LAYERS[0]].up.weight.grad.any()
+
+
+def test_only_the_given_erasers_are_captured():
+    transformer = cogvideox()
+    attach_erasers(transformer, rank=4, name="other")
+    erasers = attach_erasers(transformer, rank=4)
+    outputs = {}
+    with EraserOutputsCapture(transformer, {LAYERS[1]: erasers[LAYERS[1]]}, outputs):
+        as_velocity_model(transformer)(*inputs())
+    assert list(outputs) == LAYERS[1:]
+
+
+class NoNativeAttention:
+    """An attention processor that computes by itself, as those of attention libraries do."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        return hidden_states, encoder_hidden_states
+
+
+def test_capturing_nothing_is_an_error():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    model = as_velocity_model(transformer)
+    for capture in (AttnMapsCapture(model, {}), EraserOutputsCapture(model, erasers, {})):
+        with pytest.raises(RuntimeError, match="captured nothing.*not called"), capture:
+            pass
+        with pytest.raises(KeyError), capture:  # what went wrong first is what is told
+            raise KeyError
+    with (
+        pytest.raises(RuntimeError, match="disabled"),
+        EraserOutputsCapture(model, erasers, {}),
+        erasers_disabled(model),
+    ):
+        model(*inputs())
+    transformer.set_attn_processor(NoNativeAttention())
+    with pytest.raises(RuntimeError, match="native attention backend"), AttnMapsCapture(model, {}):
+        model(*inputs())
+
+
+def hooks_and_attributes(model):
+    return [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for name, m in model.named_modules()
+    ]
+
+
+def test_captures_leave_no_trace_even_after_an_error():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    before = hooks_and_attributes(transformer)
+    maps, outputs = AttnMapsCapture(transformer, {}), EraserOutputsCapture(transformer, erasers, {})
+    with pytest.raises(RuntimeError, match="mat1"), maps, outputs:
+        as_velocity_model(transformer)(*inputs()[:2], torch.zeros(2, TEXT, 33))
+    assert hooks_and_attributes(transformer) == before
+    assert not torch.overrides._get_current_function_mode_stack()
+    with maps, outputs, pytest.raises(RuntimeError, match="active already"):
+        as_velocity_model(transformer)(*inputs())
+        maps.__enter__()
+    assert hooks_and_attributes(transformer) == before
+
+
+@pytest.mark.parametrize("token_indices", [[], [0.5], [True], [TEXT], [-2], torch.zeros(3, 1, dtype=torch.int64)])
+def test_wrong_token_indices_are_named(token_indices):
+    transformer = cogvideox()
+    with pytest.raises(ValueError, match="token_indices"):  # noqa: SIM117
+        with AttnMapsCapture(transformer, {}, token_indices=token_indices):
+            as_velocity_model(transformer)(*inputs())
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_nothing_as_large_as_tokens_times_tokens_is_made():
+    model = as_velocity_model(cogvideox(rope=True))
+    x_t, t, cond = torch.randn(1, 3, 4, 16, 24), torch.tensor([100]), torch.randn(1, TEXT, 32)
+    tokens = 3 * 8 * 12 + TEXT
+    maps = {}
+    with torch.no_grad(), LargestTensor() as largest:
+        with AttnMapsCapture(model, maps, token_indices=WORDS):
+            model(x_t, t, cond)
+        assert maps[LAYERS[0]].shape == (1, tokens - TEXT)
+        assert largest.elements < tokens * tokens
+        softmax(*torch.zeros(2, 1, 1, tokens, 16))
+        assert largest.elements == tokens * tokens, "the meter works"
+
+
+def test_autocast_is_the_model_s_and_not_the_maps(monkeypatch):
+    model = as_velocity_model(cogvideox(rope=True))
+    maps = {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with recorded_attention(monkeypatch) as calls:
+            expected = model(*inputs())
+        with AttnMapsCapture(model, maps, token_indices=WORDS):
+            assert torch.equal(model(*inputs()), expected)
+    query, key, _ = calls[0]
+    query, key = query.bfloat16(), key.bfloat16()
+    exact, eager = (softmax(query, key, dtype=d)[:, :, TEXT:, WORDS] for d in (torch.float64, torch.bfloat16))
+    assert_close(maps[LAYERS[0]], exact.sum(-1).mean(1), eager.float().sum(-1).mean(1))
+
+
+def test_a_model_compiled_inside_the_capture():
+    transformer = cogvideox(rope=True)
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    model, results = as_velocity_model(transformer), []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        maps, outputs = {}, {}
+        with AttnMapsCapture(run, maps, token_indices=WORDS), EraserOutputsCapture(run, erasers, outputs):
+            run(*inputs())
+        results.append((*maps.values(), *outputs.values()))
+    torch._dynamo.reset()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from fastunlearn.masks import average_map, get_mask
+
+F, H, W, TEXT, HEADS = 2, 3, 4, 6, 5
+N = F * H * W
+
+
+def maps(seed=0, batch=2, layers=2):
+    generator = torch.Generator().manual_seed(seed)
+    return {f"layer{i}": torch.rand(batch, HEADS, N, TEXT, generator=generator) for i in range(layers)}
+
+
+def by_hand(attn_maps, words, thres):
+    """Sample by sample, layer by layer, in Python."""
+    average, masks = 0.0, {}
+    for name, attn_map in attn_maps.items():
+        samples = []
+        for sample, chosen in zip(attn_map.double(), words, strict=True):
+            concept = sum(sample[:, :, word].sum(0) / HEADS for word in chosen)
+            samples.append((concept - concept.min()) / (concept.max() - concept.min()))
+        normalised = torch.stack(samples)
+        average = average + normalised / len(attn_maps)
+        masks[name] = (normalised >= thres).float().view(-1, F, H, W)
+    low, high = average.amin(1, keepdim=True), average.amax(1, keepdim=True)
+    soft = ((average - low) / (high - low)).view(-1, F, H, W)
+    return masks | {"average_mask": (soft >= thres).float()}, soft
+
+
+@pytest.mark.parametrize(
+    ("word_indices", "words"),
+    [([1, 4], [[1, 4], [1, 4]]), (torch.tensor([2]), [[2], [2]]), (torch.tensor([[0, 5], [3, -1]]), [[0, 5], [3]])],
+)
+@pytest.mark.parametrize("thres", [0.25, 0.6])
+def test_masks_equal_those_by_hand(word_indices, words, thres):
+    attn_maps = maps()
+    before = {name: attn_map.clone() for name, attn_map in attn_maps.items()}
+    expected, soft = by_hand(attn_maps, words, thres)
+    masks = get_mask(attn_maps, word_indices, thres, H, W, HEADS, TEXT)
+    assert masks.keys() == expected.keys()
+    for name, mask in masks.items():
+        assert mask.dtype == torch.float32
+        assert torch.equal(mask, expected[name].float())
+    torch.testing.assert_close(average_map(attn_maps, word_indices, H, W), soft.float(), rtol=0, atol=1e-6)
+    assert all(torch.equal(attn_maps[name], before[name]) for name in attn_maps)
+
+
+def test_other_forms_of_the_same_maps_give_the_same_masks():
+    attn_maps = maps()
+    expected = get_mask(attn_maps, [1, 2], 0.5, H, W)
+    flat = {name: attn_map.flatten(0, 1) for name, attn_map in attn_maps.items()}
+    summed = {name: attn_map[..., [1, 2]].sum(-1).mean(1) for name, attn_map in attn_maps.items()}
+    for masks in (get_mask(flat, [1, 2], 0.5, H, W, head_num=HEADS), get_mask(summed, None, 0.5, H, W)):
+        assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert torch.equal(get_mask(attn_maps, [1, 2], 0.5, 2 * H, 2 * W, patch_size=2)["layer0"], expected["layer0"])
+
+
+def test_samples_do_not_influence_each_other():
+    attn_maps = maps()
+    loud = {name: attn_map * torch.tensor([1.0, 100.0])[:, None, None, None] for name, attn_map in attn_maps.items()}
+    expected, masks = get_mask(attn_maps, [1], 0.5, H, W), get_mask(loud, [1], 0.5, H, W)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+
+
+def test_the_average_mask_is_a_tensor_of_its_own():
+    masks = get_mask(maps(layers=1), [1], 0.5, H, W)
+    kept = masks["layer0"].clone()
+    assert torch.equal(masks["average_mask"], kept)
+    masks["average_mask"].zero_()
+    assert torch.equal(masks["layer0"], kept)
+
+
+def test_a_constant_map_has_an_empty_mask():
+    attn_maps = {"layer": torch.full((1, HEADS, N, TEXT), 0.1)}
+    assert not any(mask.any() for mask in get_mask(attn_maps, [1], 0.5, H, W).values())
+    assert not average_map(attn_maps, [1], H, W).any()
+
+
+def test_a_latent_size_is_met_with_the_patch_size_to_pass():
+    attn_maps = {"layer": torch.rand(1, 17550)}
+    with pytest.raises(ValueError, match=r"5400|60 x 90 tokens.*17550.*pass patch_size=2"):
+        get_mask(attn_maps, None, 0.5, 60, 90)
+    assert get_mask(attn_maps, None, 0.5, 60, 90, patch_size=2)["layer"].shape == (1, 13, 30, 45)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((None, 0.5, H, W), {}, "word_indices.*None"),
+        (([TEXT], 0.5, H, W), {}, "word_indices.*below 6"),
+        (([-2], 0.5, H, W), {}, "word_indices"),
+        (([], 0.5, H, W), {}, "word_indices.*at least one"),
+        (([0.5], 0.5, H, W), {}, "word_indices.*integer"),
+        ((torch.zeros(3, 1, dtype=torch.int64), 0.5, H, W), {}, r"word_indices.*\(2, T\)"),
+        (([1], 0.5, H, W), {"text_len": 7}, "text_len.*has 6, got 7"),
+        (([1], 0.5, H, W), {"head_num": 7}, "head_num.*has 5, got 7"),
+        (([1], 0.5, H, W), {"patch_size": 2}, "multiples of patch_size=2, got 3, 4"),
+        (([1], 0.5, 5, 5), {}, "5 x 5 tokens"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_mask(maps(), *arguments, **options)
+
+
+def test_wrong_maps_are_named():
+    with pytest.raises(ValueError, match="attn_maps"):
+        get_mask({}, [1], 0.5, H, W)
+    with pytest.raises(ValueError, match="layer.*got shape"):
+        get_mask({"layer": torch.rand(7, N, TEXT)}, [1], 0.5, H, W, head_num=5)
