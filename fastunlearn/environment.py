@@ -1,0 +1,52 @@
+"""What a bug report needs: versions, devices, and the backend of every op with the reason for it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from fastunlearn.dispatch import OPS, choose_backend
+
+PACKAGES = ("fastunlearn", "torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "safetensors")
+VARIABLES = ("FASTUNLEARN_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> list[tuple[torch.device, str]]:
+    """The CPU and every accelerator that torch sees, each with its description."""
+    found = [(torch.device("cpu"), f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        kind = f"gfx {properties.gcnArchName}" if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        found.append((torch.device("cuda", index), f"{properties.name}, {kind}, {memory}"))
+    if hasattr(torch, "xpu"):
+        found += [
+            (torch.device("xpu", index), torch.xpu.get_device_name(index)) for index in range(torch.xpu.device_count())
+        ]
+    return found
+
+
+def describe() -> str:
+    """All of it as text, one fact a line."""
+    lines = [f"python        {platform.python_version()}, {platform.platform()}"]
+    lines += [f"{package:<13} {_version(package)}" for package in PACKAGES]
+    lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    for device, description in devices():
+        lines += ["", f"{device}: {description}"]
+        for op in OPS:
+            try:
+                name, reason = choose_backend(op, device)
+            except ValueError as error:
+                name, reason = "none", str(error)
+            lines.append(f"  {op:<32} {name:<8} {reason}")
+    return "\n".join(lines)

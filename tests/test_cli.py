@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastunlearn.cli import main
+from fastunlearn.dispatch import OPS
+
+
+def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs the command, which must fail with one line on stderr and no traceback."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    code = exit_info.value.code
+    assert code not in (0, None)
+    # A string as the exit code is what Python prints to stderr before it exits with 1.
+    text = code if isinstance(code, str) else capsys.readouterr().err
+    assert len(text.strip().splitlines()) == 1
+    return text
+
+
+def test_env_names_every_op_with_a_backend_and_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["env"])
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert "cpu:" in out
+    for op in OPS:
+        (line, *_) = (line for line in out.splitlines() if line.split()[:1] == [op])
+        assert line.split()[1] == "torch"
+        assert len(line.split()) > 3
+
+
+def test_env_says_why_an_asked_for_backend_cannot_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    main(["env"])
+    out = capsys.readouterr().out
+    assert "FASTUNLEARN_BACKEND=triton" in out
+    assert "none" in out
+
+
+def test_an_unknown_concept(capsys: pytest.CaptureFixture[str]) -> None:
+    text = one_line_error(capsys, "demo", "--concept", "banana")
+    assert "banana" in text and "circle" in text
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "erase" in one_line_error(capsys, "erase")
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device nonsense" in one_line_error(capsys, "demo", "--device", "nonsense")
+
+
+def test_an_output_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    assert str(tmp_path / "taken") in one_line_error(capsys, "demo", "--output", str(tmp_path / "taken"))
+
+
+def test_a_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("fastunlearn.demo.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    text = one_line_error(capsys, "demo")
+    assert "fastunlearn[train]" in text and "diffusers" in text
