@@ -45,8 +45,8 @@ def describe() -> str:
         lines += ["", f"{device}: {description}"]
         for op in OPS:
             try:
-                name, reason = choose_backend(op, device)
+                choice: tuple[str, str] = choose_backend(op, device)
             except ValueError as error:
-                name, reason = "none", str(error)
-            lines.append(f"  {op:<32} {name:<8} {reason}")
+                choice = ("none", str(error))
+            lines.append(f"  {op:<32} {choice[0]:<8} {choice[1]}")
     return "\n".join(lines)

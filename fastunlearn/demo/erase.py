@@ -1,0 +1,152 @@
+"""Erasing a concept from the demo's model: a cache of what the frozen model says, and the training of the erasers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fastunlearn.backbones import as_velocity_model
+from fastunlearn.capture import EraserOutputsCapture
+from fastunlearn.demo.model import TextToVideo
+from fastunlearn.demo.sampling import sample
+from fastunlearn.demo.world import COLOURS, SHAPES, Noun, prompt_of
+from fastunlearn.erasers import attach_erasers
+from fastunlearn.losses import T2VUnlearningLoss
+
+RANK = 32
+STEPS = 150
+TARGETS_A_STEP, KEPT_A_STEP = 12, 12
+LEARNING_RATE = 2e-3
+ETA = 2.0  # how far beyond the concept's absence the target lies
+UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.1
+TARGET_TRAJECTORIES, KEPT_TRAJECTORIES = 36, 24
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What the frozen model said at K points of its trajectories.
+
+    x_t, v_cond, v_uncond: (K, F, 3, H, W). t: (K,). text: (K, L, D), the condition of v_cond. mask: (K, F, h, w), 1 on
+    the concept.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    text: Tensor
+    v_cond: Tensor
+    v_uncond: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x_t)
+
+    def rows(self, index: Tensor) -> Cache:
+        """The points chosen by `index`."""
+        return Cache(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @staticmethod
+    def joined(caches: Sequence[Cache]) -> Cache:
+        """All points of several caches."""
+        return Cache(*(torch.cat([getattr(cache, field.name) for cache in caches]) for field in fields(Cache)))
+
+
+def one(shape: str, draw: random.Random) -> tuple[Noun, ...]:
+    """A request for one shape in any colour."""
+    return (Noun(shape, draw.choice(list(COLOURS))),)
+
+
+def two(first: str, second: str, draw: random.Random) -> tuple[Noun, ...]:
+    """A request for two shapes, in different colours and either order."""
+    nouns = [Noun(shape, colour) for shape, colour in zip((first, second), draw.sample(list(COLOURS), 2), strict=True)]
+    draw.shuffle(nouns)
+    return tuple(nouns)
+
+
+def target_cache(model: TextToVideo, concept: str, noise: Tensor, draw: random.Random, *, leading: bool) -> Cache:
+    """Points at which the concept is asked for, on the way to it (`leading`) or to the rest of the prompt.
+
+    The erased model must turn away from the concept on both: where the frozen model would go, and where it itself will
+    go. `v_uncond` is the velocity of what is left: of the empty prompt where the concept is all that was asked for.
+    """
+    others = [shape for shape in SHAPES if shape != concept]
+    requests = [
+        one(concept, draw) if index % 3 == 0 else two(concept, others[index % 2], draw) for index in range(len(noise))
+    ]
+    asked = [prompt_of(nouns) for nouns in requests]
+    left = [prompt_of(tuple(noun for noun in nouns if noun.shape != concept)) for nouns in requests]
+    followed, other = (asked, left) if leading else (left, asked)
+    samples = sample(model, followed, noise, other=other, concept=concept)
+    text, mask = model.encode(asked), samples.masks
+    points = []
+    for step in samples.steps:
+        v_asked, v_left = (step.v_cond, step.v_other) if leading else (step.v_other, step.v_cond)
+        points.append(Cache(step.x_t, step.t, text, v_asked, v_left, mask))
+    return Cache.joined(points)
+
+
+def kept_cache(model: TextToVideo, concept: str, noise: Tensor, draw: random.Random) -> Cache:
+    """Points at which only other shapes are asked for, or nothing in particular. No mask."""
+    first, second = (shape for shape in SHAPES if shape != concept)
+    requests = [
+        two(first, second, draw) if index % 3 == 0 else one((first, second)[index % 2], draw)
+        for index in range(len(noise))
+    ]
+    prompts = [prompt_of(nouns) for nouns in requests]
+    text, empty = model.encode(prompts), model.encode([""] * len(noise))
+    samples = sample(model, prompts, noise)
+    points = []
+    for index, step in enumerate(samples.steps):
+        points.append(Cache(step.x_t, step.t, text, step.v_cond, step.v_uncond, samples.masks))
+        if index % 4 == 0:
+            points.append(Cache(step.x_t, step.t, empty, step.v_uncond, step.v_uncond, samples.masks))
+    return Cache.joined(points)
+
+
+def train_erasers(model: TextToVideo, targets: Cache, kept: Cache, seed: int) -> Iterator[dict[str, float]]:
+    """Attaches erasers and trains them with all three terms of `T2VUnlearningLoss`. Yields the losses of every step."""
+    torch.manual_seed(seed)
+    device = targets.x_t.device
+    generator = torch.Generator().manual_seed(seed)
+    erasers = attach_erasers(model.transformer, rank=RANK)
+    velocity = as_velocity_model(model.transformer)
+    loss_fn = T2VUnlearningLoss(
+        model.scheduler.alphas_cumprod,
+        UNLEARNING_WEIGHT,
+        PRESERVATION_WEIGHT,
+        LOCALIZATION_WEIGHT,
+        guidance_scale=ETA,
+        channel_dim=2,
+        normalization="background_mean",
+    )
+    optimizer = torch.optim.AdamW([p for eraser in erasers.values() for p in eraser.parameters()], lr=LEARNING_RATE)
+    outputs: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 10, 2 * (STEPS - step) / STEPS)
+        target = targets.rows(torch.randint(len(targets), (TARGETS_A_STEP,), generator=generator).to(device))
+        keep = kept.rows(torch.randint(len(kept), (KEPT_A_STEP,), generator=generator).to(device))
+        with EraserOutputsCapture(velocity, erasers, outputs):
+            loss, terms = loss_fn(
+                None,
+                velocity,
+                target.x_t,
+                target.t,
+                target.text,
+                keep.text,
+                mask=target.mask,
+                eraser_outputs=outputs,
+                v_uncond=target.v_uncond,
+                v_cond=target.v_cond,
+                v_preserve=keep.v_cond,
+                x_t_preserve=keep.x_t,
+                t_preserve=keep.t,
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+        yield {name: value.item() for name, value in terms.items() if name == "total_loss" or "weighted" in name}

@@ -1,0 +1,133 @@
+"""The demo's text-to-video model: CogVideoX, made small enough to train on a laptop.
+
+Everything is the real thing from diffusers and transformers (a CogVideoXTransformer3DModel, a T5 encoder with a
+SentencePiece tokenizer, CogVideoX's noise schedule), only with few and narrow layers. Pixels serve as latents.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from fastunlearn.demo.judge import Judge
+from fastunlearn.demo.world import COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH
+
+WEIGHTS = Path(__file__).with_name("weights.safetensors")
+TEXT_LENGTH = 8
+PATCH = 2
+TOKEN_GRID = (FRAMES, HEIGHT // PATCH, WIDTH // PATCH)
+
+
+def build_transformer() -> CogVideoXTransformer3DModel:
+    """Four layers of width 128, 288 video tokens after 8 text tokens: 1.3 M parameters."""
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=3,
+        out_channels=3,
+        time_embed_dim=64,
+        text_embed_dim=64,
+        num_layers=4,
+        sample_width=WIDTH,
+        sample_height=HEIGHT,
+        sample_frames=FRAMES,
+        patch_size=PATCH,
+        temporal_compression_ratio=1,
+        max_text_seq_length=TEXT_LENGTH,
+        spatial_interpolation_scale=1.0,
+        temporal_interpolation_scale=1.0,
+    )
+
+
+def build_tokenizer() -> T5Tokenizer:
+    """One token a word; unknown words become `<unk>`. Ends every prompt with `</s>`."""
+    words = ["and", *COLOURS, *SHAPES]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in words)]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+
+
+def build_text_encoder(vocabulary: int) -> T5EncoderModel:
+    """Two layers of width 64. CogVideoX's transformer does not know the order of its text tokens; this does."""
+    return T5EncoderModel(
+        T5Config(vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
+    )
+
+
+def build_scheduler() -> CogVideoXDDIMScheduler:
+    """CogVideoX's schedule: scaled linear, v-prediction, trailing steps, zero terminal SNR."""
+    return CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        snr_shift_scale=1.0,
+    )
+
+
+class TextToVideo(nn.Module):
+    """Transformer, text encoder, tokenizer and scheduler together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = build_tokenizer()
+        self.text_encoder = build_text_encoder(len(self.tokenizer))
+        self.transformer = build_transformer()
+        self.scheduler = build_scheduler()
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """(B, TEXT_LENGTH, 64) text embeddings. Padding is encoded too, as CogVideoX does."""
+        ids = self.tokenizer(
+            prompts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
+        device = self.text_encoder.shared.weight.device
+        return self.text_encoder(ids.to(device)).last_hidden_state
+
+    def token_indices(self, prompt: str, word: str) -> list[int]:
+        """Where `word` stands among the text tokens of `prompt`."""
+        wanted = self.tokenizer.convert_tokens_to_ids(f"▁{word}")
+        return [index for index, token in enumerate(self.tokenizer(prompt).input_ids) if token == wanted]
+
+    def velocity(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The transformer's prediction of v = sqrt(a) eps - sqrt(1 - a) x_0, (B, F, 3, H, W)."""
+        return self.transformer(x_t, text, t, return_dict=False)[0]
+
+
+def save(model: TextToVideo, judge: Judge, facts: dict[str, Any], path: Path = WEIGHTS) -> None:
+    """Writes the trained weights in float16, and the facts about their making in the file's header."""
+    from safetensors.torch import save_file
+
+    learned = _state(model) | {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()}
+    tensors = {name: tensor.half().contiguous() for name, tensor in learned.items()}
+    beside = path.with_suffix(".partial")
+    save_file(tensors, beside, metadata={"facts": json.dumps(facts)})
+    beside.replace(path)
+
+
+def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
+    """The trained model and its judge, frozen and in float32, and the facts about their making.
+
+    Raises:
+        FileNotFoundError: there are no weights at `path`.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stored:
+        facts = json.loads(stored.metadata()["facts"])
+        tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    model, judge = TextToVideo(), Judge()
+    for name, parameter in _state(model).items():
+        parameter.copy_(tensors[name])
+    judge.load_state_dict({name: tensors[f"judge.{name}"] for name in judge.state_dict()})
+    return model.eval().requires_grad_(False), judge.eval().requires_grad_(False), facts
+
+
+def _state(model: TextToVideo) -> dict[str, Tensor]:
+    """What was learned: no buffers that the constructor computes, no second name of the shared embedding."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if "embed_tokens" not in name}

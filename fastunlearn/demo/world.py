@@ -1,0 +1,134 @@
+"""The demo's synthetic world: short videos of one or two coloured shapes that move in straight lines.
+
+Every video comes with its prompt ("red circle and blue square") and with the exact region of every object, so that
+what a model generates, and where a mask falls, can be judged without a human.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {"red": (0.92, 0.26, 0.24), "green": (0.30, 0.78, 0.36), "blue": (0.26, 0.48, 0.95)}
+BACKGROUND = (0.08, 0.09, 0.13)
+
+FRAMES, HEIGHT, WIDTH = 3, 16, 24
+SMALLEST, LARGEST = 4.0, 5.0  # half the size of an object, in pixels
+MAX_OBJECTS = 2
+
+
+@dataclass(frozen=True)
+class Noun:
+    """One object of a prompt, as "red circle"."""
+
+    shape: str
+    colour: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+def prompt_of(nouns: tuple[Noun, ...]) -> str:
+    """The prompt that asks for `nouns`; the empty prompt asks for nothing in particular."""
+    return " and ".join(map(str, nouns))
+
+
+@dataclass(frozen=True)
+class Videos:
+    """A batch of rendered videos.
+
+    pixels: (B, F, 3, H, W) float32 in [-1, 1]. nouns: what each video shows, in the prompt's order.
+    coverage: (B, 2, F, H, W) in [0, 1], how much of each pixel an object covers; zero where there is no second object.
+    """
+
+    pixels: Tensor
+    nouns: list[tuple[Noun, ...]]
+    coverage: Tensor
+
+    @property
+    def prompts(self) -> list[str]:
+        """What each video would be asked for with."""
+        return [prompt_of(nouns) for nouns in self.nouns]
+
+    @property
+    def present(self) -> Tensor:
+        """(B, shapes, colours) bool: what each video shows."""
+        colours = list(COLOURS)
+        present = torch.zeros(len(self.nouns), len(SHAPES), len(colours), dtype=torch.bool)
+        for row, nouns in enumerate(self.nouns):
+            for noun in nouns:
+                present[row, SHAPES.index(noun.shape), colours.index(noun.colour)] = True
+        return present
+
+
+def palette() -> Tensor:
+    """(colours, 3) RGB in [-1, 1], in the order of COLOURS."""
+    return torch.tensor(list(COLOURS.values())) * 2 - 1
+
+
+def background() -> Tensor:
+    """(3,) RGB in [-1, 1]."""
+    return torch.tensor(BACKGROUND) * 2 - 1
+
+
+def _distance(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
+    """Signed distance in pixels to the outline of every shape, (..., shapes): negative inside."""
+    circle = torch.hypot(dx, dy) - size
+    square = torch.maximum(dx.abs(), dy.abs()) - 0.9 * size
+    # An upright triangle as high and as wide as the circle: a horizontal base and two slanted sides.
+    base = dy - size
+    sides = (2 * dx.abs() - (dy + size)) / math.sqrt(5)  # their normals are (2, -1) and (-2, -1)
+    return torch.stack([circle, square, torch.maximum(base, sides)], dim=-1)
+
+
+def sample_videos(count: int, generator: torch.Generator, *, two_objects: float = 0.6) -> Videos:
+    """Draws `count` videos; a share of `two_objects` of them shows two, of different shapes and colours."""
+
+    def uniform(low: Tensor | float, high: Tensor | float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    colours = list(COLOURS)
+    both = torch.rand(count, generator=generator) < two_objects
+    shape = torch.rand(count, len(SHAPES), generator=generator).argsort(dim=1)[:, :MAX_OBJECTS]
+    colour = torch.rand(count, len(colours), generator=generator).argsort(dim=1)[:, :MAX_OBJECTS]
+    size = uniform(SMALLEST, LARGEST, count, MAX_OBJECTS)
+
+    # Two objects share the width, each in its half; which of them is named first says nothing about the side.
+    first_left = torch.rand(count, generator=generator) < 0.5
+    left = torch.stack([first_left, ~first_left], dim=1)
+    x_low = torch.where(both[:, None] & ~left, WIDTH / 2, 0.0)
+    x_high = torch.where(both[:, None] & left, WIDTH / 2, float(WIDTH))
+    start_x = uniform(x_low + size, x_high - size, count, MAX_OBJECTS)
+    end_x = uniform(x_low + size, x_high - size, count, MAX_OBJECTS)
+    start_y = uniform(size, HEIGHT - size, count, MAX_OBJECTS)
+    end_y = uniform(size, HEIGHT - size, count, MAX_OBJECTS)
+
+    time = torch.linspace(0, 1, FRAMES)
+    x = start_x[..., None] + (end_x - start_x)[..., None] * time  # (B, 2, F)
+    y = start_y[..., None] + (end_y - start_y)[..., None] * time
+    rows = torch.arange(HEIGHT) + 0.5
+    columns = torch.arange(WIDTH) + 0.5
+    dx = (columns - x[..., None, None]).expand(-1, -1, -1, HEIGHT, -1)
+    dy = (rows[:, None] - y[..., None, None]).expand(-1, -1, -1, -1, WIDTH)
+    distance = _distance(dx, dy, size[..., None, None, None])
+    which = shape[..., None, None, None, None].expand(*distance.shape[:-1], 1)
+    coverage = (0.5 - distance.gather(-1, which).squeeze(-1)).clamp(0, 1)
+    coverage[:, 1] *= both[:, None, None, None]
+
+    pixels = background()[:, None, None].expand(count, FRAMES, 3, HEIGHT, WIDTH)
+    for index in range(MAX_OBJECTS):
+        paint = palette()[colour[:, index]][:, None, :, None, None]
+        pixels = torch.lerp(pixels, paint.expand_as(pixels), coverage[:, index, :, None].expand_as(pixels))
+
+    nouns = [
+        tuple(
+            Noun(SHAPES[shape[row, index]], colours[int(colour[row, index])])
+            for index in range(MAX_OBJECTS if both[row] else 1)
+        )
+        for row in range(count)
+    ]
+    return Videos(pixels, nouns, coverage)
