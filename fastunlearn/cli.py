@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="fastunlearn", description="Erase a concept from a text-to-video diffusion transformer.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    demo = commands.add_parser("demo", help="erase a shape from a tiny video model and see it gone, in minutes on a CPU")
+    demo = commands.add_parser("demo", help="erase a shape from a tiny video model and see it gone, on a CPU")
     demo.add_argument("--concept", choices=SHAPES, default="circle", help="what to erase (default: %(default)s)")
     demo.add_argument(
         "--output", type=Path, default=Path("fastunlearn-demo"), metavar="DIR", help="default: %(default)s"

@@ -112,7 +112,7 @@ class Interception(TorchFunctionMode):
 
 def _intercepted_further_out() -> bool:
     """Whether another capture waits for this attention: it must be called by its name then."""
-    active = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    active = torch.overrides._get_current_function_mode_stack()
     return any(isinstance(mode, Interception) for mode in active)
 
 
