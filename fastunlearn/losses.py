@@ -498,6 +498,7 @@ class T2VUnlearningLoss(nn.Module):
         v_preserve: Tensor | None = None,
         x_t_preserve: Tensor | None = None,
         t_preserve: Tensor | None = None,
+        localization_mask: Tensor | Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, LossDict]:
         """Calls the models for what is not given, and adds the terms up.
 
@@ -521,20 +522,26 @@ class T2VUnlearningLoss(nn.Module):
             v_preserve: the frozen model's velocity given `cond_preserve`, if known.
             x_t_preserve: latents of the preservation term; `x_t` if None.
             t_preserve: their timesteps; `t` if None.
+            localization_mask: the localization term's mask, or masks by layer, where it is not `mask`: with it and no
+                `mask`, the unlearning term is over the whole video and erasers are still held to the concept.
 
         Returns:
             The loss, and a dict: total_loss and {term}_loss_weighted always (0 for an absent term), and each present
             term's own entries under unlearning/, preservation/ and localization/.
 
         Raises:
-            ValueError: `eraser_outputs` without `mask`; preservation tensors without `cond_preserve`; `channel_dim` is
+            ValueError: `eraser_outputs` without a mask; preservation tensors without `cond_preserve`; `channel_dim` is
                 not the model's.
             TypeError: a model, the mask or a velocity of the wrong type.
         """
         unlearning = self.unlearning_loss
         unlearning._check_mask(mask, model_unlearned)
-        if eraser_outputs is not None and mask is None:
-            raise ValueError("mask is required with eraser_outputs: the localization term is over its background")
+        where = mask if localization_mask is None else localization_mask
+        if eraser_outputs is not None and where is None:
+            raise ValueError(
+                "mask, or localization_mask, is required with eraser_outputs: "
+                "the localization term is over its background"
+            )
         for name, given in (("v_preserve", v_preserve), ("x_t_preserve", x_t_preserve), ("t_preserve", t_preserve)):
             if given is not None and cond_preserve is None:
                 raise ValueError(f"cond_preserve is required with {name}")
@@ -560,9 +567,9 @@ class T2VUnlearningLoss(nn.Module):
         }
         entries |= _prefixed("unlearning", unlearning._entries(result, weight))
 
-        if eraser_outputs is not None and mask is not None:
+        if eraser_outputs is not None and where is not None:
             weight = _fold(self.localization_weight)
-            layers = self.localization_loss._of(eraser_outputs, mask, weight)
+            layers = self.localization_loss._of(eraser_outputs, where, weight)
             term = _weighted(layers.loss, self.localization_weight)
             total = total + term
             entries["localization_loss_weighted"] = term.detach()

@@ -497,6 +497,23 @@ def test_prediction_types(student: Table, teacher: Table, prediction_type: str, 
     assert student.velocities["kept"].grad[1].any()
 
 
+def test_localization_may_have_a_mask_of_its_own(student: Table, teacher: Table) -> None:
+    loss_fn = T2VUnlearningLoss(ALPHAS)
+    other = 1 - MASK
+    outputs = eraser_outputs(first=(2, 60, 5), second=(2, 60, 3))
+
+    def entries(**masks: Any) -> dict[str, Any]:
+        return loss_fn(teacher, student, X_T, T, "concept", uncond="empty", eraser_outputs=outputs, **masks)[1]
+
+    both, apart = entries(mask=MASK), entries(mask=MASK, localization_mask=other)
+    alone = entries(localization_mask={"first": other, "second": other})
+    term, layers = "unlearning/unlearning_loss", "localization/total_loss"
+    assert torch.equal(both[term], apart[term]) and not torch.equal(both[term], alone[term])
+    assert torch.equal(alone[layers], apart[layers]) and not torch.equal(both[layers], apart[layers])
+    assert torch.equal(alone[layers], MaskLocalizationLoss()(outputs, other)[0])
+    assert torch.equal(alone[term], entries(localization_mask=MASK)[term])
+
+
 def test_one_timestep_for_all_samples(student: Table, teacher: Table) -> None:
     loss_fn = ConceptPreservationLoss(alphas_cumprod=ALPHAS, prediction_type="epsilon")
     expected = loss_fn(teacher, student, X_T, torch.tensor([7, 7]), "kept")[0]
@@ -703,7 +720,7 @@ def test_bad_construction(make: Any, error: type[Exception], message: str) -> No
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"eraser_outputs": {}}, ValueError, "mask is required with eraser_outputs"),
+        ({"eraser_outputs": {}}, ValueError, "is required with eraser_outputs"),
         ({"mask": {"average_mask": MASK}}, TypeError, r"mask must be a tensor.*'average_mask'.* got dict"),
         ({"v_uncond": 1.0}, TypeError, "v_uncond must be a tensor, got float"),
         ({"v_cond": [X_T]}, TypeError, "v_cond must be a tensor, got list"),

@@ -17,13 +17,14 @@ from fastunlearn.demo.world import COLOURS, SHAPES, Noun, prompt_of
 from fastunlearn.erasers import attach_erasers
 from fastunlearn.losses import T2VUnlearningLoss
 
-RANK = 32
+RANK = 64
 STEPS = 150
 TARGETS_A_STEP, KEPT_A_STEP = 12, 12
-LEARNING_RATE = 2e-3
-ETA = 2.0  # how far beyond the concept's absence the target lies
+MATRICES_LEARNING_RATE = 3e-2  # with Muon: half the steps that AdamW needs to the same loss
+BIASES_LEARNING_RATE = 1e-2
+ETA = 0.5  # how far beyond the concept's absence the target lies
 UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.1
-TARGET_TRAJECTORIES, KEPT_TRAJECTORIES = 36, 24
+TARGET_TRAJECTORIES, KEPT_TRAJECTORIES = 36, 36
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def kept_cache(model: TextToVideo, concept: str, noise: Tensor, draw: random.Ran
     """Points at which only other shapes are asked for, or nothing in particular. No mask."""
     first, second = (shape for shape in SHAPES if shape != concept)
     requests = [
-        two(first, second, draw) if index % 3 == 0 else one((first, second)[index % 2], draw)
+        two(first, second, draw) if index % 2 == 0 else one((first, second)[index // 2 % 2], draw)
         for index in range(len(noise))
     ]
     prompts = [prompt_of(nouns) for nouns in requests]
@@ -104,6 +105,11 @@ def kept_cache(model: TextToVideo, concept: str, noise: Tensor, draw: random.Ran
         if index % 4 == 0:
             points.append(Cache(step.x_t, step.t, empty, step.v_uncond, step.v_uncond, samples.masks))
     return Cache.joined(points)
+
+
+def learning_rate_factor(step: int) -> float:
+    """Trapezoid: a short rise to 1, a plateau, a straight fall to zero over the second half."""
+    return min(1.0, (step + 1) / 10, 2 * (STEPS - step) / STEPS)
 
 
 def train_erasers(model: TextToVideo, targets: Cache, kept: Cache, seed: int) -> Iterator[dict[str, float]]:
@@ -122,11 +128,19 @@ def train_erasers(model: TextToVideo, targets: Cache, kept: Cache, seed: int) ->
         channel_dim=2,
         normalization="background_mean",
     )
-    optimizer = torch.optim.AdamW([p for eraser in erasers.values() for p in eraser.parameters()], lr=LEARNING_RATE)
+    parameters = [parameter for eraser in erasers.values() for parameter in eraser.parameters()]
+    optimizers = [
+        torch.optim.Muon(
+            [parameter for parameter in parameters if parameter.ndim == 2],
+            lr=MATRICES_LEARNING_RATE,
+            weight_decay=0.0,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW([parameter for parameter in parameters if parameter.ndim == 1], lr=BIASES_LEARNING_RATE),
+    ]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor) for optimizer in optimizers]
     outputs: dict[str, Tensor] = {}
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 10, 2 * (STEPS - step) / STEPS)
+    for _ in range(STEPS):
         target = targets.rows(torch.randint(len(targets), (TARGETS_A_STEP,), generator=generator).to(device))
         keep = kept.rows(torch.randint(len(kept), (KEPT_A_STEP,), generator=generator).to(device))
         with EraserOutputsCapture(velocity, erasers, outputs):
@@ -137,7 +151,7 @@ def train_erasers(model: TextToVideo, targets: Cache, kept: Cache, seed: int) ->
                 target.t,
                 target.text,
                 keep.text,
-                mask=target.mask,
+                localization_mask=target.mask,
                 eraser_outputs=outputs,
                 v_uncond=target.v_uncond,
                 v_cond=target.v_cond,
@@ -145,8 +159,10 @@ def train_erasers(model: TextToVideo, targets: Cache, kept: Cache, seed: int) ->
                 x_t_preserve=keep.x_t,
                 t_preserve=keep.t,
             )
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
         yield {name: value.item() for name, value in terms.items() if name == "total_loss" or "weighted" in name}

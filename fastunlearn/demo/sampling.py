@@ -14,7 +14,7 @@ from fastunlearn.demo.model import PATCH, TOKEN_GRID, TextToVideo, build_schedul
 from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH
 from fastunlearn.masks import get_mask
 
-GUIDANCE = 4.0
+GUIDANCE = 2.5
 STEPS = 12
 MASK_THRESHOLD = 0.4
 

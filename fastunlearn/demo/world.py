@@ -18,6 +18,7 @@ BACKGROUND = (0.08, 0.09, 0.13)
 
 FRAMES, HEIGHT, WIDTH = 3, 16, 24
 SMALLEST, LARGEST = 4.0, 5.0  # half the size of an object, in pixels
+FRAME_HOLE = 0.5  # the hole of a square, as a share of its size
 MAX_OBJECTS = 2
 
 
@@ -76,10 +77,14 @@ def background() -> Tensor:
 
 
 def _distance(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
-    """Signed distance in pixels to the outline of every shape, (..., shapes): negative inside."""
+    """Signed distance in pixels to the outline of every shape, (..., shapes): negative inside.
+
+    A disc, the frame of a square and an upright triangle: so few pixels tell them apart best when they differ in their
+    middles too.
+    """
     circle = torch.hypot(dx, dy) - size
-    square = torch.maximum(dx.abs(), dy.abs()) - 0.9 * size
-    # An upright triangle as high and as wide as the circle: a horizontal base and two slanted sides.
+    chebyshev = torch.maximum(dx.abs(), dy.abs())
+    square = torch.maximum(chebyshev - size, FRAME_HOLE * size - chebyshev)
     base = dy - size
     sides = (2 * dx.abs() - (dy + size)) / math.sqrt(5)  # their normals are (2, -1) and (-2, -1)
     return torch.stack([circle, square, torch.maximum(base, sides)], dim=-1)
