@@ -38,6 +38,18 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) ->
         raise ValueError(f"{name} must have shape {tuple(shape)}, {meaning}; got {tuple(value.shape)}")
 
 
+def integer_tensor(name: str, value: object) -> Tensor:
+    """A tensor of integers, or nested sequences of them as one."""
+    if not isinstance(value, Tensor):
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be integers, or rows of them of one length; got {value!r}") from error
+        value = tensor if tensor.numel() else tensor.long()
+    check_tensor(name, value, INTEGER)
+    return value
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
@@ -79,7 +91,7 @@ def velocity_arguments(
     check_number("weight", weight)
     if mask is not None:
         check_tensor("mask", mask, MASK, like=prediction)
-        if not isinstance(channel_dim, int) or not 1 <= channel_dim < prediction.dim():
+        if isinstance(channel_dim, bool) or not isinstance(channel_dim, int) or not 1 <= channel_dim < prediction.dim():
             raise ValueError(f"channel_dim must be from 1 to {prediction.dim() - 1}, got {channel_dim!r}")
         mask = drop_channel(mask.detach(), prediction.shape, channel_dim)
     if sample_weight is not None:
@@ -128,9 +140,7 @@ def layer_mask(mask: Tensor, output: Tensor, layer: object) -> Tensor:
 
 def token_index_rows(token_indices: Tensor | Sequence[int], batch: int, keys: int) -> Tensor:
     """As (B, T) int64, the values checked where that waits for no device."""
-    if not isinstance(token_indices, Tensor):
-        token_indices = torch.tensor(token_indices, dtype=torch.int64)
-    check_tensor("token_indices", token_indices, INTEGER)
+    token_indices = integer_tensor("token_indices", token_indices)
     if token_indices.dim() not in (1, 2) or (token_indices.dim() == 2 and token_indices.shape[0] != batch):
         raise ValueError(f"token_indices must be (T,) or ({batch}, T), got {tuple(token_indices.shape)}")
     indices = token_indices.long().expand(batch, -1)

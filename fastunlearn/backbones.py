@@ -185,11 +185,14 @@ class VelocityModel(nn.Module):
             The velocity, shaped like x_t.
 
         Raises:
-            TypeError: `cond` is not a tensor. There is no unconditional call: pass the empty prompt's embeddings.
+            TypeError: `x_t` or `cond` is not a tensor. There is no unconditional call: pass the empty prompt's
+                embeddings.
             ValueError: a shape does not fit.
         """
         if not isinstance(cond, Tensor):
             raise TypeError(f"cond: expected text embeddings (B, L, D), got {type(cond).__name__}")
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"x_t: expected noisy latents, got {type(x_t).__name__}")
         batch = x_t.shape[0]
         if x_t.dim() != 5:
             raise ValueError(f"x_t: expected five dimensions, got shape {tuple(x_t.shape)}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.arguments import token_index_rows
+from fastunlearn.arguments import integer_tensor, token_index_rows
 from fastunlearn.backbones import attentions, find_transformer
 from fastunlearn.functional import concept_attention
 from fastunlearn.interception import Attention, Interception
@@ -64,6 +64,11 @@ class _Capture:
             raise RuntimeError(f"{type(self).__name__} captured nothing: {self._why_nothing()}")
 
 
+def _check_mapping(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a mapping such as a dict, got {type(value).__name__}")
+
+
 class EraserOutputsCapture(_Capture):
     """Fills `eraser_outputs` with what each eraser adds to its attention, for the localization loss.
 
@@ -80,7 +85,7 @@ class EraserOutputsCapture(_Capture):
         eraser_outputs: the mapping to fill.
 
     Raises:
-        TypeError: the model is of no supported family.
+        TypeError: the model is of no supported family, or `erasers` or `eraser_outputs` is no mapping.
         RuntimeError: at the end, if nothing was captured; in the forward pass, if checkpointing is reentrant, which
             cuts captured outputs off their gradients.
     """
@@ -89,6 +94,11 @@ class EraserOutputsCapture(_Capture):
         self, model: nn.Module, erasers: Mapping[str, nn.Module], eraser_outputs: MutableMapping[str, Tensor]
     ) -> None:
         super().__init__(model)
+        _check_mapping("eraser_outputs", eraser_outputs, MutableMapping)
+        _check_mapping("erasers", erasers, Mapping)
+        for name, eraser in erasers.items():
+            if not isinstance(eraser, nn.Module):
+                raise TypeError(f"erasers[{name!r}]: expected a torch.nn.Module, got {type(eraser).__name__}")
         self._erasers = erasers
         self._outputs = eraser_outputs
 
@@ -140,9 +150,8 @@ class AttnMapsCapture(_Capture):
             doubled batch, and the unconditional rows can be all -1.
 
     Raises:
-        TypeError: the model is of no supported family.
-        ValueError: `token_indices` is empty or not of integers; in the forward pass, if it does not fit the batch or
-            the text.
+        TypeError: the model is of no supported family, `attn_maps` is no mapping, or `token_indices` not of integers.
+        ValueError: `token_indices` is empty; in the forward pass, if it does not fit the batch or the text.
         RuntimeError: at the end, if nothing was captured.
     """
 
@@ -154,13 +163,14 @@ class AttnMapsCapture(_Capture):
         token_indices: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(model)
+        _check_mapping("attn_maps", attn_maps, MutableMapping)
         self._maps = attn_maps
         self._calls: dict[str, int] = {}
         self._tokens: Tensor | None = None
         if token_indices is not None:
-            self._tokens = torch.as_tensor(token_indices)
-            if self._tokens.is_floating_point() or self._tokens.dtype is torch.bool or not self._tokens.numel():
-                raise ValueError(f"token_indices: expected at least one integer position, got {token_indices}")
+            self._tokens = integer_tensor("token_indices", token_indices)
+            if not self._tokens.numel():
+                raise ValueError(f"token_indices: expected at least one position, got {token_indices}")
 
     def _listen(self, undo: ExitStack) -> None:
         self._calls.clear()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -58,8 +59,8 @@ def write(folder: str | os.PathLike[str], states: States, facts: Mapping[str, An
     config |= {"weights": file, "sha256": digest}
     _replace(folder / file, weights)
     _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    for stale in folder.glob("erasers-????????????.safetensors*"):
-        if stale.name != file:
+    for stale in folder.iterdir():
+        if re.fullmatch(r"erasers-[0-9a-f]{12}\.safetensors(\.partial)?", stale.name) and stale.name != file:
             stale.unlink()
 
 
@@ -95,7 +96,11 @@ def _read_own(folder: Path) -> StoredErasers:
     weights = _existing(file).read_bytes()
     if hashlib.sha256(weights).hexdigest() != config.get("sha256"):
         raise ValueError(f"{file}: does not have the checksum that {CONFIG} tells; it is incomplete or was changed")
-    flat = _safetensors().load(weights)
+    load = _safetensors().load
+    try:
+        flat = load(weights)
+    except Exception as error:  # a checksum proves that the file is whole, not that its author meant well
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
     states = {
         str(layer): {key: flat.pop(f"{layer}.{key}") for key in PARAMETERS if f"{layer}.{key}" in flat}
         for layer in layers
@@ -136,7 +141,7 @@ def _rank(path: Path, rank: object) -> int:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")

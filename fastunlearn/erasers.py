@@ -191,7 +191,8 @@ def detach_erasers(model: nn.Module, name: str | None = None) -> None:
     if stacks and not _stacks(layers):
         base: Any = transformer
         trainable = set(base._trainable_before_erasers)
-        del base._trainable_before_erasers, base.save_pretrained
+        del base._trainable_before_erasers
+        vars(base).pop("save_pretrained", None)  # gone already where somebody lifted the guard by hand
         for parameter_name, parameter in transformer.named_parameters():
             if parameter_name in trainable:
                 parameter.requires_grad_(True)
@@ -237,11 +238,13 @@ def save_erasers(
         concept: what they erase, for the record.
 
     Raises:
-        TypeError: the model is of no supported family.
+        TypeError: the model is of no supported family, or `concept` is no string.
         ValueError: no erasers are called `name`, or a parameter is not finite.
         FileExistsError: the folder holds the config.json of something else.
         ImportError: safetensors is not installed.
     """
+    if concept is not None and not isinstance(concept, str):
+        raise TypeError(f"concept: expected a string or None, got {type(concept).__name__}")
     transformer, backbone = find_transformer(model)
     erasers = _attached(transformer, backbone, name)
     if not erasers:
@@ -296,17 +299,26 @@ def load_erasers(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 
 
 def _restored(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> AdapterEraser:
-    with torch.device("meta"):  # no memory, and no random numbers, for weights about to be replaced
-        eraser = AdapterEraser(dim, rank)
-    expected = {key: tuple(parameter.shape) for key, parameter in eraser.state_dict().items()}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not _is_plain(value):
+            kind = f"{value.dtype}, {value.layout} on {value.device}" + ", nested" * value.is_nested
+            raise ValueError(f"{layer}: expected {key} to be a dense floating-point tensor, got {kind}")
+    # Not asked of an eraser: `rank` is only what a file says, and none of its size may be made before it fits.
+    expected = {"down.weight": (rank, dim), "down.bias": (rank,), "up.weight": (dim, rank), "up.bias": (dim,)}
     got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in state.items()}
     if got != expected:
         raise ValueError(f"{layer}: expected parameters {expected}, got {got}")
-    if not all(value.is_floating_point() for value in state.values()):
-        raise ValueError(f"{layer}: expected floating-point parameters")
-    _check_finite(layer, state)
-    eraser.load_state_dict({key: value.to(torch.float32, copy=True) for key, value in state.items()}, assign=True)
+    weights = {key: value.to(torch.float32, copy=True) for key, value in state.items()}
+    _check_finite(layer, weights)
+    with torch.device("meta"):  # no memory, and no random numbers, for weights about to be replaced
+        eraser = AdapterEraser(dim, rank)
+    eraser.load_state_dict(weights, assign=True)
     return eraser
+
+
+def _is_plain(value: Tensor) -> bool:
+    dense = value.layout is torch.strided and not value.is_nested and value.device.type == "cpu"
+    return dense and value.is_floating_point()
 
 
 def _check_finite(layer: str, state: Mapping[str, Tensor]) -> None:

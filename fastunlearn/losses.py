@@ -135,7 +135,11 @@ class _VelocityErrorLoss(nn.Module):
         if self.alphas_cumprod is not None and self.prediction_type != "v_prediction":
             # Moved once, not at every step: a copy to the device waits for it.
             self.alphas_cumprod = self.alphas_cumprod.to(prediction.device)
-            t = torch.as_tensor(t, device=prediction.device).expand(prediction.shape[0])
+            batch = prediction.shape[0]
+            t = torch.as_tensor(t)
+            if t.dim() > 1 or t.numel() not in (1, batch):
+                raise ValueError(f"t must be one timestep or ({batch},), got shape {tuple(t.shape)}")
+            t = t.to(prediction.device).expand(batch)
             sample_weight = velocity_error_weight(self.alphas_cumprod, t, self.prediction_type, self.loss_type)
         return {
             "mask": mask,
@@ -385,6 +389,7 @@ class MaskLocalizationLoss(nn.Module):
         Returns:
             The loss, and a dict with total_loss, num_layers and {eraser_name}/loss. An empty mapping gives 0.
         """
+        _check_eraser_outputs(eraser_outputs)
         if self.reduction == "none":
             losses = [self._of({name: output}, mask).loss for name, output in eraser_outputs.items()]
             loss = torch.stack(losses) if losses else self._of({}, mask).per_layer
@@ -537,11 +542,13 @@ class T2VUnlearningLoss(nn.Module):
         unlearning = self.unlearning_loss
         unlearning._check_mask(mask, model_unlearned)
         where = mask if localization_mask is None else localization_mask
-        if eraser_outputs is not None and where is None:
-            raise ValueError(
-                "mask, or localization_mask, is required with eraser_outputs: "
-                "the localization term is over its background"
-            )
+        if eraser_outputs is not None:
+            _check_eraser_outputs(eraser_outputs)
+            if where is None:
+                raise ValueError(
+                    "mask, or localization_mask, is required with eraser_outputs: "
+                    "the localization term is over its background"
+                )
         for name, given in (("v_preserve", v_preserve), ("x_t_preserve", x_t_preserve), ("t_preserve", t_preserve)):
             if given is not None and cond_preserve is None:
                 raise ValueError(f"cond_preserve is required with {name}")
@@ -590,6 +597,13 @@ class T2VUnlearningLoss(nn.Module):
             entries |= _prefixed("preservation", self.preservation_loss._entries(result, weight))
 
         return total, {"total_loss": total.detach()} | entries
+
+
+def _check_eraser_outputs(eraser_outputs: object) -> None:
+    if not isinstance(eraser_outputs, Mapping):  # the names of a sequence's entries in the dict would be its tensors
+        raise TypeError(
+            f"eraser_outputs must be a mapping of outputs by eraser name, got {type(eraser_outputs).__name__}"
+        )
 
 
 def _prefixed(term: str, entries: LossDict) -> LossDict:

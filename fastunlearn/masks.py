@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from fastunlearn.arguments import check_tensor, integer_tensor
 
 WordIndices = Sequence[int] | Tensor | None
 _HEAD_NUM, _TEXT_LEN = 30, 226  # CogVideoX-2B's, the defaults of the original signature
@@ -46,9 +49,12 @@ def get_mask(
         normalises to zeros.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: the size does not divide the tokens (a fitting `patch_size` is suggested), an index is out of range,
-            or `head_num` or `text_len` is neither the default nor what the map has.
+            layers differ in batch or tokens, or `head_num` or `text_len` is neither the default nor what the map has.
     """
+    if not isinstance(thres, Real) or not 0 <= thres <= 1:
+        raise ValueError(f"thres: expected a number from 0 to 1, got {thres!r}")
     maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size)
     masks = {name: (concept >= thres).float() for name, concept in maps.items()}
     masks["average_mask"] = (_average(maps) >= thres).float()
@@ -79,8 +85,13 @@ def _concept_maps(
     patch_size: int,
 ) -> dict[str, Tensor]:
     """Every layer's normalised map, (B, F, h, w)."""
+    if not isinstance(attn_maps, Mapping):
+        raise TypeError(f"attn_maps: expected a mapping of a tensor a layer, got {type(attn_maps).__name__}")
     if not attn_maps:
         raise ValueError("attn_maps: expected at least one layer's map, got none")
+    for argument, value in (("height", height), ("width", width), ("patch_size", patch_size)):
+        if not isinstance(value, Integral):
+            raise TypeError(f"{argument}: expected an integer, got {value!r}")
     if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
         raise ValueError(
             f"height, width: expected positive multiples of patch_size={patch_size}, got {height}, {width}"
@@ -88,6 +99,7 @@ def _concept_maps(
     grid = (height // patch_size, width // patch_size)
     maps = {}
     for name, attn_map in attn_maps.items():
+        check_tensor(f"attn_maps[{name!r}]", attn_map)
         concept = attn_map if attn_map.dim() == 2 else _words(name, attn_map, word_indices, head_num, text_len)
         tokens = concept.shape[1]
         if tokens == 0 or tokens % (grid[0] * grid[1]):
@@ -95,14 +107,16 @@ def _concept_maps(
                 f"height, width: {grid[0]} x {grid[1]} tokens a frame do not divide the {tokens} tokens of {name!r}"
                 + _patch_size_hint(tokens, height, width)
             )
-        maps[name] = _normalise(concept.detach().float().reshape(concept.shape[0], -1, *grid))
+        frames = tokens // (grid[0] * grid[1])
+        maps[name] = _normalise(concept.detach().float().reshape(concept.shape[0], frames, *grid))
+    shapes = {name: tuple(concept.shape) for name, concept in maps.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"attn_maps: expected maps of one batch and one number of tokens, got (B, F, h, w) {shapes}")
     return maps
 
 
 def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int, text_len: int) -> Tensor:
     """(B, heads, N, text_len) or (B * heads, N, text_len) to (B, N): summed over the words, averaged over heads."""
-    if word_indices is None:
-        raise ValueError("word_indices: expected the concept's positions in the text, got None")
     if attn_map.dim() == 3 and head_num > 0 and attn_map.shape[0] % head_num == 0:
         attn_map = attn_map.reshape(-1, head_num, *attn_map.shape[1:])
     if attn_map.dim() != 4:
@@ -110,6 +124,8 @@ def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int
             f"attn_maps[{name!r}]: expected (B, heads, N, text_len), ({head_num} * B, N, text_len) or (B, N), "
             f"got shape {tuple(attn_map.shape)}"
         )
+    if word_indices is None:
+        raise ValueError("word_indices: expected the concept's positions in the text, got None")
     batch, heads, tokens, length = attn_map.shape
     for argument, given, default, actual in (
         ("head_num", head_num, _HEAD_NUM, heads),
@@ -117,9 +133,9 @@ def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int
     ):
         if given not in (default, actual):
             raise ValueError(f"{argument}: the map of {name!r} has {actual}, got {given}")
-    words = torch.as_tensor(word_indices, device=attn_map.device)
-    if words.dtype in (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64) or not words.numel():
-        raise ValueError(f"word_indices: expected at least one integer position, got {word_indices}")
+    words = integer_tensor("word_indices", word_indices).to(attn_map.device)
+    if not words.numel():
+        raise ValueError(f"word_indices: expected at least one position, got {word_indices}")
     if words.dim() not in (1, 2) or (words.dim() == 2 and words.shape[0] not in (1, batch)):
         raise ValueError(f"word_indices: expected (T,) or ({batch}, T), got shape {tuple(words.shape)}")
     if words.min() < -1 or words.max() >= length:

@@ -102,6 +102,14 @@ def concept_attention(
     lse: Tensor | None,
 ) -> Tensor:
     """Softmax probability of the chosen keys, averaged over heads, summed over `token_indices` (B, T), -1 for none."""
+    # A compiler would unroll the loop over blocks, and need minutes for a hundred of them.
+    compute = _opaque_concept_attention if torch.compiler.is_compiling() else _concept_attention
+    return compute(query, key, token_indices, float(scale), key_mask, lse)
+
+
+def _concept_attention(
+    query: Tensor, key: Tensor, token_indices: Tensor, scale: float, key_mask: Tensor | None, lse: Tensor | None
+) -> Tensor:
     batch, heads, queries, channels = query.shape
     keys, tokens = key.shape[2], token_indices.shape[1]
     dtype = _compute_dtype(query, key, lse)
@@ -128,6 +136,19 @@ def concept_attention(
         p = p.masked_fill(~is_chosen[samples, None, None], 0)
         probability[samples, rows] += p.sum((1, 3))
     return (probability / heads).float()
+
+
+_opaque_concept_attention = torch.library.custom_op(
+    "fastunlearn::reference_concept_attention",
+    _concept_attention,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor token_indices, float scale, Tensor? key_mask, Tensor? lse) -> Tensor",
+)
+
+
+@_opaque_concept_attention.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], dtype=torch.float32)
 
 
 class _NegativelyGuidedVelocity(torch.autograd.Function):

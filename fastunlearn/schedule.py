@@ -11,13 +11,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastunlearn.arguments import INTEGER, check_tensor
+
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("v_prediction", "epsilon", "sample")
 
 
 def _alpha_sigma(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(a) and sqrt(1 - a) for every sample, shaped to broadcast over `like`."""
-    a = alphas_cumprod.to(device=like.device, dtype=torch.float64)[t.to(like.device)]
+    check_tensor("alphas_cumprod", alphas_cumprod)
+    check_tensor("t", t, INTEGER)
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():  # looking at another device would wait for it
+        outside = t[(t < 0) | (t >= len(alphas_cumprod))]
+        if outside.numel():
+            raise ValueError(f"t must be from 0 to {len(alphas_cumprod) - 1}, got {outside[0].item()}")
+    a = alphas_cumprod.to(device=like.device, dtype=torch.float64)[t.to(like.device, torch.int64)]
     shape = (-1,) + (1,) * (like.dim() - 1)
     return a.sqrt().reshape(shape), (1 - a).sqrt().reshape(shape)
 
@@ -59,7 +67,9 @@ def velocity_error_weight(
         (B,) float32 on t's device, 0 where the factor would be infinite; None for "v_prediction", which needs none.
 
     Raises:
-        ValueError: an unknown prediction or loss type, or `t` that is not (B,).
+        TypeError: `t` is not of integers, or `alphas_cumprod` no tensor.
+        ValueError: an unknown prediction or loss type, `t` that is not (B,), or a timestep out of range (looked at on
+            the CPU only).
     """
     if prediction_type not in (*PREDICTION_TYPES, "x0"):
         raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES} or 'x0', got {prediction_type!r}")

@@ -27,7 +27,7 @@ def drop_channel(mask: Tensor, shape: Sequence[int], channel_dim: int, name: str
     wanted = list(shape[:channel_dim]) + list(shape[channel_dim + 1 :])
     if mask.dim() == len(shape) and mask.shape[channel_dim] == 1:
         mask = mask.squeeze(channel_dim)
-    if mask.dim() != len(wanted) or mask.shape[0] not in (1, shape[0]) or (0 in mask.shape[1:] and 0 not in wanted):
+    if mask.dim() != len(wanted) or mask.shape[0] not in (1, shape[0]) or _reads_nothing(mask.shape, wanted):
         raise ValueError(
             f"{name} must be (B or 1, *spatial) or have size 1 at dim {channel_dim}, for a tensor of shape "
             f"{tuple(shape)}, for example {tuple(wanted)}; got {tuple(mask.shape)}"
@@ -35,10 +35,16 @@ def drop_channel(mask: Tensor, shape: Sequence[int], channel_dim: int, name: str
     return mask
 
 
+def _reads_nothing(have: Sequence[int], wanted: Sequence[int]) -> bool:
+    return any(have_size == 0 != size for have_size, size in zip(have[1:], wanted[1:], strict=True))
+
+
 def read_nearest(mask: Tensor, spatial: Sequence[int]) -> Tensor:
     """The mask (B or 1, *any) read at the resolution `spatial`, as `F.interpolate(mode="nearest")` reads it."""
     for dim, size in enumerate(spatial, start=1):
-        if mask.shape[dim] != size:
+        if size == 0:
+            mask = mask.narrow(dim, 0, 0)
+        elif mask.shape[dim] != size:
             # Interpolating the positions themselves gives exactly the positions that `interpolate` reads.
             positions = torch.arange(mask.shape[dim], device=mask.device, dtype=torch.float32)
             nearest = F.interpolate(positions[None, None], size=size, mode="nearest")[0, 0]

@@ -88,6 +88,8 @@ def test_wrong_input_is_named():
     x_t, t, cond = inputs()
     with pytest.raises(TypeError, match="cond.*NoneType"):
         velocity(x_t, t, None)
+    with pytest.raises(TypeError, match="x_t.*list"):
+        velocity([x_t], t, cond)
     with pytest.raises(ValueError, match=r"x_t.*\(3, 4, 8, 8\)"):
         velocity(x_t[0], t, cond)
     with pytest.raises(ValueError, match=r"cond.*\(3, 16, 32\)"):

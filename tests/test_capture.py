@@ -298,10 +298,12 @@ def test_captures_leave_no_trace_even_after_an_error():
     assert hooks_and_attributes(transformer) == before
 
 
-@pytest.mark.parametrize("token_indices", [[], [0.5], [True], [TEXT], [-2], torch.zeros(3, 1, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "token_indices", [[], [0.5], [True], [TEXT], [-2], [[1], [1, 2]], "ab", torch.zeros(3, 1).int()]
+)
 def test_wrong_token_indices_are_named(token_indices):
     transformer = cogvideox()
-    with pytest.raises(ValueError, match="token_indices"):  # noqa: SIM117
+    with pytest.raises((TypeError, ValueError), match="token_indices"):  # noqa: SIM117
         with AttnMapsCapture(transformer, {}, token_indices=token_indices):
             as_velocity_model(transformer)(*inputs())
 
@@ -358,3 +360,16 @@ def test_a_model_compiled_inside_the_capture():
     torch._dynamo.reset()
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_mappings_are_named():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    for make, name in (
+        (lambda: AttnMapsCapture(transformer, None), "attn_maps.*NoneType"),
+        (lambda: EraserOutputsCapture(transformer, erasers, []), "eraser_outputs.*list"),
+        (lambda: EraserOutputsCapture(transformer, list(erasers.values()), {}), "erasers.*list"),
+        (lambda: EraserOutputsCapture(transformer, {"layer": 1}, {}), r"erasers\['layer'\].*int"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            make()

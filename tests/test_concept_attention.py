@@ -148,3 +148,26 @@ def test_compiled_without_graph_breaks() -> None:
     lse = log_denominator(query, key)
     expected = concept_attention(query, key, indices, lse=lse)
     torch.testing.assert_close(compiled(query, key, indices, lse=lse), expected)
+
+
+def test_compiling_takes_the_loop_over_blocks_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 64)
+    query, key, indices = torch.randn(1, 2, 40, 4), torch.randn(1, 2, 16, 4), torch.tensor([[1, -1]])
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(len(graph.graph.nodes))
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(concept_attention, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(query, key, indices), concept_attention(query, key, indices))
+    assert max(graphs) < 20
+    arguments = (query, key, indices, 0.5, torch.rand(1, 16) > 0.3, torch.randn(1, 2, 40))
+    torch.library.opcheck(reference._opaque_concept_attention, arguments)
+
+
+@pytest.mark.parametrize("token_indices", [[0.5], [True], "ab", None, [[1, 2], [1]]])
+def test_positions_that_are_no_integers(token_indices: object) -> None:
+    with pytest.raises(TypeError, match="token_indices"):
+        concept_attention(torch.randn(2, 1, 3, 4), torch.randn(2, 1, 5, 4), token_indices)

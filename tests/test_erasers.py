@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import io
 import json
 import os
@@ -154,6 +155,10 @@ def test_detaching_restores_the_model():
     assert same(before, fingerprint(model))
     assert torch.equal(run(model), expected)
     train_a_little(attach_erasers(model, rank=4, name="a"))
+    detach_erasers(model)
+    assert same(before, fingerprint(model))
+    attach_erasers(model, rank=4)
+    del model.save_pretrained  # whoever lifts the guard can still detach
     detach_erasers(model)
     assert same(before, fingerprint(model))
 
@@ -315,6 +320,13 @@ def test_saving_refuses_what_would_do_harm(trained, tmp_path):
     cogvideox().save_pretrained(tmp_path / "transformer")
     with pytest.raises(FileExistsError, match="config.json belongs to something else"):
         save_erasers(model, tmp_path / "transformer")
+    with pytest.raises(TypeError, match="concept.*int"):
+        save_erasers(model, tmp_path / "new", concept=3)
+    assert not (tmp_path / "new").exists()
+    mine = folder / "erasers-0123456789ab.safetensors.bak"
+    mine.touch()
+    save_erasers(model, folder)
+    assert mine.exists()
     model.get_submodule(f"{LAYERS[1]}.erasers.default").up.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"blocks\.1.*up\.bias.*NaN"):
         save_erasers(model, folder)
@@ -357,6 +369,12 @@ def cut(path, keep=0.5):
     path.write_bytes(content[: int(len(content) * keep)])
 
 
+def sign(folder, content):
+    """Any content, with a checksum that is right for it."""
+    weights_of(folder).write_bytes(content)
+    set_config(sha256=hashlib.sha256(content).hexdigest())(folder)
+
+
 NATIVE_DAMAGE = {
     "no folder": (lambda f: os.rename(f, f.with_name("gone")), FileNotFoundError, "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json"),
@@ -380,6 +398,14 @@ NATIVE_DAMAGE = {
     ),
     "no bias": (set_weights(lambda s: s[LAYERS[1]].pop("up.bias")), ValueError, r"blocks\.1.*expected.*up\.bias"),
     "nan": (set_weights(lambda s: s[LAYERS[1]]["up.bias"].fill_(torch.nan)), ValueError, r"blocks\.1.*up\.bias"),
+    "broken weights": (lambda f: sign(f, b"garbage" * 20), ValueError, "erasers-.*safetensors: not a readable"),
+    "deep config": (lambda f: (f / "config.json").write_text("[" * 200_000), ValueError, "config.json: not valid JSON"),
+    "huge rank": (set_config(rank=10**30), ValueError, r"blocks\.0.*expected.*got.*\(4, 64\)"),
+    "infinity": (
+        set_weights(lambda s: s[LAYERS[1]].update({"up.bias": torch.full((64,), 1e300, dtype=torch.float64)})),
+        ValueError,
+        r"blocks\.1.*up\.bias.*infinity",
+    ),
     "integers": (
         set_weights(lambda s: s[LAYERS[1]].update({"up.bias": torch.zeros(64, dtype=torch.int64)})),
         ValueError,
@@ -433,3 +459,37 @@ def test_damaged_upstream_folders_are_named(trained, tmp_path, monkeypatch, weig
         load_erasers(model, folder)
     assert same(before, fingerprint(model))
     assert not (tmp_path / "hostile-pickle-was-run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors)")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to("meta"),
+        lambda x: x.to(torch.complex64),
+        lambda x: torch.nested.nested_tensor([torch.zeros(4)] * 64),
+    ],
+    ids=["sparse", "csr", "meta", "complex", "nested"],
+)
+def test_upstream_tensors_of_another_kind_are_named(trained, tmp_path, change):
+    states = upstream(tmp_path / "upstream", trained[0])
+    state = dict(states[f"{LAYERS[1]}.adapter"])
+    state["up.weight"] = change(state["up.weight"])
+    torch.save(states | {f"{LAYERS[1]}.adapter": state}, tmp_path / "upstream" / "eraser_weights.pt")
+    model = cogvideox(rope=True)
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"blocks\.1.*up\.weight.*dense floating-point|not a readable"):
+        load_erasers(model, tmp_path / "upstream")
+    assert same(before, fingerprint(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_narrow_weights_are_read_as_float32(trained, dtype):
+    _, folder, _ = trained
+    set_weights(lambda s: s[LAYERS[0]].update({"up.bias": torch.ones(64).to(dtype)}))(folder)
+    model = cogvideox(rope=True)
+    bias = load_erasers(model, folder)[LAYERS[0]].up.bias
+    assert bias.dtype == torch.float32
+    assert (bias == 1).all()

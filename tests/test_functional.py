@@ -132,6 +132,7 @@ def attention(query: Tensor = Q, key: Tensor = Q, indices: Any = (0,), **options
             "guidance_scale must be a number, got Tensor",
         ),
         (lambda: negatively_guided_velocity(V, V[0]), ValueError, "cond must have shape"),
+        (velocity(mask=MASK, channel_dim=True), ValueError, "channel_dim must be from 1 to 3, got True"),
         (velocity(loss_type="huber"), ValueError, "loss_type must be one of 'l2', 'l1'; got 'huber'"),
         (velocity(reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
         (velocity(mask_normalization="sum"), ValueError, "mask_normalization must be one of 'all', 'mask'"),

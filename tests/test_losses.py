@@ -721,6 +721,7 @@ def test_bad_construction(make: Any, error: type[Exception], message: str) -> No
     ("options", "error", "message"),
     [
         ({"eraser_outputs": {}}, ValueError, "is required with eraser_outputs"),
+        ({"mask": MASK, "eraser_outputs": [X_T]}, TypeError, "eraser_outputs must be a mapping .* got list"),
         ({"mask": {"average_mask": MASK}}, TypeError, r"mask must be a tensor.*'average_mask'.* got dict"),
         ({"v_uncond": 1.0}, TypeError, "v_uncond must be a tensor, got float"),
         ({"v_cond": [X_T]}, TypeError, "v_cond must be a tensor, got list"),
@@ -737,6 +738,25 @@ def test_bad_calls_reach_no_model(
         T2VUnlearningLoss(ALPHAS)(teacher, student, X_T, T, "concept", uncond="empty", **options)
     assert not student.calls
     assert not teacher.calls
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_outputs_without_names_are_refused(reduction: str) -> None:
+    with pytest.raises(TypeError, match="eraser_outputs must be a mapping .* got list"):
+        MaskLocalizationLoss(reduction=reduction)([torch.ones(2, 60, 5)], MASK)
+
+
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        (T.float(), TypeError, "t must have one of the dtypes.*float32"),
+        (T + 1, ValueError, "t must be from 0 to 10, got 11"),
+        (torch.tensor([1, 2, 3]), ValueError, r"t must be one timestep or \(2,\), got shape \(3,\)"),
+    ],
+)
+def test_bad_timesteps(student: Table, teacher: Table, t: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        T2VUnlearningLoss(ALPHAS, prediction_type="epsilon")(teacher, student, X_T, t, "concept", uncond="empty")
 
 
 def test_bad_models(student: Table, teacher: Table) -> None:

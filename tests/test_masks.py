@@ -91,7 +91,12 @@ def test_a_latent_size_is_met_with_the_patch_size_to_pass():
         (([TEXT], 0.5, H, W), {}, "word_indices.*below 6"),
         (([-2], 0.5, H, W), {}, "word_indices"),
         (([], 0.5, H, W), {}, "word_indices.*at least one"),
-        (([0.5], 0.5, H, W), {}, "word_indices.*integer"),
+        (([0.5], 0.5, H, W), {}, "word_indices.*int64.*float32"),
+        (("ab", 0.5, H, W), {}, "word_indices.*'ab'"),
+        (([1], None, H, W), {}, "thres.*None"),
+        (([1], 1.5, H, W), {}, "thres.*1.5"),
+        (([1], 0.5, 3.0, W), {}, "height.*3.0"),
+        (([1], 0.5, H, W), {"patch_size": 1.0}, "patch_size.*1.0"),
         ((torch.zeros(3, 1, dtype=torch.int64), 0.5, H, W), {}, r"word_indices.*\(2, T\)"),
         (([1], 0.5, H, W), {"text_len": 7}, "text_len.*has 6, got 7"),
         (([1], 0.5, H, W), {"head_num": 7}, "head_num.*has 5, got 7"),
@@ -100,7 +105,7 @@ def test_a_latent_size_is_met_with_the_patch_size_to_pass():
     ],
 )
 def test_wrong_arguments_are_named(arguments, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         get_mask(maps(), *arguments, **options)
 
 
@@ -109,3 +114,15 @@ def test_wrong_maps_are_named():
         get_mask({}, [1], 0.5, H, W)
     with pytest.raises(ValueError, match="layer.*got shape"):
         get_mask({"layer": torch.rand(7, N, TEXT)}, [1], 0.5, H, W, head_num=5)
+    with pytest.raises(ValueError, match="layer.*got shape"):
+        get_mask({"layer": torch.rand(N)}, None, 0.5, H, W)
+    with pytest.raises(TypeError, match="attn_maps.*list"):
+        get_mask([torch.rand(1, N)], None, 0.5, H, W)
+    with pytest.raises(TypeError, match=r"attn_maps\['layer'\].*list"):
+        get_mask({"layer": [0.5] * N}, None, 0.5, H, W)
+    with pytest.raises(ValueError, match="attn_maps.*one batch"):
+        get_mask({"a": torch.rand(1, N), "b": torch.rand(2, N)}, None, 0.5, H, W)
+
+
+def test_an_empty_batch_has_empty_masks():
+    assert get_mask({"layer": torch.rand(0, N)}, None, 0.5, H, W)["average_mask"].shape == (0, N // (H * W), H, W)

@@ -54,3 +54,16 @@ def test_bad_input() -> None:
         velocity_error_weight(ALPHAS, T, "epsilon", "huber")
     with pytest.raises(ValueError, match=r"t must be \(B,\).*got shape \(\)"):
         velocity_error_weight(ALPHAS, T[0], "epsilon", "l2")
+    with pytest.raises(TypeError, match="t must have one of the dtypes.*float32"):
+        velocity_error_weight(ALPHAS, T.float(), "epsilon", "l2")
+    with pytest.raises(ValueError, match="t must be from 0 to 10, got 11"):
+        velocity_error_weight(ALPHAS, T + 1, "epsilon", "l2")
+    with pytest.raises(ValueError, match="t must be from 0 to 10, got -1"):
+        add_noise(torch.ones(4), torch.ones(4), ALPHAS, T - 1)
+    with pytest.raises(TypeError, match="alphas_cumprod must be a tensor, got list"):
+        velocity_target(torch.ones(4), torch.ones(4), [1.0], T)
+
+
+def test_timesteps_of_any_integer_dtype() -> None:
+    expected = velocity_error_weight(ALPHAS, T, "sample", "l2")
+    assert torch.equal(velocity_error_weight(ALPHAS, T.to(torch.uint8), "sample", "l2"), expected)

@@ -39,3 +39,10 @@ def test_equal_sizes_copy_nothing() -> None:
 def test_channel_of_size_one_is_dropped_where_it_is() -> None:
     assert drop_channel(torch.rand(2, 3, 1, 4, 5), (2, 3, 8, 4, 5), 2).shape == (2, 3, 4, 5)
     assert drop_channel(torch.rand(1, 3, 4, 5), (2, 8, 3, 4, 5), 1).shape == (1, 3, 4, 5)
+
+
+def test_sizes_of_zero() -> None:
+    assert drop_channel(torch.rand(2, 5, 7), (2, 3, 0, 7), 1).shape == (2, 5, 7)
+    assert read_nearest(torch.rand(2, 5, 7), (0, 7)).shape == (2, 0, 7)
+    with pytest.raises(ValueError, match=r"got \(2, 0, 7\)"):
+        drop_channel(torch.rand(2, 0, 7), (2, 3, 5, 0), 1)

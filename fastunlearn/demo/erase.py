@@ -19,11 +19,12 @@ from fastunlearn.losses import T2VUnlearningLoss
 
 RANK = 64
 STEPS = 150
-TARGETS_A_STEP, KEPT_A_STEP = 12, 12
+TARGETS_A_STEP, KEPT_A_STEP = 16, 8
+TURNING_STEPS = 8  # of sampling; what is not turned by then is there to stay
 MATRICES_LEARNING_RATE = 3e-2  # with Muon: half the steps that AdamW needs to the same loss
 BIASES_LEARNING_RATE = 1e-2
-ETA = 0.5  # how far beyond the concept's absence the target lies
-UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.1
+ETA = 1.0  # how far beyond the concept's absence the target lies
+UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.02
 TARGET_TRAJECTORIES, KEPT_TRAJECTORIES = 36, 36
 
 
@@ -83,7 +84,7 @@ def target_cache(model: TextToVideo, concept: str, noise: Tensor, draw: random.R
     samples = sample(model, followed, noise, other=other, concept=concept)
     text, mask = model.encode(asked), samples.masks
     points = []
-    for step in samples.steps:
+    for step in samples.steps[:TURNING_STEPS]:
         v_asked, v_left = (step.v_cond, step.v_other) if leading else (step.v_other, step.v_cond)
         points.append(Cache(step.x_t, step.t, text, v_asked, v_left, mask))
     return Cache.joined(points)
