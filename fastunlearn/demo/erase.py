@@ -18,14 +18,16 @@ from fastunlearn.erasers import attach_erasers
 from fastunlearn.losses import T2VUnlearningLoss
 
 RANK = 64
-STEPS = 150
-TARGETS_A_STEP, KEPT_A_STEP = 16, 8
-TURNING_STEPS = 8  # of sampling; what is not turned by then is there to stay
+STEPS = 200
+TARGETS_A_STEP, KEPT_A_STEP = 20, 4
+LEADING_STEPS = 6  # of sampling towards the concept, at which the erased model still can turn away
 MATRICES_LEARNING_RATE = 3e-2  # with Muon: half the steps that AdamW needs to the same loss
 BIASES_LEARNING_RATE = 1e-2
-ETA = 1.0  # how far beyond the concept's absence the target lies
-UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.02
-TARGET_TRAJECTORIES, KEPT_TRAJECTORIES = 36, 36
+# How far beyond what stands for the concept the target lies. Beside another shape most of the way leads to its place.
+ETA_ALONE, ETA_BESIDE = 1.0, 0.1
+UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.003
+ALONE_TRAJECTORIES, BESIDE_TRAJECTORIES, KEPT_TRAJECTORIES = 12, 40, 32
+LEADING_TRAJECTORIES = 8  # for either kind of target, besides
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,30 @@ def two(first: str, second: str, draw: random.Random) -> tuple[Noun, ...]:
     return tuple(nouns)
 
 
-def target_cache(model: TextToVideo, concept: str, noise: Tensor, draw: random.Random, *, leading: bool) -> Cache:
-    """Points at which the concept is asked for, on the way to it (`leading`) or to the rest of the prompt.
+def target_cache(
+    model: TextToVideo, concept: str, noise: Tensor, draw: random.Random, *, alone: bool, leading: bool
+) -> Cache:
+    """Points at which the concept is asked for, `alone` or beside another shape.
 
-    The erased model must turn away from the concept on both: where the frozen model would go, and where it itself will
-    go. `v_uncond` is the velocity of what is left: of the empty prompt where the concept is all that was asked for.
+    They lie on the way to the concept (`leading`) or to what stands for it: the erased model must turn away both where
+    the frozen model would go and where it itself will go. What stands for the concept, and gives `v_uncond`, is the
+    rest of the prompt. Where nothing is left it is any other shape: half of all videos show the concept, so that the
+    empty prompt would bring it back.
     """
     others = [shape for shape in SHAPES if shape != concept]
-    requests = [
-        one(concept, draw) if index % 3 == 0 else two(concept, others[index % 2], draw) for index in range(len(noise))
-    ]
-    asked = [prompt_of(nouns) for nouns in requests]
-    left = [prompt_of(tuple(noun for noun in nouns if noun.shape != concept)) for nouns in requests]
-    followed, other = (asked, left) if leading else (left, asked)
+    asked, instead = [], []
+    for index in range(len(noise)):
+        nouns = one(concept, draw) if alone else two(concept, others[index % 2], draw)
+        rest = tuple(noun for noun in nouns if noun.shape != concept)
+        asked.append(prompt_of(nouns))
+        instead.append(prompt_of(rest or one(others[index % 2], draw)))
+    followed, other = (asked, instead) if leading else (instead, asked)
     samples = sample(model, followed, noise, other=other, concept=concept)
     text, mask = model.encode(asked), samples.masks
     points = []
-    for step in samples.steps[:TURNING_STEPS]:
-        v_asked, v_left = (step.v_cond, step.v_other) if leading else (step.v_other, step.v_cond)
-        points.append(Cache(step.x_t, step.t, text, v_asked, v_left, mask))
+    for step in samples.steps[: LEADING_STEPS if leading else None]:
+        v_asked, v_instead = (step.v_cond, step.v_other) if leading else (step.v_other, step.v_cond)
+        points.append(Cache(step.x_t, step.t, text, v_asked, v_instead, mask))
     return Cache.joined(points)
 
 
@@ -113,21 +120,26 @@ def learning_rate_factor(step: int) -> float:
     return min(1.0, (step + 1) / 10, 2 * (STEPS - step) / STEPS)
 
 
-def train_erasers(model: TextToVideo, targets: Cache, kept: Cache, seed: int) -> Iterator[dict[str, float]]:
+def train_erasers(
+    model: TextToVideo, alone: Cache, beside: Cache, kept: Cache, seed: int
+) -> Iterator[dict[str, float]]:
     """Attaches erasers and trains them with all three terms of `T2VUnlearningLoss`. Yields the losses of every step."""
     torch.manual_seed(seed)
-    device = targets.x_t.device
+    device = kept.x_t.device
     generator = torch.Generator().manual_seed(seed)
     erasers = attach_erasers(model.transformer, rank=RANK)
     velocity = as_velocity_model(model.transformer)
-    loss_fn = T2VUnlearningLoss(
-        model.scheduler.alphas_cumprod,
-        UNLEARNING_WEIGHT,
-        PRESERVATION_WEIGHT,
-        LOCALIZATION_WEIGHT,
-        guidance_scale=ETA,
-        channel_dim=2,
-        normalization="background_mean",
+    loss_alone, loss_beside = (
+        T2VUnlearningLoss(
+            model.scheduler.alphas_cumprod,
+            UNLEARNING_WEIGHT,
+            PRESERVATION_WEIGHT,
+            LOCALIZATION_WEIGHT,
+            guidance_scale=eta,
+            channel_dim=2,
+            normalization="background_mean",
+        )
+        for eta in (ETA_ALONE, ETA_BESIDE)
     )
     parameters = [parameter for eraser in erasers.values() for parameter in eraser.parameters()]
     optimizers = [
@@ -141,7 +153,8 @@ def train_erasers(model: TextToVideo, targets: Cache, kept: Cache, seed: int) ->
     ]
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor) for optimizer in optimizers]
     outputs: dict[str, Tensor] = {}
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        loss_fn, targets = (loss_alone, alone) if step % 4 == 0 else (loss_beside, beside)
         target = targets.rows(torch.randint(len(targets), (TARGETS_A_STEP,), generator=generator).to(device))
         keep = kept.rows(torch.randint(len(kept), (KEPT_A_STEP,), generator=generator).to(device))
         with EraserOutputsCapture(velocity, erasers, outputs):

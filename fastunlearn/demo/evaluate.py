@@ -63,12 +63,15 @@ def appearances(
     return report
 
 
-def mask_overlap(masks: Tensor, videos: Tensor, asked: Sequence[Request], concept: str) -> float:
-    """Mean IoU of the masks, (B, F, h, w), with the object that has the colour asked for, on the token grid."""
-    colours = torch.tensor(
-        [list(COLOURS).index(noun.colour) for nouns in asked for noun in nouns if noun.shape == concept]
-    )
-    maps = colour_maps(videos)[torch.arange(len(videos)), :, colours.to(videos.device)]
+@torch.no_grad()
+def mask_overlap(judge: Judge, masks: Tensor, videos: Tensor, concept: str) -> float:
+    """Mean IoU of the masks, (B, F, h, w), with the object that the judge takes for the concept, on the token grid.
+
+    The object is what has the colour in which the judge sees the concept: the one that was asked for, or, where the
+    model mixed two objects' colours up, the other's.
+    """
+    colours = judge(videos)[:, SHAPES.index(concept)].argmax(dim=1)
+    maps = colour_maps(videos)[torch.arange(len(videos)), :, colours]
     objects = F.avg_pool2d(maps, PATCH) >= 0.5
     inside = masks.bool()
     common, either = (inside & objects).flatten(1).sum(1), (inside | objects).flatten(1).sum(1)

@@ -94,10 +94,6 @@ class TextToVideo(nn.Module):
         wanted = self.tokenizer.convert_tokens_to_ids(f"▁{word}")
         return [index for index, token in enumerate(self.tokenizer(prompt).input_ids) if token == wanted]
 
-    def phrase_indices(self, prompt: str, shape: str) -> list[int]:
-        """Where the words that name the object of this shape stand: its colour and itself. Empty if there is none."""
-        return [index for noun in self.token_indices(prompt, shape) for index in (noun - 1, noun)]
-
     def velocity(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The transformer's prediction of v = sqrt(a) eps - sqrt(1 - a) x_0, (B, F, 3, H, W)."""
         return self.transformer(x_t, text, t, return_dict=False)[0]

@@ -65,7 +65,7 @@ def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: s
             if image is None:
                 axes.text(0.5, 0.5, "not asked for", ha="center", va="center", color="0.6", transform=axes.transAxes)
             else:
-                axes.imshow(image, interpolation="nearest")
+                axes.imshow(image.numpy(), interpolation="nearest")
             if index == 0:
                 axes.set_title(title, fontsize=12)
             if column == 0:
@@ -76,9 +76,10 @@ def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: s
     for name, (label, colour) in TERMS.items():
         values = torch.tensor([step[name] for step in history])
         smooth = values.unfold(0, min(SMOOTHED_OVER, len(values)), 1).mean(1)
-        axes.plot(values, color=colour, alpha=0.2, linewidth=1)
-        axes.plot(range(len(values) - len(smooth), len(values)), smooth, color=colour, linewidth=2, label=label)
+        axes.plot(values.numpy(), color=colour, alpha=0.2, linewidth=1)
+        axes.plot(range(len(values) - len(smooth), len(values)), smooth.numpy(), color=colour, linewidth=2, label=label)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-4)
     axes.set_xlabel("training step")
     axes.set_title("weighted loss terms", fontsize=12)
     axes.grid(alpha=0.2)

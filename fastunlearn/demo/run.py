@@ -67,13 +67,15 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
         return starting_noise(count, seed * 100 + part).to(place)
 
     took("load")
-    half = erase.TARGET_TRAJECTORIES // 2
-    with tqdm(total=3, desc="1/4 caching what the frozen model says", unit="batch") as bar:
-        caches = []
-        for part, leading in enumerate((True, False)):
-            caches.append(erase.target_cache(model, concept, noise(half, part), draw, leading=leading))
-            bar.update()
-        targets = erase.Cache.joined(caches)
+    with tqdm(total=5, desc="1/4 caching what the frozen model says", unit="batch") as bar:
+        targets: list[erase.Cache] = []
+        for alone, following in ((True, erase.ALONE_TRAJECTORIES), (False, erase.BESIDE_TRAJECTORIES)):
+            caches = []
+            for leading, count in ((True, erase.LEADING_TRAJECTORIES), (False, following)):
+                batch = noise(count, 10 + bar.n)
+                caches.append(erase.target_cache(model, concept, batch, draw, alone=alone, leading=leading))
+                bar.update()
+            targets.append(erase.Cache.joined(caches))
         kept = erase.kept_cache(model, concept, noise(erase.KEPT_TRAJECTORIES, 2), draw)
         bar.update()
     took("cache")
@@ -93,7 +95,7 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
 
     with tqdm(total=erase.STEPS, desc="3/4 training erasers", unit="step") as bar:
         history = []
-        for losses in erase.train_erasers(model, targets, kept, seed):
+        for losses in erase.train_erasers(model, targets[0], targets[1], kept, seed):
             history.append(losses)
             bar.set_postfix(loss=f"{losses['total_loss']:.4f}", refresh=False)
             bar.update()
@@ -106,7 +108,7 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
             videos.append(sample(model, some, noises).videos)
             bar.update()
     after = torch.cat(videos)
-    alone = [prompt for prompt, nouns in zip(prompts, asking, strict=False) if len(nouns) == 1]
+    alone_prompts = [prompt for prompt, nouns in zip(prompts, asking, strict=False) if len(nouns) == 1]
     report: dict[str, Any] = {
         "concept": concept,
         "seed": seed,
@@ -115,8 +117,8 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
             "before": evaluate.appearances(judge, before, requests, concept),
             "after": evaluate.appearances(judge, after, requests, concept),
         },
-        "mask_iou": evaluate.mask_overlap(on_asking.masks, on_asking.videos, asking, concept),
-        "erasure_coefficient": evaluate.erasure_coefficient(model, alone, on_asking.steps),
+        "mask_iou": evaluate.mask_overlap(judge, on_asking.masks, on_asking.videos, concept),
+        "erasure_coefficient": evaluate.erasure_coefficient(model, alone_prompts, on_asking.steps),
         "preserved_drift": evaluate.drift(model, keeping_prompts, on_keeping.steps),
         "videos": len(requests),
         "judge_accuracy": facts["judge_accuracy"],

@@ -16,9 +16,8 @@ from fastunlearn.masks import get_mask
 
 GUIDANCE = 2.5
 STEPS = 12
-MASK_THRESHOLD = 0.4
-# The blocks whose attention to an object's words lights up where the object is; in the others it does around it.
-MASK_LAYERS = ("transformer_blocks.0.attn1", "transformer_blocks.3.attn1")
+MASK_THRESHOLD = 0.45
+MASK_LAYER = "transformer_blocks.0.attn1"  # attends to a word where its object is; the later ones also around it
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,11 @@ def sample(
             steps.append(step)
             if concept is not None and len(steps) == STEPS // 2:
                 said = [*[""] * len(prompts), *prompts, *other]
-                words = torch.tensor([model.phrase_indices(prompt, concept) or [-1, -1] for prompt in said])
+                words = torch.tensor([model.token_indices(prompt, concept) or [-1] for prompt in said])
                 stack.enter_context(AttnMapsCapture(model.transformer, maps, token_indices=words))
     if concept is None:
         return Samples(steps[-1].x_next, steps, torch.zeros(len(noise), *TOKEN_GRID, device=noise.device))
     # Rows without the word are zero.
-    concept_maps = {layer: maps[layer].unflatten(0, (-1, len(prompts))).sum(0) for layer in MASK_LAYERS}
-    masks = get_mask(concept_maps, None, MASK_THRESHOLD, HEIGHT, WIDTH, patch_size=PATCH)["average_mask"]
+    concept_map = maps[MASK_LAYER].unflatten(0, (-1, len(prompts))).sum(0)
+    masks = get_mask({MASK_LAYER: concept_map}, None, MASK_THRESHOLD, HEIGHT, WIDTH, patch_size=PATCH)[MASK_LAYER]
     return Samples(steps[-1].x_next, steps, masks)
