@@ -18,7 +18,7 @@ from fastunlearn.erasers import attach_erasers
 from fastunlearn.losses import T2VUnlearningLoss
 
 RANK = 64
-STEPS = 200
+STEPS = 180
 TARGETS_A_STEP, KEPT_A_STEP = 20, 4
 LEADING_STEPS = 6  # of sampling towards the concept, at which the erased model still can turn away
 MATRICES_LEARNING_RATE = 3e-2  # with Muon: half the steps that AdamW needs to the same loss
@@ -26,7 +26,7 @@ BIASES_LEARNING_RATE = 1e-2
 # How far beyond what stands for the concept the target lies. Beside another shape most of the way leads to its place.
 ETA_ALONE, ETA_BESIDE = 1.0, 0.1
 UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.003
-ALONE_TRAJECTORIES, BESIDE_TRAJECTORIES, KEPT_TRAJECTORIES = 12, 40, 32
+ALONE_TRAJECTORIES, BESIDE_TRAJECTORIES, KEPT_TRAJECTORIES = 12, 40, 24
 LEADING_TRAJECTORIES = 8  # for either kind of target, besides
 
 
