@@ -535,12 +535,14 @@ class T2VUnlearningLoss(nn.Module):
             term's own entries under unlearning/, preservation/ and localization/.
 
         Raises:
-            ValueError: `eraser_outputs` without a mask; preservation tensors without `cond_preserve`; `channel_dim` is
-                not the model's.
+            ValueError: `eraser_outputs` without a mask, or `localization_mask` without them; preservation tensors
+                without `cond_preserve`; `channel_dim` is not the model's.
             TypeError: a model, the mask or a velocity of the wrong type.
         """
         unlearning = self.unlearning_loss
         unlearning._check_mask(mask, model_unlearned)
+        if localization_mask is not None and eraser_outputs is None:
+            raise ValueError("eraser_outputs is required with localization_mask")
         where = mask if localization_mask is None else localization_mask
         if eraser_outputs is not None:
             _check_eraser_outputs(eraser_outputs)

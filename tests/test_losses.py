@@ -721,6 +721,7 @@ def test_bad_construction(make: Any, error: type[Exception], message: str) -> No
     ("options", "error", "message"),
     [
         ({"eraser_outputs": {}}, ValueError, "is required with eraser_outputs"),
+        ({"localization_mask": torch.ones(2, 3, 4, 5)}, ValueError, "eraser_outputs is required"),
         ({"mask": MASK, "eraser_outputs": [X_T]}, TypeError, "eraser_outputs must be a mapping .* got list"),
         ({"mask": {"average_mask": MASK}}, TypeError, r"mask must be a tensor.*'average_mask'.* got dict"),
         ({"v_uncond": 1.0}, TypeError, "v_uncond must be a tensor, got float"),

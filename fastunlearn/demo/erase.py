@@ -18,7 +18,7 @@ from fastunlearn.erasers import attach_erasers
 from fastunlearn.losses import T2VUnlearningLoss
 
 RANK = 64
-STEPS = 180
+STEPS = 240
 TARGETS_A_STEP, KEPT_A_STEP = 20, 4
 LEADING_STEPS = 6  # of sampling towards the concept, at which the erased model still can turn away
 MATRICES_LEARNING_RATE = 3e-2  # with Muon: half the steps that AdamW needs to the same loss
