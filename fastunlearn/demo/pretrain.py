@@ -2,9 +2,9 @@
 
     python -m fastunlearn.demo.pretrain [--steps N] [--minutes M] [--seed N] [--output FILE] [--compile]
 
-Took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it goes on
-from its last checkpoint, which lies beside the output. Every step draws its data and noise from a generator of its own,
-seeded by the run's seed and the step, so that a resumed run sees what an unbroken one would have seen.
+Took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
+goes on from its last checkpoint, which lies beside the output. Every step draws its data and noise from a generator of
+its own, seeded by the run's seed and the step, so that a resumed run sees what an unbroken one would have seen.
 """
 
 from __future__ import annotations
