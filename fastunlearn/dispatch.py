@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
@@ -21,8 +23,12 @@ OPS = (
     "localization_loss",
     "concept_attention",
 )
-# Operation name -> its Triton implementation, which takes the same arguments as the one in `reference`.
-KERNELS: dict[str, Callable[..., Any]] = {}
+# Operation -> the module of its Triton implementation, which takes the same arguments as the one in `reference`. Modules
+# are imported at the first use: Triton may be absent.
+KERNELS = {
+    "negatively_guided_velocity_loss": "fastunlearn.kernels.velocity",
+    "velocity_loss": "fastunlearn.kernels.velocity",
+}
 
 
 class BackendChoice(NamedTuple):
@@ -39,7 +45,8 @@ def choose_backend(op: str, device: torch.device, backend: str | None = None) ->
         op: one of `OPS`.
         device: where the tensors are.
         backend: "torch", "compile", "triton", or None: the environment variable FASTUNLEARN_BACKEND if set, else
-            "triton" where the operation has a kernel for the device, else "torch".
+            "triton" where the operation has a kernel for the device, else "torch". The variable says what to use where
+            there is a choice: an operation without a kernel runs on "torch" whatever it says.
 
     Raises:
         ValueError: unknown operation or backend, or a backend that cannot run it.
@@ -52,6 +59,8 @@ def choose_backend(op: str, device: torch.device, backend: str | None = None) ->
     obstacle = _triton_obstacle(op, device)
     if backend is not None:
         check_choice(name, backend, ("torch", "compile", "triton"))
+        if name == "FASTUNLEARN_BACKEND" and backend == "triton" and op not in KERNELS:
+            return BackendChoice("torch", f"no Triton kernel exists for {op} yet")
         if backend == "triton" and obstacle is not None:
             raise ValueError(f"{name} must be 'torch', 'compile' or None here, got 'triton': {obstacle}")
         return BackendChoice(cast(Backend, backend), reason + backend)
@@ -66,6 +75,8 @@ def _triton_obstacle(op: str, device: torch.device) -> str | None:
     """Why `op` cannot run on Triton, or None where it can."""
     if op not in KERNELS:
         return f"no Triton kernel exists for {op} yet"
+    if not _has_triton():
+        return "Triton is not installed"
     # ROCm's device type is "cuda" too. Triton's interpreter runs kernels on CPU tensors.
     if device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
@@ -76,10 +87,20 @@ def implementation(op: str, device: torch.device, backend: str | None) -> Callab
     """The function that computes `op` on the chosen backend, with the arguments of the one in `reference`."""
     name = choose_backend(op, device, backend).name
     if name == "triton":
-        return KERNELS[op]
+        return _kernel(op)
     if name == "compile" and not torch.compiler.is_compiling():
         return _compiled(op)
     return getattr(reference, op)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _kernel(op: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(KERNELS[op]), op)
 
 
 @functools.cache
