@@ -23,11 +23,12 @@ OPS = (
     "localization_loss",
     "concept_attention",
 )
-# Operation -> the module of its Triton implementation, which takes the same arguments as the one in `reference`. Modules
-# are imported at the first use: Triton may be absent.
+# Operation -> the module of its Triton implementation, which takes the same arguments as the one in `reference`. It is
+# imported at the first use: Triton may be absent.
 KERNELS = {
     "negatively_guided_velocity_loss": "fastunlearn.kernels.velocity",
     "velocity_loss": "fastunlearn.kernels.velocity",
+    "localization_loss": "fastunlearn.kernels.localization",
 }
 
 

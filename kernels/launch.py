@@ -19,9 +19,10 @@ from torch import Tensor
 # Two or more 16-byte loads of every input for each of 128 threads, and few enough registers for full occupancy.
 WARPS = 4
 BLOCK_ELEMENTS = 2048
-# One program adds up the partial sums of all tiles, in a fixed order: the same bits every time, without atomics.
+# Past this many tiles a program takes several: waves enough to fill any GPU evenly, and few enough partial sums that
+# one program adds them up, in a fixed order: the same bits every time, without atomics.
+MAX_PROGRAMS = 4096
 FINISH_BLOCK = 2048
-FINISH_WARPS = 8
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def tile_start(tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """`x` as DTYPE; float64 to a half precision goes by way of float32, the only way for which hardware is sure to exist."""
+    """`x` as DTYPE. No hardware rounds float64 to bfloat16: half precisions go by way of float32."""
     if DTYPE.primitive_bitwidth == 16:
         return x.to(tl.float32).to(DTYPE)
     return x.to(DTYPE)
@@ -67,12 +68,12 @@ def weight_offsets(offsets, strides, SIZES: tl.constexpr, WEIGHT_SIZES: tl.const
 
 
 @triton.jit
-def finish_sum(partial_ptr, tiles, BLOCK: tl.constexpr):
-    """The sum of the (tiles,) at `partial_ptr`, in a fixed order."""
+def finish_sum(partial_ptr, programs, BLOCK: tl.constexpr):
+    """The sum of the (programs,) at `partial_ptr`, in a fixed order."""
     sums = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for first in range(0, tiles, BLOCK):
-        tile = first + tl.arange(0, BLOCK)
-        sums += tl.load(partial_ptr + tile, tile < tiles, 0)
+    for first in range(0, programs, BLOCK):
+        program = first + tl.arange(0, BLOCK)
+        sums += tl.load(partial_ptr + program, program < programs, 0)
     return tl.sum(sums)
 
 
@@ -87,6 +88,9 @@ class Weights(NamedTuple):
     SIZES: tuple[int, ...]
     WEIGHT_SIZES: tuple[int, ...]
     NARROW: bool
+
+
+NO_WEIGHTS = Weights((0,), (1,), (0,), True)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -170,6 +174,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def block_elements(dtype: torch.dtype) -> int:
     """Elements a program, for arithmetic in `dtype`: a float64 takes two registers."""
     return BLOCK_ELEMENTS // 2 if dtype == torch.float64 else BLOCK_ELEMENTS
+
+
+def programs_for(elements: int, block: int, most: int = MAX_PROGRAMS) -> int:
+    """How many programs share the elements."""
+    return min(triton.cdiv(elements, block), most)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

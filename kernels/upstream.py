@@ -8,7 +8,7 @@ read and one write. A gradient of 0 stays 0, whatever multiplies it: its weight 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn.kernels.launch import WARPS, Weights, block_elements, on_device, rounded, tile_start, weight_offsets
-
-# Enough programs to fill any GPU; at a factor of 1 each of them ends at once.
-MAX_PROGRAMS = 2048
+from fastunlearn.kernels.launch import (
+    NO_WEIGHTS,
+    WARPS,
+    Weights,
+    block_elements,
+    on_device,
+    programs_for,
+    rounded,
+    tile_start,
+    weight_offsets,
+)
 
 
 @triton.jit
@@ -97,11 +104,10 @@ def scale_gradients(
             upstream = torch.empty_like(gradients[0], dtype=upstream.dtype).copy_(upstream)
     elif upstream.dim() > 0:
         upstream = upstream[(0,) * upstream.dim()]  # one value, expanded: the gradient of a sum or a mean
-    if weights is None:
-        weights = Weights((0,), (1,), (0,), True)
+    weights = weights or NO_WEIGHTS
     block = block_elements(upstream.dtype)
     with on_device(upstream):
-        scale_gradients_kernel[(min(triton.cdiv(elements, block), MAX_PROGRAMS),)](
+        scale_gradients_kernel[(programs_for(elements, block),)](
             tuple(results),
             tuple(gradients),
             upstream,
@@ -135,11 +141,14 @@ def anchor(x: Tensor) -> Tensor:
         return x.flatten()[:0].clone() if x.dim() == 0 else x.narrow(0, 0, 0).clone()
 
 
-def once_differentiable(gradients: Sequence[Tensor], upstream: Tensor, anchors: Sequence[Tensor]) -> list[Any]:
+def once_differentiable(
+    gradients: Sequence[Tensor | None], upstream: Tensor, anchors: Sequence[Tensor]
+) -> list[Tensor | None]:
     """The gradients, which raise if they are differentiated again with respect to what they were computed from."""
     if not torch.is_grad_enabled():
         return list(gradients)
-    return [_NoSecondDerivative.apply(x, upstream, *anchors) for x in gradients]  # type: ignore[no-untyped-call]
+    forbid: Callable[..., Tensor] = _NoSecondDerivative.apply
+    return [None if x is None else forbid(x, upstream, *anchors) for x in gradients]
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -4,9 +4,9 @@
     loss = scale * sum over elements of w * rho(error)                w = mask * sample weight
     d loss / d prediction = g = scale * w * rho'(error)     d / d uncond = -(1 + eta) g     d / d cond = eta g
 
-Floor: every input read once and every wanted gradient written once, 3n + n for the prediction's alone. The backward pass
-touches nothing where the upstream gradient is 1 (`fastunlearn.kernels.upstream`). Two cases leave a factor to it, and
-cost it a read and a write:
+Floor: every input read once and every wanted gradient written once, 3n + n for the prediction's alone. The backward
+pass touches nothing where the upstream gradient is 1 (`fastunlearn.kernels.upstream`). Two cases leave a factor to it,
+and cost it a read and a write:
 
 1. A float16 gradient. Scaled by 1 / n it would underflow, multiplied by a large sample weight overflow: both wait.
 2. `mask_normalization="mask"`. The sum of the mask is known once the pass is over.
@@ -25,13 +25,14 @@ from torch import Tensor
 
 from fastunlearn.kernels.launch import (
     FINISH_BLOCK,
-    FINISH_WARPS,
+    NO_WEIGHTS,
     WARPS,
     Weights,
     block_elements,
     compute_dtype,
     finish_sum,
     on_device,
+    programs_for,
     readable,
     rounded,
     same_layout,
@@ -41,12 +42,10 @@ from fastunlearn.kernels.launch import (
 )
 from fastunlearn.kernels.upstream import anchor, graph_is_kept, once_differentiable, scale_gradients
 
-NO_WEIGHTS = Weights((0,), (1,), (0,), True)
-
 
 @triton.jit
 def velocity_forward_kernel(
-    partial_ptr,  # (4, tiles) out: sums over a tile of w * rho, prediction^2, target^2 and, if NORMALIZE, the mask
+    partial_ptr,  # (4, programs) out: sums of w * rho, prediction^2, target^2 and, if NORMALIZE, the mask
     losses_ptr,  # (elements,) out: scale * w * rho, or None
     gradient_prediction_ptr,  # (elements,) out, or None, like the next two
     gradient_uncond_ptr,
@@ -73,62 +72,76 @@ def velocity_forward_kernel(
     DEFER_SAMPLE_WEIGHT: tl.constexpr,  # the gradients are written without it
     BLOCK: tl.constexpr,
 ):
-    """One tile of all tensors."""
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
-    offsets = tile_start(tile, BLOCK) + tl.arange(0, BLOCK)
-    mask = offsets < elements
+    """All tensors; a program takes every `num_programs`-th tile."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
     dtype = partial_ptr.dtype.element_ty
+    loss_sums = tl.zeros((BLOCK,), dtype)
+    prediction_sums = tl.zeros((BLOCK,), dtype)
+    target_sums = tl.zeros((BLOCK,), dtype)
+    mask_sums = tl.zeros((BLOCK,), dtype)
+    for tile in range(program, tl.cdiv(elements, BLOCK), programs):
+        offsets = tile_start(tile, BLOCK) + tl.arange(0, BLOCK)
+        mask = offsets < elements
 
-    # 1. The target and the error.
-    prediction = tl.load(prediction_ptr + offsets, mask, 0).to(dtype)
-    target = tl.load(uncond_ptr + offsets, mask, 0).to(dtype)
-    if cond_ptr is not None:
-        cond = tl.load(cond_ptr + offsets, mask, 0).to(dtype)
-        target += tl.full((), guidance_scale, dtype) * (target - cond)
-    error = prediction - target
-    tl.store(partial_ptr + tiles + tile, tl.sum(prediction * prediction))
-    tl.store(partial_ptr + 2 * tiles + tile, tl.sum(target * target))
-
-    # 2. The residual and its slope; sign(0) = 0.
-    if LOSS_TYPE == "l2":
-        rho = error * error
-        slope = 2 * error
-    else:
-        rho = tl.abs(error)
-        slope = (error > 0).to(dtype) - (error < 0).to(dtype)
-
-    # 3. Weights. Where one of them is 0 nothing is left, not even 0 * NaN.
-    if mask_ptr is not None:
-        mask_offsets = weight_offsets(offsets, mask_strides, MASK_SIZES, MASK_WEIGHT_SIZES, MASK_NARROW)
-        weight = tl.load(mask_ptr + mask_offsets, mask, 0).to(dtype)
-        if NORMALIZE:
-            tl.store(partial_ptr + 3 * tiles + tile, tl.sum(weight))
-        rho = tl.where(weight == 0, 0, rho * weight)
-        slope = tl.where(weight == 0, 0, slope * weight)
-    if sample_weight_ptr is not None:
-        sample_offsets = weight_offsets(
-            offsets, sample_weight_strides, SAMPLE_SIZES, SAMPLE_WEIGHT_SIZES, SAMPLE_NARROW
-        )
-        sample_weight = tl.load(sample_weight_ptr + sample_offsets, mask, 0).to(dtype)
-        rho = tl.where(sample_weight == 0, 0, rho * sample_weight)
-        weighted_slope = slope if DEFER_SAMPLE_WEIGHT else slope * sample_weight
-        slope = tl.where(sample_weight == 0, 0, weighted_slope)
-    tl.store(partial_ptr + tile, tl.sum(rho))
-    if losses_ptr is not None:
-        tl.store(losses_ptr + offsets, rho * tl.full((), loss_scale, dtype), mask)
-
-    # 4. The gradients.
-    gradient = slope * tl.full((), gradient_scale, dtype)
-    if gradient_prediction_ptr is not None:
-        tl.store(gradient_prediction_ptr + offsets, rounded(gradient, gradient_prediction_ptr.dtype.element_ty), mask)
-    if gradient_uncond_ptr is not None:
-        gradient_uncond = -gradient
+        # 1. The target and the error.
+        prediction = tl.load(prediction_ptr + offsets, mask, 0).to(dtype)
+        target = tl.load(uncond_ptr + offsets, mask, 0).to(dtype)
         if cond_ptr is not None:
-            gradient_uncond = gradient * tl.full((), -1 - guidance_scale, dtype)
-        tl.store(gradient_uncond_ptr + offsets, rounded(gradient_uncond, gradient_uncond_ptr.dtype.element_ty), mask)
-    if gradient_cond_ptr is not None:
-        gradient_cond = gradient * tl.full((), guidance_scale, dtype)
-        tl.store(gradient_cond_ptr + offsets, rounded(gradient_cond, gradient_cond_ptr.dtype.element_ty), mask)
+            cond = tl.load(cond_ptr + offsets, mask, 0).to(dtype)
+            target += tl.full((), guidance_scale, dtype) * (target - cond)
+        error = prediction - target
+        prediction_sums += prediction * prediction
+        target_sums += target * target
+
+        # 2. The residual and its slope; sign(0) = 0.
+        if LOSS_TYPE == "l2":
+            rho = error * error
+            slope = 2 * error
+        else:
+            rho = tl.abs(error)
+            slope = (error > 0).to(dtype) - (error < 0).to(dtype)
+
+        # 3. Weights. Where one of them is 0 nothing is left, not even 0 * NaN.
+        if mask_ptr is not None:
+            mask_offsets = weight_offsets(offsets, mask_strides, MASK_SIZES, MASK_WEIGHT_SIZES, MASK_NARROW)
+            weight = tl.load(mask_ptr + mask_offsets, mask, 0).to(dtype)
+            if NORMALIZE:
+                mask_sums += weight
+            rho = tl.where(weight == 0, 0, rho * weight)
+            slope = tl.where(weight == 0, 0, slope * weight)
+        if sample_weight_ptr is not None:
+            sample_offsets = weight_offsets(
+                offsets, sample_weight_strides, SAMPLE_SIZES, SAMPLE_WEIGHT_SIZES, SAMPLE_NARROW
+            )
+            sample_weight = tl.load(sample_weight_ptr + sample_offsets, mask, 0).to(dtype)
+            rho = tl.where(sample_weight == 0, 0, rho * sample_weight)
+            weighted_slope = slope if DEFER_SAMPLE_WEIGHT else slope * sample_weight
+            slope = tl.where(sample_weight == 0, 0, weighted_slope)
+        loss_sums += rho
+        if losses_ptr is not None:
+            tl.store(losses_ptr + offsets, rho * tl.full((), loss_scale, dtype), mask)
+
+        # 4. The gradients.
+        gradient = slope * tl.full((), gradient_scale, dtype)
+        if gradient_prediction_ptr is not None:
+            element_type = gradient_prediction_ptr.dtype.element_ty
+            tl.store(gradient_prediction_ptr + offsets, rounded(gradient, element_type), mask)
+        if gradient_uncond_ptr is not None:
+            gradient_uncond = -gradient
+            if cond_ptr is not None:
+                gradient_uncond = gradient * tl.full((), -1 - guidance_scale, dtype)
+            element_type = gradient_uncond_ptr.dtype.element_ty
+            tl.store(gradient_uncond_ptr + offsets, rounded(gradient_uncond, element_type), mask)
+        if gradient_cond_ptr is not None:
+            gradient_cond = gradient * tl.full((), guidance_scale, dtype)
+            element_type = gradient_cond_ptr.dtype.element_ty
+            tl.store(gradient_cond_ptr + offsets, rounded(gradient_cond, element_type), mask)
+
+    tl.store(partial_ptr + program, tl.sum(loss_sums))
+    tl.store(partial_ptr + programs + program, tl.sum(prediction_sums))
+    tl.store(partial_ptr + 2 * programs + program, tl.sum(target_sums))
+    if NORMALIZE:
+        tl.store(partial_ptr + 3 * programs + program, tl.sum(mask_sums))
 
 
 @triton.jit
@@ -137,19 +150,19 @@ def velocity_finish_kernel(
     prediction_norm_ptr,  # () out
     target_norm_ptr,  # () out
     inverse_ptr,  # () out: 1 / the mask's sum, 0 for an empty mask, or None
-    partial_ptr,  # (4, tiles) as the forward kernel wrote it
-    tiles,
+    partial_ptr,  # (4, programs), as the forward kernel wrote it
+    programs,
     scale: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """Add up the tiles: one program."""
+    """Add up what the programs found: one program."""
     dtype = partial_ptr.dtype.element_ty
-    tl.store(prediction_norm_ptr, tl.sqrt(finish_sum(partial_ptr + tiles, tiles, BLOCK)))
-    tl.store(target_norm_ptr, tl.sqrt(finish_sum(partial_ptr + 2 * tiles, tiles, BLOCK)))
+    tl.store(prediction_norm_ptr, tl.sqrt(finish_sum(partial_ptr + programs, programs, BLOCK)))
+    tl.store(target_norm_ptr, tl.sqrt(finish_sum(partial_ptr + 2 * programs, programs, BLOCK)))
     if loss_ptr is not None:
-        loss = finish_sum(partial_ptr, tiles, BLOCK) * tl.full((), scale, dtype)
+        loss = finish_sum(partial_ptr, programs, BLOCK) * tl.full((), scale, dtype)
         if inverse_ptr is not None:
-            total = finish_sum(partial_ptr + 3 * tiles, tiles, BLOCK)
+            total = finish_sum(partial_ptr + 3 * programs, programs, BLOCK)
             inverse = tl.where(total == 0, 0, 1 / total)
             tl.store(inverse_ptr, inverse)
             loss *= inverse
@@ -213,7 +226,7 @@ def _launch_forward(
     prediction, uncond, cond = same_layout(prediction, (uncond, cond))
     elements, device = prediction.numel(), prediction.device
     block = block_elements(dtype)
-    tiles = triton.cdiv(elements, block)
+    programs = programs_for(elements, block)
     is_normalized = _is_normalized(mask, options)
     per_element = options.reduction == "none"
 
@@ -225,14 +238,14 @@ def _launch_forward(
     defers = _defers(gradients, is_normalized)
     mask_weights = NO_WEIGHTS if mask is None else _mask_weights(prediction, mask, options.channel_dim)
     sample_weights = NO_WEIGHTS if sample_weight is None else _sample_weights(prediction, sample_weight)
-    partial = torch.empty(4 * tiles, dtype=dtype, device=device)
+    partial = torch.empty(4 * programs, dtype=dtype, device=device)
     scalars = torch.empty(4, dtype=dtype, device=device).unbind()
     losses = torch.empty_like(prediction, dtype=dtype) if per_element else None
     inverse = scalars[3] if is_normalized else None
 
     with on_device(prediction):
-        if tiles:
-            velocity_forward_kernel[(tiles,)](
+        if programs:
+            velocity_forward_kernel[(programs,)](
                 partial,
                 losses,
                 *gradients,
@@ -265,10 +278,10 @@ def _launch_forward(
             scalars[2],
             inverse,
             partial,
-            tiles,
+            programs,
             float(scale),
             BLOCK=FINISH_BLOCK,
-            num_warps=FINISH_WARPS,
+            num_warps=WARPS,
         )
     loss = scalars[0] if losses is None else losses
     return _Forward(loss, scalars[1], scalars[2], [x for x in gradients if x is not None], inverse)

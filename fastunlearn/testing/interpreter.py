@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -36,12 +34,3 @@ def rounding_to_nearest() -> Iterator[None]:
     casts = ("cast_impl", "create_fp_trunc")
     with mock.patch.multiple(InterpreterBuilder, **dict.fromkeys(casts, cast)):
         yield
-
-
-@dataclass
-class Observed:
-    """What kernels did: launches by kernel, and bytes loaded and stored by kernel and pointer argument's base address."""
-
-    launches: list[str] = field(default_factory=list)
-    loaded: Counter[tuple[str, int]] = field(default_factory=Counter)
-    stored: Counter[tuple[str, int]] = field(default_factory=Counter)

@@ -1,0 +1,149 @@
+"""Compiling the kernels that a call launches for GPUs that are not there, and reading what came of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+_OPTIONS = ("num_warps", "num_stages", "num_ctas")
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Launch(NamedTuple):
+    """A launch that was asked for: the kernel as the compiler specialises it."""
+
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The same for launches that run the same machine code."""
+        return repr((self.kernel.__name__, self.signature, self.constants, self.attributes, self.options))
+
+    def describe(self) -> str:
+        """The kernel's name and what tells this specialisation from others."""
+        names = self.kernel.arg_names
+        constants = [f"{names[path[0]]}={value}" for path, value in self.constants.items() if len(path) == 1]
+        types = [f"{name}:{kind}" for name, kind in self.signature.items() if "*" in str(kind)]
+        return f"{self.kernel.__name__}({', '.join(types + constants)})"
+
+
+class Binary(NamedTuple):
+    """What the compiler made of a launch."""
+
+    spilled_bytes: int
+    local_bytes: int
+    registers: int
+    accesses: list[str]  # of global memory: PTX instructions on CUDA targets, empty elsewhere
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside this context kernels are not run: what would have been launched is in the list."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_specialize(self, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def compile_launch(launch: Launch, target: str) -> Binary:
+    """The binary for one of `TARGETS`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=launch.attributes
+    )
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+    if target.startswith("gfx"):
+        return _read_amdgcn(compiled.asm["amdgcn"])
+    return _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"])
+
+
+def _read_amdgcn(assembly: str) -> Binary:
+    def found(name: str) -> int:
+        return max(int(x) for x in re.findall(rf"\.{name}:\s*(\d+)", assembly))
+
+    spills = found("vgpr_spill_count") + found("sgpr_spill_count")
+    return Binary(4 * spills, found("private_segment_fixed_size"), found("vgpr_count"), [])
+
+
+def _read_cubin(cubin: bytes, ptx: str) -> Binary:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
+    # What is spilled lies on the stack.
+    return Binary(stack, local, registers, re.findall(r"(?:ld|st)\.global\S*", ptx))
+
+
+def _specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
+    bound = dict(zip(kernel.arg_names, args, strict=False))
+    bound.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
+    missing = [name for name in kernel.arg_names if name not in bound]
+    if missing:
+        raise TypeError(f"{kernel.__name__} was launched without {missing}")
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind_of(value: Any, path: tuple[int, ...], annotation: str, is_constexpr: bool) -> Any:
+        if isinstance(value, tuple) and not is_constexpr:
+            return tuple(kind_of(x, (*path, i), "", False) for i, x in enumerate(value))
+        if isinstance(value, Tensor) and not is_constexpr:
+            if value.data_ptr() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return _POINTERS[value.dtype]
+        # An integer that is 1 is a constant to Triton.
+        if is_constexpr or value is None or (type(value) is int and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp64" if "float64" in annotation else "fp32"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {
+        parameter.name: kind_of(bound[parameter.name], (i,), str(parameter.annotation), parameter.is_constexpr)
+        for i, parameter in enumerate(kernel.params)
+    }
+    return Launch(kernel, signature, constants, attributes, options)

@@ -1,0 +1,19 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fastunlearn.testing.interpreter import is_interpreted, rounding_to_nearest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_interpreter() -> Iterator[None]:
+    """Kernels in the interpreter round as they do on a GPU."""
+    if not is_interpreted():
+        yield
+        return
+    with rounding_to_nearest():
+        yield
