@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -23,12 +23,26 @@ OPS = (
     "localization_loss",
     "concept_attention",
 )
-# Operation -> the module of its Triton implementation, which takes the same arguments as the one in `reference`. It is
-# imported at the first use: Triton may be absent.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _velocity_kernels() -> ModuleType:
+    from fastunlearn.kernels import velocity
+
+    return velocity
+
+
+def _localization_kernels() -> ModuleType:
+    from fastunlearn.kernels import localization
+
+    return localization
+
+
+# Operation -> what imports its Triton implementation, a function of that name with the arguments of `reference`'s.
 KERNELS = {
-    "negatively_guided_velocity_loss": "fastunlearn.kernels.velocity",
-    "velocity_loss": "fastunlearn.kernels.velocity",
-    "localization_loss": "fastunlearn.kernels.localization",
+    "negatively_guided_velocity_loss": _velocity_kernels,
+    "velocity_loss": _velocity_kernels,
+    "localization_loss": _localization_kernels,
 }
 
 
@@ -76,7 +90,7 @@ def _triton_obstacle(op: str, device: torch.device) -> str | None:
     """Why `op` cannot run on Triton, or None where it can."""
     if op not in KERNELS:
         return f"no Triton kernel exists for {op} yet"
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "Triton is not installed"
     # ROCm's device type is "cuda" too. Triton's interpreter runs kernels on CPU tensors.
     if device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -88,20 +102,10 @@ def implementation(op: str, device: torch.device, backend: str | None) -> Callab
     """The function that computes `op` on the chosen backend, with the arguments of the one in `reference`."""
     name = choose_backend(op, device, backend).name
     if name == "triton":
-        return _kernel(op)
+        return getattr(KERNELS[op](), op)
     if name == "compile" and not torch.compiler.is_compiling():
         return _compiled(op)
     return getattr(reference, op)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _kernel(op: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(KERNELS[op]), op)
 
 
 @functools.cache

@@ -165,7 +165,7 @@ class _Forward(NamedTuple):
 
     loss: Tensor
     per_layer: Tensor
-    gradients: list[Tensor]  # of every wanted run: (layers, elements), each layer's in its output's layout
+    gradients: list[Tensor]  # in one stretch: (layers, elements) for every wanted run; else one for every wanted layer
     inverse: Tensor | None
     runs: list[_Run]
 
@@ -209,6 +209,8 @@ def _launch_forward(
     loss_type: str,
     normalization: str,
     weight: float,
+    *,
+    in_one_stretch: bool,
 ) -> _Forward:
     device, layers = outputs[0].device, len(outputs)
     dtype = compute_dtype(*outputs, *masks)
@@ -232,11 +234,14 @@ def _launch_forward(
             run_outputs, run_masks, run_partial = outputs[run.layers], masks[run.layers], partial[:, run.layers]
             x = run_outputs[0]
             weights = _mask_weights(x, run_masks[0])
-            gradient = None
-            if run.is_wanted:
-                # In one stretch, the backward pass of any number of layers is one launch.
-                gradient = torch.empty(len(run_outputs), x.numel(), dtype=x.dtype, device=device)
-                gradients.append(gradient)
+            run_gradients: list[Tensor] = []
+            if run.is_wanted and in_one_stretch:
+                # The backward pass of any number of layers is one launch.
+                gradients.append(torch.empty(len(run_outputs), x.numel(), dtype=x.dtype, device=device))
+                run_gradients = list(gradients[-1].unbind())
+            elif run.is_wanted:
+                run_gradients = [torch.empty_like(x) for x in run_outputs]
+                gradients += run_gradients
             for start in range(0, len(run_outputs), LAYERS_PER_LAUNCH):
                 some = slice(start, start + LAYERS_PER_LAUNCH)
                 some_masks = run_masks[some]
@@ -246,7 +251,7 @@ def _launch_forward(
                     run_partial[:, some],
                     partial.stride(1),
                     partial.stride(0),
-                    None if gradient is None else gradient[some].unbind(),
+                    tuple(run_gradients[some]) or None,
                     tuple(run_outputs[some]),
                     tuple(some_masks),
                     weights.strides,
@@ -278,27 +283,18 @@ def _launch_forward(
     return _Forward(loss, per_layer, gradients, inverse, runs)
 
 
-def _launch_backward(
-    gradients: Sequence[Tensor],
-    runs: Sequence[_Run],
-    layers: int,
-    upstream: Tensor,
-    inverse: Tensor | None,
-    weight: float,
-    in_place: bool,
-) -> list[Tensor | None]:
-    found: list[Tensor | None] = [None] * layers
-    for gradient, run in zip(gradients, (run for run in runs if run.is_wanted), strict=True):
-        elements = gradient.shape[1]
-        scale, factors, per_layer = 1.0, None, None
-        if _defers(gradient.dtype, inverse is not None):
-            scale = _scale(run.shape[0], layers, inverse is not None, weight)
-        if inverse is not None:
-            factors = inverse[run.layers]
-            per_layer = Weights((0, 1), (elements, 1), (0, 1), gradient.numel() < 2**31)
-        (scaled,) = scale_gradients([gradient], upstream, scale, weight=factors, weights=per_layer, in_place=in_place)
-        found[run.layers] = [x.as_strided(run.shape, run.strides) for x in scaled.unbind()]
-    return found
+def _left_factors(
+    dtype: torch.dtype, batch: int, layers: int, elements: int, of_layers: slice, inverse: Tensor | None, weight: float
+) -> dict[str, Any]:
+    """What the forward pass left to be multiplied, as arguments of `scale_gradients`."""
+    factors: dict[str, Any] = {"scale": 1.0}
+    if _defers(dtype, inverse is not None):
+        factors["scale"] = _scale(batch, layers, inverse is not None, weight)
+    if inverse is not None:
+        factors["weight"] = inverse[of_layers]
+        is_narrow = elements * factors["weight"].numel() < 2**31
+        factors["weights"] = Weights((0, 1), (elements, 1), (0, 1), is_narrow)
+    return factors
 
 
 class _LocalizationLoss(torch.autograd.Function):
@@ -312,29 +308,118 @@ class _LocalizationLoss(torch.autograd.Function):
         *outputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[4:]
-        result = _launch_forward(outputs, masks, wanted, loss_type, normalization, weight)
+        result = _launch_forward(outputs, masks, wanted, loss_type, normalization, weight, in_one_stretch=True)
         ctx.save_for_backward(result.inverse, *result.gradients)
         ctx.anchors = [anchor(x) for x, is_wanted in zip(outputs, wanted, strict=True) if is_wanted]
-        ctx.runs, ctx.weight = result.runs, weight
+        ctx.runs, ctx.weight = [run for run in result.runs if run.is_wanted], weight
         # A layer without elements is in no run.
-        ctx.empty = {i: torch.empty_like(x) for i, x in enumerate(outputs) if wanted[i] and not x.numel()}
+        ctx.gradients = [torch.empty_like(x) if wanted[i] and not x.numel() else None for i, x in enumerate(outputs)]
         ctx.mark_non_differentiable(result.per_layer)
         return result.loss, result.per_layer
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inverse, *saved = ctx.saved_tensors
-        layers = len(ctx.needs_input_grad) - 4
+        found = list(ctx.gradients)
         with torch.no_grad():
             in_place = not graph_is_kept()
-            found = _launch_backward(saved, ctx.runs, layers, upstream, inverse, ctx.weight, in_place)
-        for i, empty in ctx.empty.items():
-            found[i] = empty
+            for gradient, run in zip(saved, ctx.runs, strict=True):
+                factors = _left_factors(
+                    gradient.dtype, run.shape[0], len(found), gradient.shape[1], run.layers, inverse, ctx.weight
+                )
+                (scaled,) = scale_gradients([gradient], upstream, **factors, in_place=in_place)
+                found[run.layers] = [x.as_strided(run.shape, run.strides) for x in scaled.unbind()]
         return (None, None, None, None, *once_differentiable(found, upstream, ctx.anchors))
+
+
+@torch.library.custom_op("fastunlearn::localization_loss", mutates_args=())
+def localization_loss_op(
+    outputs: list[Tensor],
+    masks: list[Tensor],
+    wanted: list[bool],
+    loss_type: str,
+    normalization: str,
+    weight: float,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """What compilers see: the loss, the terms, the gradients of the wanted layers, and the inverse if there is one."""
+    loss, per_layer, gradients, inverse, _ = _launch_forward(
+        outputs, masks, wanted, loss_type, normalization, weight, in_one_stretch=False
+    )
+    found = iter(gradients)
+    gradients = [
+        next(found) if x.numel() else torch.empty_like(x)
+        for x, is_wanted in zip(outputs, wanted, strict=True)
+        if is_wanted
+    ]
+    return loss, per_layer, gradients, [] if inverse is None else [inverse]
+
+
+@localization_loss_op.register_fake
+def _(
+    outputs: list[Tensor], masks: list[Tensor], wanted: list[bool], loss_type: str, normalization: str, weight: float
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    dtype = compute_dtype(*outputs, *masks)
+    loss, per_layer = (outputs[0].new_empty(shape, dtype=dtype) for shape in ((), (len(outputs),)))
+    laid_out = (x if is_dense(x) else x.contiguous() for x in outputs)
+    gradients = [torch.empty_like(x) for x, is_wanted in zip(laid_out, wanted, strict=True) if is_wanted]
+    return loss, per_layer, gradients, [torch.empty_like(per_layer)] if normalization == "background_mean" else []
+
+
+@torch.library.custom_op("fastunlearn::localization_loss_backward", mutates_args=())
+def localization_loss_backward_op(
+    gradients: list[Tensor],
+    upstream: Tensor,
+    inverse: Tensor | None,
+    wanted: list[bool],
+    weight: float,
+) -> list[Tensor]:
+    """The gradients times the upstream gradient."""
+    results = []
+    of_layers = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+    for gradient, i in zip(gradients, of_layers, strict=True):
+        factors = _left_factors(
+            gradient.dtype,
+            max(gradient.shape[0], 1),
+            len(wanted),
+            gradient.numel(),
+            slice(i, i + 1),
+            inverse,
+            weight,
+        )
+        results += scale_gradients([gradient], upstream, **factors)
+    return results
+
+
+@localization_loss_backward_op.register_fake
+def _(gradients: list[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(x) for x in gradients]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, masks, ctx.wanted, _, _, ctx.weight = inputs
+    ctx.masks = len(masks)
+    _, _, gradients, inverse = output
+    ctx.save_for_backward(inverse[0] if inverse else None, *gradients)
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    inverse, *saved = ctx.saved_tensors
+    found = iter(localization_loss_backward_op(saved, upstream, inverse, ctx.wanted, ctx.weight))
+    of_outputs = [next(found) if is_wanted else None for is_wanted in ctx.wanted]
+    return of_outputs, [None] * ctx.masks, None, None, None, None
+
+
+localization_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def localization_loss(
     outputs: Sequence[Tensor], masks: Sequence[Tensor], *, loss_type: str, normalization: str, weight: float
 ) -> tuple[Tensor, Tensor]:
     """The function of that name in `fastunlearn.reference`: a launch for `LAYERS_PER_LAUNCH` like layers, and one."""
+    if torch.compiler.is_compiling():
+        wanted = [x.requires_grad and torch.is_grad_enabled() for x in outputs]
+        loss, per_layer, _, _ = localization_loss_op(
+            list(outputs), list(masks), wanted, loss_type, normalization, weight
+        )
+        return loss, per_layer.detach()
     return _LocalizationLoss.apply(masks, loss_type, normalization, weight, *outputs)  # type: ignore[no-untyped-call]

@@ -239,7 +239,7 @@ def _launch_forward(
     mask_weights = NO_WEIGHTS if mask is None else _mask_weights(prediction, mask, options.channel_dim)
     sample_weights = NO_WEIGHTS if sample_weight is None else _sample_weights(prediction, sample_weight)
     partial = torch.empty(4 * programs, dtype=dtype, device=device)
-    scalars = torch.empty(4, dtype=dtype, device=device).unbind()
+    scalars = [torch.empty((), dtype=dtype, device=device) for _ in range(4)]
     losses = torch.empty_like(prediction, dtype=dtype) if per_element else None
     inverse = scalars[3] if is_normalized else None
 
@@ -343,6 +343,88 @@ class _VelocityLoss(torch.autograd.Function):
         return (*(next(gradients) if is_wanted else None for is_wanted in ctx.needs_input_grad[:3]), None, None, None)
 
 
+@torch.library.custom_op("fastunlearn::velocity_loss", mutates_args=())
+def velocity_loss_op(
+    prediction: Tensor,
+    uncond: Tensor,
+    cond: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    wanted: list[bool],
+    guidance_scale: float,
+    channel_dim: int,
+    loss_type: str,
+    reduction: str,
+    mask_normalization: str,
+    weight: float,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """What compilers see: the loss, the norms, the gradients of the wanted, and the inverse if there is one."""
+    options = _Options(guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
+    loss, *norms, gradients, inverse = _launch_forward(
+        prediction, uncond, cond, mask, sample_weight, tuple(wanted), options
+    )
+    return loss, norms[0], norms[1], gradients, [] if inverse is None else [inverse]
+
+
+@velocity_loss_op.register_fake
+def _(
+    prediction: Tensor,
+    uncond: Tensor,
+    cond: Tensor | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    wanted: list[bool],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    dtype = compute_dtype(prediction, uncond, cond, mask, sample_weight)
+    laid_out = same_layout(prediction, (uncond, cond))
+    loss, *norms = (prediction.new_empty((), dtype=dtype) for _ in range(3))
+    if _Options(*options).reduction == "none":
+        loss = torch.empty_like(laid_out[0], dtype=dtype)
+    gradients = [torch.empty_like(x) for x, is_wanted in zip(laid_out, wanted, strict=True) if is_wanted]
+    inverse = [torch.empty_like(norms[0])] if _is_normalized(mask, _Options(*options)) else []
+    return loss, norms[0], norms[1], gradients, inverse
+
+
+@torch.library.custom_op("fastunlearn::velocity_loss_backward", mutates_args=())
+def velocity_loss_backward_op(
+    gradients: list[Tensor],
+    upstream: Tensor,
+    inverse: Tensor | None,
+    sample_weight: Tensor | None,
+    guidance_scale: float,
+    channel_dim: int,
+    loss_type: str,
+    reduction: str,
+    mask_normalization: str,
+    weight: float,
+) -> list[Tensor]:
+    """The gradients times the upstream gradient."""
+    options = _Options(guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
+    return _launch_backward(gradients, upstream, inverse, sample_weight, options, in_place=False)
+
+
+@velocity_loss_backward_op.register_fake
+def _(gradients: list[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(x) for x in gradients]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, _, _, _, sample_weight, ctx.wanted, *options = inputs
+    *_, gradients, inverse = output
+    ctx.save_for_backward(inverse[0] if inverse else None, sample_weight, *gradients)
+    ctx.options = _Options(*options)
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    inverse, sample_weight, *saved = ctx.saved_tensors
+    found = iter(velocity_loss_backward_op(saved, upstream, inverse, sample_weight, *ctx.options))
+    return (*(next(found) if is_wanted else None for is_wanted in ctx.wanted), *[None] * (3 + len(ctx.options)))
+
+
+velocity_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
 def negatively_guided_velocity_loss(
     prediction: Tensor,
     uncond: Tensor,
@@ -357,8 +439,13 @@ def negatively_guided_velocity_loss(
     mask_normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The function of that name in `fastunlearn.reference`, in at most two launches and one backward."""
+    """The function of that name in `fastunlearn.reference`: two launches, and one for the backward pass."""
     options = _Options(guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
+    if torch.compiler.is_compiling():
+        wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (prediction, uncond, cond)]
+        loss, *norms, _, _ = velocity_loss_op(prediction, uncond, cond, mask, sample_weight, wanted, *options)
+        return loss, norms[0].detach(), norms[1].detach()
+    # Registered operators take three times the host time of this.
     return _VelocityLoss.apply(prediction, uncond, cond, mask, sample_weight, options)  # type: ignore[no-untyped-call]
 
 
