@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import eager
 import numpy as np
-import oracle
 import pytest
 import torch
-from error_bound import assert_close_to_exact
 from largest_tensor import LargestTensor
 from torch import Tensor
 
 from fastunlearn import reference
 from fastunlearn.functional import concept_attention
+from fastunlearn.testing import eager, oracle
+from fastunlearn.testing.error_bound import assert_close_to_exact
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def test_torch_is_the_choice_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -
 def test_kernels_run_on_the_devices_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(dispatch, "KERNELS", {"velocity_loss": lambda *_, **__: (1, 2, 3)})
+    kernels = SimpleNamespace(velocity_loss=lambda *_, **__: (1, 2, 3))
+    monkeypatch.setattr(dispatch, "KERNELS", {"velocity_loss": lambda: kernels})
     assert choose_backend("velocity_loss", torch.device("cuda")).name == "triton"
     assert choose_backend("velocity_loss", torch.device("cuda"), "torch").name == "torch"
     assert choose_backend("velocity_loss", CPU).name == "torch"
@@ -47,6 +49,19 @@ def test_kernels_run_on_the_devices_they_can(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend("velocity_loss", CPU).name == "torch"
     assert velocity_loss(torch.ones(1), torch.ones(1), backend="triton") == (1, 2, 3)
+
+
+def test_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    assert choose_backend("velocity_loss", torch.device("cuda")) == ("torch", "Triton is not installed")
+    with pytest.raises(ValueError, match="backend .* got 'triton': Triton is not installed"):
+        choose_backend("velocity_loss", torch.device("cuda"), "triton")
+
+
+def test_environment_variable_leaves_operations_without_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", "triton")
+    monkeypatch.setattr(dispatch, "KERNELS", {})
+    assert choose_backend("concept_attention", torch.device("cuda")).name == "torch"
 
 
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import eager
 import numpy as np
-import oracle
 import pytest
 import torch
-from error_bound import assert_close_to_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
@@ -18,6 +15,8 @@ from torch import Tensor
 
 from fastunlearn import reference
 from fastunlearn.functional import localization_loss
+from fastunlearn.testing import eager, oracle
+from fastunlearn.testing.error_bound import assert_close_to_exact
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GRID = (3, 2, 5)

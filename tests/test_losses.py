@@ -7,12 +7,9 @@ import inspect
 import warnings
 from typing import Any
 
-import eager
 import numpy as np
-import oracle
 import pytest
 import torch
-from error_bound import assert_close_to_exact
 from tiny_models import GRID, LAYERS, cogvideox, inputs, train_a_little
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +25,8 @@ from fastunlearn import (
     attach_erasers,
     erasers_disabled,
 )
+from fastunlearn.testing import eager, oracle
+from fastunlearn.testing.error_bound import assert_close_to_exact
 
 # CogVideoX's last alpha is exactly 0; the first is set to 1 to meet the other end too.
 ALPHAS = torch.linspace(1, 0, 11, dtype=torch.float64)

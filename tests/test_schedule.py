@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 from fastunlearn.functional import velocity_loss
 from fastunlearn.schedule import add_noise, velocity_error_weight, velocity_target
+from fastunlearn.testing import oracle
 
 # CogVideoX's last alpha is exactly 0; the first is set to 1 to meet the other end too.
 ALPHAS = torch.linspace(1, 0, 11, dtype=torch.float64)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import eager
 import numpy as np
-import oracle
 import pytest
 import torch
-from error_bound import assert_close_to_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
@@ -23,6 +20,8 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
+from fastunlearn.testing import eager, oracle
+from fastunlearn.testing.error_bound import assert_close_to_exact
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPE = (2, 3, 3, 5, 7)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle import to_numpy
 from torch import Tensor
+
+from fastunlearn.testing.oracle import to_numpy
 
 
 def assert_close_to_exact(actual: Tensor, eager: Tensor, exact: Any, *, terms: int = 1, compute: torch.dtype) -> None:

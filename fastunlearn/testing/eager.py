@@ -8,6 +8,7 @@ from torch import Tensor
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Float64 if any tensor is, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

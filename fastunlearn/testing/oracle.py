@@ -8,6 +8,7 @@ import numpy as np
 
 
 def to_numpy(x: Any) -> np.ndarray:
+    """A tensor or array in float64, on the CPU."""
     return np.asarray(x.detach().double().cpu().numpy() if hasattr(x, "detach") else x, dtype=np.float64)
 
 
@@ -21,7 +22,7 @@ def nearest(mask: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
 
 
 def weighted(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """weights * values, with 0 * anything = 0."""
+    """Weights * values, with 0 * anything = 0."""
     with np.errstate(invalid="ignore"):
         return np.where(weights == 0, 0.0, weights * values)
 
