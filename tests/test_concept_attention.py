@@ -13,7 +13,7 @@ from torch import Tensor
 from fastunlearn import reference
 from fastunlearn.functional import concept_attention
 from fastunlearn.testing import eager, oracle
-from fastunlearn.testing.error_bound import assert_close_to_exact
+from fastunlearn.testing.error_bound import compare
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -46,7 +46,7 @@ def check(query: Tensor, key: Tensor, indices: Tensor, key_mask: Tensor | None =
     assert not actual.requires_grad
     # The logits' own rounding, of d products each, is what the exponential magnifies.
     compute = eager.compute_dtype(query, key)
-    assert_close_to_exact(actual, expected, exact, terms=key.shape[2] * query.shape[-1], compute=compute)
+    compare("result", actual, expected, exact, terms=key.shape[2] * query.shape[-1], compute=compute)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

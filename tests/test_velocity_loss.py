@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,20 +19,18 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
-from fastunlearn.testing import eager, oracle
-from fastunlearn.testing.error_bound import assert_close_to_exact
+from fastunlearn.testing import DTYPES, cases, check_velocity_loss, compare, eager, oracle, poisoned_memory, random_mask
+from fastunlearn.testing.cases import Case
+from fastunlearn.testing.checks import velocity_loss_of
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPE = (2, 3, 3, 5, 7)
 NAMES = ("prediction", "uncond", "cond")
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is NaN: what an operation forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def poison() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 def velocities(
@@ -44,51 +41,8 @@ def velocities(
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for dtype in dtypes]
 
 
-def random_mask(kind: str, shape: tuple[int, ...], seed: int = 1) -> Tensor:
-    soft = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    hard = soft > 0.4
-    return {
-        "soft": soft,
-        "half": soft.half(),
-        "bool": hard,
-        "int": hard.long(),
-        "ones": torch.ones(shape),
-        "zeros": torch.zeros(shape),
-    }[kind]
-
-
 def call(inputs: list[Tensor], **options: Any) -> VelocityLoss:
-    if len(inputs) == 2:
-        return velocity_loss(*inputs, **options)
-    return negatively_guided_velocity_loss(*inputs, **options)
-
-
-def check(inputs: list[Tensor], upstream: Any = None, **options: Any) -> None:
-    """Loss, norms and all gradients, against the oracle, within the error bound."""
-    guidance = {"guidance_scale": 3.0} if len(inputs) == 3 else {}
-    before = [x.detach().clone() for x in inputs]
-    result = call(inputs, **guidance, **options)
-    if upstream is None:
-        upstream = torch.ones_like(result.loss)
-    gradients = torch.autograd.grad(result.loss, inputs, upstream)
-
-    compute = eager.compute_dtype(*inputs, options.get("mask"), options.get("sample_weight"))
-    exact = oracle.velocity_loss(*inputs, **guidance, **options, upstream=upstream)
-    expected = eager.velocity_loss(*inputs, **guidance, **options)
-    assert result.loss.dtype == compute
-    expected_gradients = torch.autograd.grad(expected, inputs, upstream)
-    terms = 1 if options.get("reduction") == "none" else inputs[0].numel()
-    assert_close_to_exact(result.loss, expected, exact["loss"], terms=terms, compute=compute)
-    for name, x, gradient, other in zip(NAMES, inputs, gradients, expected_gradients, strict=False):
-        assert gradient.dtype == x.dtype
-        # A mask's sum is the one sum of many terms in a gradient.
-        assert_close_to_exact(gradient, other, exact[name], terms=terms, compute=compute)
-    for name in ("prediction_norm", "target_norm"):
-        norm = getattr(result, name)
-        assert not norm.requires_grad
-        np.testing.assert_allclose(norm.item(), exact[name], rtol=1e-6)
-    for x, old in zip(inputs, before, strict=True):
-        torch.testing.assert_close(x.detach(), old, rtol=0, atol=0, equal_nan=True)
+    return velocity_loss_of(inputs, **options)
 
 
 @pytest.fixture(params=[2, 3], ids=["target", "guided"])
@@ -101,31 +55,12 @@ def loss_type(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_dtype_and_reduction(dtype: torch.dtype, reduction: str, count: int, loss_type: str) -> None:
-    check(velocities(dtypes=dtype, count=count), loss_type=loss_type, reduction=reduction, weight=0.5)
+OPS = ("negatively_guided_velocity", "negatively_guided_velocity_loss", "velocity_loss")
 
 
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        (torch.float32, torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.float16, torch.float64),
-    ],
-)
-def test_mixed_dtypes(dtypes: tuple[torch.dtype, ...], loss_type: str) -> None:
-    check(velocities(dtypes=dtypes), loss_type=loss_type)
-    check(velocities(dtypes=dtypes[:2], count=2), loss_type=loss_type)
-
-
-@pytest.mark.parametrize("kind", ["soft", "half", "bool", "int", "ones"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("normalization", ["all", "mask"])
-def test_masks(kind: str, batch: int, normalization: str, count: int, loss_type: str) -> None:
-    mask = random_mask(kind, (batch, 2, 3, 4))
-    check(velocities(count=count), mask=mask, loss_type=loss_type, mask_normalization=normalization)
+@pytest.mark.parametrize("case", cases(OPS), ids=lambda case: f"{case.op}-{case.dtype}-{case.name}")
+def test_grid(case: Case) -> None:
+    case.run(torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("normalization", ["all", "mask"])
@@ -141,8 +76,8 @@ def test_empty_mask_gives_zero(normalization: str, reduction: str, count: int) -
 def test_sample_weight_is_not_part_of_the_normalization(normalization: str, count: int) -> None:
     weights = torch.tensor([0.0, 3.0])
     mask = random_mask("soft", (2, 3, 5, 7))
-    check(velocities(count=count), sample_weight=weights, mask_normalization=normalization)
-    check(velocities(count=count), sample_weight=weights, mask=mask, mask_normalization=normalization)
+    check_velocity_loss(velocities(count=count), sample_weight=weights, mask_normalization=normalization)
+    check_velocity_loss(velocities(count=count), sample_weight=weights, mask=mask, mask_normalization=normalization)
 
 
 def test_mask_with_a_channel_dim_of_one() -> None:
@@ -153,7 +88,7 @@ def test_mask_with_a_channel_dim_of_one() -> None:
 
 def test_channel_dim_two() -> None:
     mask = random_mask("soft", (2, 2, 3, 4))
-    check(velocities((2, 3, 4, 5, 7)), mask=mask, channel_dim=2)
+    check_velocity_loss(velocities((2, 3, 4, 5, 7)), mask=mask, channel_dim=2)
     loss = call(velocities((2, 3, 4, 5, 7)), mask=mask[:, :, None], channel_dim=2).loss
     assert torch.equal(loss, call(velocities((2, 3, 4, 5, 7)), mask=mask, channel_dim=2).loss)
 
@@ -196,7 +131,7 @@ def test_sample_weight_zero_hides_nan(count: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1, 1), (1, 3, 7), (3, 1, 13, 17), (5,), (2, 3, 2, 3, 2, 3)])
 def test_odd_shapes(shape: tuple[int, ...], count: int, loss_type: str) -> None:
-    check(velocities(shape, count=count), loss_type=loss_type)
+    check_velocity_loss(velocities(shape, count=count), loss_type=loss_type)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)])
@@ -212,19 +147,19 @@ def test_empty_batch_gives_zero(shape: tuple[int, ...], normalization: str, coun
 
 def test_strided_inputs(count: int) -> None:
     permuted = [x.detach().permute(4, 1, 3, 2, 0).requires_grad_() for x in velocities(count=count)]
-    check(permuted, mask=random_mask("soft", (7, 5, 3, 2)))
+    check_velocity_loss(permuted, mask=random_mask("soft", (7, 5, 3, 2)))
     sliced = [x.detach()[..., ::2].requires_grad_() for x in velocities(count=count)]
-    check(sliced, reduction="none")
+    check_velocity_loss(sliced, reduction="none")
     expanded = [x.detach()[:1].expand(4, *SHAPE[1:]).requires_grad_() for x in velocities(count=count)]
-    check(expanded)
+    check_velocity_loss(expanded)
 
 
 def test_strided_upstream_gradients(count: int, loss_type: str) -> None:
     mask = random_mask("soft", (1, 3, 5, 7))
     options: dict[str, Any] = {"reduction": "none", "loss_type": loss_type, "mask": mask}
-    check(velocities(count=count), torch.tensor(2.0).expand(SHAPE), **options)
-    check(velocities(count=count), torch.randn(SHAPE[::-1]).permute(4, 3, 2, 1, 0), **options)
-    check(velocities(count=count), torch.tensor(1024.0), loss_type=loss_type)
+    check_velocity_loss(velocities(count=count), upstream=torch.tensor(2.0).expand(SHAPE), **options)
+    check_velocity_loss(velocities(count=count), upstream=torch.randn(SHAPE[::-1]).permute(4, 3, 2, 1, 0), **options)
+    check_velocity_loss(velocities(count=count), upstream=torch.tensor(1024.0), loss_type=loss_type)
 
 
 def test_no_gradient_at_a_tie() -> None:
@@ -236,8 +171,8 @@ def test_no_gradient_at_a_tie() -> None:
 
 def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 11)
-    check(velocities(count=count), mask=random_mask("soft", (2, 3, 5, 7)), mask_normalization="mask")
-    check(velocities(count=count), reduction="none")
+    check_velocity_loss(velocities(count=count), mask=random_mask("soft", (2, 3, 5, 7)), mask_normalization="mask")
+    check_velocity_loss(velocities(count=count), reduction="none")
 
 
 def test_half_precision_is_upcast_in_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -263,18 +198,6 @@ def test_gradients_only_where_they_are_needed() -> None:
         negatively_guided_velocity_loss(**tensors).loss.backward()
         assert [name for name, x in tensors.items() if x.grad is not None] == [wanted]
     assert not call([x.detach() for x in velocities()]).loss.requires_grad
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(count: int, loss_type: str, reduction: str) -> None:
-    # Apart by one at least, so that no finite difference crosses the kink of l1.
-    x = velocities((2, 2, 3, 2), torch.float64, count)
-    x[0] = (x[0].detach() + 10).requires_grad_()
-    options: dict[str, Any] = {"mask": random_mask("soft", (2, 2, 1)), "sample_weight": torch.tensor([1.0, 2.0])}
-    options |= {"loss_type": loss_type, "reduction": reduction, "mask_normalization": "mask", "weight": 0.7}
-    if count == 3:
-        options["guidance_scale"] = 0.5
-    assert torch.autograd.gradcheck(lambda *inputs: call(list(inputs), **options).loss, x)
 
 
 @pytest.mark.parametrize("extra", [False, True])
@@ -314,7 +237,7 @@ def test_compiled_without_graph_breaks(count: int, loss_type: str) -> None:
 )
 def test_any_shape(shape: tuple[int, ...], mask_sizes: list[int], one_mask: bool, seed: int) -> None:
     mask = random_mask("soft", (1 if one_mask else shape[0], *mask_sizes[: len(shape) - 2]), seed)
-    check(velocities(shape, seed=seed), mask=mask, mask_normalization="mask")
+    check_velocity_loss(velocities(shape, seed=seed), mask=mask, mask_normalization="mask")
 
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES])
@@ -324,14 +247,14 @@ def test_negatively_guided_velocity(dtypes: tuple[torch.dtype, torch.dtype]) -> 
     compute, u, c = eager.compute_dtype(uncond, cond), oracle.to_numpy(uncond), oracle.to_numpy(cond)
     result_dtype = torch.promote_types(*dtypes)
     expected = (uncond.to(compute) + 3 * (uncond.to(compute) - cond.to(compute))).to(result_dtype)
-    assert_close_to_exact(velocity, expected, u + 3 * (u - c), compute=compute)
+    compare("velocity", velocity, expected, u + 3 * (u - c), compute=compute)
     upstream = torch.randn(SHAPE).to(result_dtype)
     for gradient, x, factor in zip(
         torch.autograd.grad(velocity, [uncond, cond], upstream), (u, c), (4, -3), strict=True
     ):
         other = (factor * upstream.to(compute)).to(gradient.dtype)
         assert x.shape == tuple(gradient.shape)
-        assert_close_to_exact(gradient, other, factor * oracle.to_numpy(upstream), compute=compute)
+        compare("gradient", gradient, other, factor * oracle.to_numpy(upstream), compute=compute)
 
 
 def test_negatively_guided_velocity_gradcheck_and_second_derivative() -> None:

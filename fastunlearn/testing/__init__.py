@@ -1,1 +1,34 @@
-"""What proves the operations right, for this project's tests and for its users'."""
+"""What proves the operations right, for this project's tests and for its users': `fastunlearn verify` runs it.
+
+The oracle is float64 NumPy. A result may be off by twice what eager torch, computing in float32 on the same inputs, is
+off by, plus what rounding and the order of a sum may add; never by a flat tolerance.
+"""
+
+from fastunlearn.testing import oracle
+from fastunlearn.testing.cases import DTYPES, Case, cases, random_mask, random_tensors
+from fastunlearn.testing.checks import (
+    check_concept_attention,
+    check_gradients,
+    check_localization_loss,
+    check_negatively_guided_velocity,
+    check_velocity_loss,
+    poisoned_memory,
+)
+from fastunlearn.testing.error_bound import Comparison, compare
+
+__all__ = [
+    "DTYPES",
+    "Case",
+    "Comparison",
+    "cases",
+    "check_concept_attention",
+    "check_gradients",
+    "check_localization_loss",
+    "check_negatively_guided_velocity",
+    "check_velocity_loss",
+    "compare",
+    "oracle",
+    "poisoned_memory",
+    "random_mask",
+    "random_tensors",
+]

@@ -1,0 +1,223 @@
+"""The grid of cases that every backend and device has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastunlearn.dispatch import OPS
+from fastunlearn.functional import localization_loss
+from fastunlearn.testing import checks
+from fastunlearn.testing.error_bound import Comparison
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Case(NamedTuple):
+    """One call of an operation, to be run on a device and a backend."""
+
+    op: str
+    dtype: torch.dtype
+    name: str
+    run: Callable[[torch.device, str | None], list[Comparison]]
+    """(device, backend) -> every comparison made. Raises AssertionError."""
+
+
+def random_tensors(shape: Sequence[int], dtypes: Sequence[torch.dtype], seed: int = 0) -> list[Tensor]:
+    """Normally distributed tensors on the CPU, the same for the same seed on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator).to(dtype) for dtype in dtypes]
+
+
+def random_mask(kind: str, shape: Sequence[int], seed: int = 1) -> Tensor:
+    """A mask on the CPU: "soft", "half" (float16), "bool", "int", "ones" or "zeros"."""
+    soft = torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+    hard = soft > 0.4
+    return {
+        "soft": soft,
+        "half": soft.half(),
+        "bool": hard,
+        "int": hard.long(),
+        "ones": torch.ones(*shape),
+        "zeros": torch.zeros(*shape),
+    }[kind]
+
+
+def cases(ops: Sequence[str] = OPS, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
+    """Every case of some operations and dtypes.
+
+    Args:
+        ops: names of `fastunlearn.functional`'s operations.
+        dtypes: of the tensors; where a case mixes dtypes, of the first.
+
+    Raises:
+        ValueError: an unknown operation.
+    """
+    unknown = [op for op in ops if op not in OPS]
+    if unknown:
+        raise ValueError(f"ops must be among {', '.join(OPS)}; got {unknown[0]!r}")
+    makers = {
+        "negatively_guided_velocity": _guided_velocity_cases,
+        "negatively_guided_velocity_loss": lambda dtype: _velocity_cases(dtype, "negatively_guided_velocity_loss", 3),
+        "velocity_loss": lambda dtype: _velocity_cases(dtype, "velocity_loss", 2),
+        "localization_loss": _localization_cases,
+        "concept_attention": _attention_cases,
+    }
+    return [case for op in ops for dtype in dtypes for case in makers[op](dtype)]
+
+
+def _velocity_cases(dtype: torch.dtype, op: str, count: int) -> Iterator[Case]:
+    shape = (2, 3, 3, 5, 7)
+
+    def case(
+        name: str,
+        *,
+        shape: Sequence[int] = shape,
+        dtypes: Sequence[torch.dtype] = (dtype,) * 3,
+        arrange: Callable[[Tensor], Tensor] = lambda x: x,
+        wanted: str = "all",
+        upstream: Tensor | None = None,
+        **options: Any,
+    ) -> Case:
+        def run(device: torch.device, backend: str | None) -> list[Comparison]:
+            inputs = [arrange(x.to(device)) for x in random_tensors(shape, dtypes[:count])]
+            for x in inputs if wanted == "all" else inputs[:1]:
+                x.requires_grad_()
+            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+            given = None if upstream is None else upstream.to(device)
+            return checks.check_velocity_loss(inputs, upstream=given, backend=backend, **on_device)
+
+        return Case(op, dtype, name, run)
+
+    for loss_type in ("l2", "l1"):
+        for reduction in ("mean", "sum", "none"):
+            yield case(f"{loss_type} {reduction}", loss_type=loss_type, reduction=reduction, weight=0.5)
+        yield case(f"{loss_type}, prediction's gradient only", loss_type=loss_type, wanted="prediction")
+        for kind in ("soft", "half", "bool", "int", "ones"):
+            for normalization in ("all", "mask"):
+                yield case(
+                    f"{loss_type}, {kind} mask of another resolution, over {normalization}",
+                    loss_type=loss_type,
+                    mask=random_mask(kind, (1 if kind == "soft" else 2, 2, 3, 4)),
+                    mask_normalization=normalization,
+                )
+        yield case(
+            f"{loss_type}, sample weights",
+            loss_type=loss_type,
+            sample_weight=torch.tensor([0.0, 3.0]),
+            mask=random_mask("soft", (2, 3, 5, 7)),
+        )
+    yield case("large sample weights", sample_weight=torch.tensor([1e5, 2e5]), weight=1e-5)
+    yield case("channels third", channel_dim=2, mask=random_mask("soft", (2, 3, 5, 7)), shape=(2, 3, 3, 5, 7))
+    for shape_ in ((1, 1), (1, 3, 7), (3, 1, 13, 17), (5,), (2, 3, 2, 3, 2, 3), (2, 8, 5, 16, 32)):
+        yield case(f"shape {shape_}", shape=shape_)
+    # Eager torch's mean of nothing is NaN.
+    yield case("empty batch", shape=(0, 3, 4, 5), reduction="sum")
+    yield case("permuted", arrange=lambda x: x.permute(4, 1, 3, 2, 0).detach(), mask=random_mask("soft", (7, 5, 3, 2)))
+    yield case("sliced", arrange=lambda x: x[..., ::2].detach(), reduction="none")
+    yield case("expanded", arrange=lambda x: x[:1].expand(4, *x.shape[1:]).detach())
+    yield case("mixed with float32", dtypes=(dtype, torch.float32, torch.bfloat16))
+    yield case("mixed with float16", dtypes=(dtype, torch.float16, torch.bfloat16), sample_weight=torch.ones(2))
+    upstream_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    yield case("upstream gradient 1024", upstream=torch.tensor(1024.0, dtype=upstream_dtype))
+    for name, upstream in {
+        "expanded": torch.tensor(2.0).expand(shape),
+        "transposed": random_tensors(shape[::-1], [torch.float32], 2)[0].permute(4, 3, 2, 1, 0),
+    }.items():
+        yield case(f"{name} upstream gradient", upstream=upstream.to(upstream_dtype), reduction="none")
+    if dtype == torch.float64:
+        for loss_type in ("l2", "l1"):
+            yield Case(op, dtype, f"{loss_type}, gradcheck", _velocity_gradcheck(count, loss_type))
+
+
+def _velocity_gradcheck(count: int, loss_type: str) -> Callable[[torch.device, str | None], list[Comparison]]:
+    def run(device: torch.device, backend: str | None) -> list[Comparison]:
+        inputs = [x.to(device) for x in random_tensors((2, 2, 3, 2), [torch.float64] * count)]
+        # Apart by one at least, so that no finite difference crosses the kink of l1.
+        inputs[0] = inputs[0] + 10
+        options = {
+            "mask": random_mask("soft", (2, 2, 1)).to(device),
+            "sample_weight": torch.tensor([1.0, 2.0], device=device),
+            "loss_type": loss_type,
+            "mask_normalization": "mask",
+            "weight": 0.7,
+        } | ({"guidance_scale": 0.5} if count == 3 else {})
+        for reduction in ("mean", "none"):
+            checks.check_gradients(
+                lambda *x, reduction=reduction: (
+                    checks.velocity_loss_of(x, backend=backend, reduction=reduction, **options).loss
+                ),
+                [x.requires_grad_() for x in inputs],
+            )
+        return []
+
+    return run
+
+
+def _localization_cases(dtype: torch.dtype) -> Iterator[Case]:
+    grid, tokens, features = (3, 2, 5), (2, 30, 7), (2, 4, 3, 5, 6)
+
+    def case(name: str, shapes: Sequence[Sequence[int]], mask: Tensor, **options: Any) -> Case:
+        def run(device: torch.device, backend: str | None) -> list[Comparison]:
+            outputs = [
+                random_tensors(shape, [dtype], seed)[0].to(device).requires_grad_() for seed, shape in enumerate(shapes)
+            ]
+            return checks.check_localization_loss(outputs, mask.to(device), backend=backend, **options)
+
+        return Case("localization_loss", dtype, name, run)
+
+    for loss_type in ("l2", "l1"):
+        for normalization in ("sum", "background_mean"):
+            options = {"loss_type": loss_type, "normalization": normalization}
+            for kind in ("soft", "half", "bool", "int", "zeros"):
+                mask = random_mask(kind, (2, *grid))
+                yield case(f"{loss_type} {normalization}, tokens, {kind} mask", [tokens] * 3, mask, **options)
+            mask = random_mask("soft", (1, 2, 3, 4))
+            name = f"{loss_type} {normalization}, feature maps, mask of another resolution"
+            yield case(name, [features, (2, 1, 4, 4, 4)], mask, **options)
+            mask = random_mask("bool", (2, *grid))
+            yield case(f"{loss_type} {normalization}, layers apart", [tokens, (2, 30, 1), tokens], mask, **options)
+            yield case(f"{loss_type} {normalization}, wide tokens", [(2, 30, 64)] * 2, mask, upstream=1024.0, **options)
+    yield case("more layers than a launch takes", [(2, 30, 16)] * 18, random_mask("bool", (2, *grid)), weight=0.5)
+    if dtype == torch.float64:
+        yield Case("localization_loss", dtype, "gradcheck", _localization_gradcheck)
+
+
+def _localization_gradcheck(device: torch.device, backend: str | None) -> list[Comparison]:
+    outputs = [
+        (random_tensors(shape, [torch.float64])[0].abs() + 1).to(device).requires_grad_()
+        for shape in ((2, 6, 3), (2, 2, 3, 2))
+    ]
+    mask = random_mask("soft", (2, 3, 2)).to(device)
+    for loss_type in ("l2", "l1"):
+        for normalization in ("sum", "background_mean"):
+            options: dict[str, Any] = {"loss_type": loss_type, "normalization": normalization, "weight": 0.7}
+            options["backend"] = backend
+            checks.check_gradients(lambda *x, options=options: localization_loss(x, mask, **options).loss, outputs)
+    return []
+
+
+def _guided_velocity_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for other in DTYPES:
+
+        def run(device: torch.device, backend: str | None, other: torch.dtype = other) -> list[Comparison]:
+            uncond, cond = (x.to(device).requires_grad_() for x in random_tensors((2, 3, 5, 7), (dtype, other)))
+            return checks.check_negatively_guided_velocity(uncond, cond)
+
+        yield Case("negatively_guided_velocity", dtype, f"with {other}", run)
+
+
+def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for name, is_masked in (("all keys", False), ("keys masked", True)):
+
+        def run(device: torch.device, backend: str | None, is_masked: bool = is_masked) -> list[Comparison]:
+            query = random_tensors((2, 3, 37, 16), [dtype])[0].to(device)
+            key = random_tensors((2, 3, 29, 16), [dtype], 1)[0].to(device)
+            key_mask = random_mask("bool", (2, 29)).to(device) if is_masked else None
+            indices = torch.tensor([0, 5, 28], device=device)
+            return checks.check_concept_attention(query, key, indices, key_mask=key_mask, backend=backend)
+
+        yield Case("concept_attention", dtype, name, run)
