@@ -127,7 +127,7 @@ def velocity_forward_kernel(
             element_type = gradient_prediction_ptr.dtype.element_ty
             tl.store(gradient_prediction_ptr + offsets, rounded(gradient, element_type), mask)
         if gradient_uncond_ptr is not None:
-            gradient_uncond = -gradient
+            gradient_uncond = gradient * -1
             if cond_ptr is not None:
                 gradient_uncond = gradient * tl.full((), -1 - guidance_scale, dtype)
             element_type = gradient_uncond_ptr.dtype.element_ty
