@@ -44,8 +44,8 @@ def nearest(position, SIZE: tl.constexpr, WEIGHT_SIZE: tl.constexpr):
     """The position among WEIGHT_SIZE that `F.interpolate(mode="nearest")` reads for a position among SIZE."""
     if WEIGHT_SIZE == SIZE:
         return position
-    nearest_position = tl.floor(position.to(tl.float32) * (WEIGHT_SIZE / SIZE)).to(position.dtype)
-    return tl.minimum(nearest_position, WEIGHT_SIZE - 1)
+    # Truncation is floor: nothing is negative.
+    return tl.minimum((position.to(tl.float32) * (WEIGHT_SIZE / SIZE)).to(position.dtype), WEIGHT_SIZE - 1)
 
 
 @triton.jit

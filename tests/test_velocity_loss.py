@@ -169,12 +169,14 @@ def test_no_gradient_at_a_tie() -> None:
     assert not torch.autograd.grad(loss, prediction)[0].any()
 
 
+@pytest.mark.reference
 def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 11)
     check_velocity_loss(velocities(count=count), mask=random_mask("soft", (2, 3, 5, 7)), mask_normalization="mask")
     check_velocity_loss(velocities(count=count), reduction="none")
 
 
+@pytest.mark.reference
 def test_half_precision_is_upcast_in_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 200)
     inputs = velocities((4, 10, 10, 10), torch.bfloat16, count)
