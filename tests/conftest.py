@@ -17,3 +17,7 @@ def exact_interpreter() -> Iterator[None]:
         return
     with rounding_to_nearest():
         yield
+
+
+# What needs Triton's interpreter, which is chosen when kernels are decorated, runs in a process of its own.
+collect_ignore = [] if is_interpreted() else ["interpreted"]

@@ -1,8 +1,8 @@
 """Runs kernels in the interpreter so that an access out of bounds ends the process: `python sanitize.py NAME`.
 
-`symbolic`: triton-viz proves every access in bounds for all programs. It cannot model a load whose mask was loaded inside
-a loop (`localization_forward_kernel`), nor a bound that was loaded (`scale_gradients_kernel`). `fenced` runs those, and the
-others, on memory that ends, and then begins, at a page that must not be touched.
+`symbolic`: triton-viz proves every access in bounds, for all programs at once. It cannot model a load whose mask was
+itself loaded inside a loop (`localization_forward_kernel`), nor a loop whose bound was (`scale_gradients_kernel`).
+`fenced` runs those, and the others, on memory that ends, and then begins, at a page that must not be touched.
 """
 
 from __future__ import annotations
