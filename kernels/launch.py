@@ -18,6 +18,7 @@ from torch import Tensor
 
 # Two or more 16-byte loads of every input for each of 128 threads, and few enough registers for full occupancy.
 WARPS = 4
+MAX_REGISTERS = 255
 BLOCK_ELEMENTS = 2048
 # Past this many tiles a program takes several: waves enough to fill any GPU evenly, and few enough partial sums that
 # one program adds them up, in a fixed order: the same bits every time, without atomics.
@@ -179,6 +180,14 @@ def block_elements(dtype: torch.dtype) -> int:
 def programs_for(elements: int, block: int, most: int = MAX_PROGRAMS) -> int:
     """How many programs share the elements."""
     return min(triton.cdiv(elements, block), most)
+
+
+def launch_options(x: Tensor) -> dict[str, int]:
+    """Warps, and on NVIDIA a limit of registers: told one, ptxas no longer spills to make room for one more block."""
+    options = {"num_warps": WARPS}
+    if x.device.type != "xpu" and torch.version.hip is None:
+        options["maxnreg"] = MAX_REGISTERS
+    return options
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -25,12 +25,12 @@ from torch import Tensor
 from fastunlearn.kernels.launch import (
     FINISH_BLOCK,
     MAX_PROGRAMS,
-    WARPS,
     Weights,
     block_elements,
     compute_dtype,
     finish_sum,
     is_dense,
+    launch_options,
     on_device,
     programs_for,
     readable,
@@ -266,7 +266,7 @@ def _launch_forward(
                     NORMALIZE=is_normalized,
                     BLOCK=block,
                     GROUP=GROUP,
-                    num_warps=WARPS,
+                    **launch_options(outputs[0]),
                 )
         localization_finish_kernel[(1,)](
             loss,
@@ -278,7 +278,7 @@ def _launch_forward(
             programs,
             weight / layers,
             BLOCK=FINISH_BLOCK,
-            num_warps=WARPS,
+            **launch_options(outputs[0]),
         )
     return _Forward(loss, per_layer, gradients, inverse, runs)
 

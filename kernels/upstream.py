@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastunlearn.kernels.launch import (
     NO_WEIGHTS,
-    WARPS,
     Weights,
     block_elements,
+    launch_options,
     on_device,
     programs_for,
     rounded,
@@ -122,7 +122,7 @@ def scale_gradients(
             PER_ELEMENT=per_element,
             IN_PLACE=in_place,
             BLOCK=block,
-            num_warps=WARPS,
+            **launch_options(upstream),
         )
     return results
 

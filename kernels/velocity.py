@@ -26,11 +26,11 @@ from torch import Tensor
 from fastunlearn.kernels.launch import (
     FINISH_BLOCK,
     NO_WEIGHTS,
-    WARPS,
     Weights,
     block_elements,
     compute_dtype,
     finish_sum,
+    launch_options,
     on_device,
     programs_for,
     readable,
@@ -270,7 +270,7 @@ def _launch_forward(
                 NORMALIZE=is_normalized,
                 DEFER_SAMPLE_WEIGHT=defers,
                 BLOCK=block,
-                num_warps=WARPS,
+                **launch_options(prediction),
             )
         velocity_finish_kernel[(1,)](
             None if per_element else scalars[0],
@@ -281,7 +281,7 @@ def _launch_forward(
             programs,
             float(scale),
             BLOCK=FINISH_BLOCK,
-            num_warps=WARPS,
+            **launch_options(prediction),
         )
     loss = scalars[0] if losses is None else losses
     return _Forward(loss, scalars[1], scalars[2], [x for x in gradients if x is not None], inverse)

@@ -20,7 +20,7 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-_OPTIONS = ("num_warps", "num_stages", "num_ctas")
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -88,7 +88,10 @@ def compile_launch(launch: Launch, target: str) -> Binary:
     source = ASTSource(
         fn=launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=launch.attributes
     )
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+    options = dict(launch.options)
+    if target.startswith("gfx"):
+        options.pop("maxnreg", None)  # NVIDIA's
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     if target.startswith("gfx"):
         return _read_amdgcn(compiled.asm["amdgcn"])
     return _read_cubin(compiled.asm["cubin"], compiled.asm["ptx"])

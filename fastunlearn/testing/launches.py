@@ -1,0 +1,151 @@
+"""Every launch that the operations make, found by calling them: what there is to compile ahead of time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastunlearn.testing.ahead_of_time import TARGETS, Binary, Launch, compile_launch, recorded_launches
+
+# Divisible by 16 and of full tiles in every dtype: what 16-byte accesses are promised for.
+VELOCITY = (2, 16, 4, 32, 32)
+TOKENS = (2, 64, 128)
+FEATURES = (2, 16, 4, 16, 16)
+
+VELOCITY_CHOICES: dict[str, tuple[Any, ...]] = {
+    "inputs": (3, 2),
+    "wanted": ("prediction", "all", "none"),
+    "mask": ("of another resolution", None, "of the same resolution"),
+    "sample_weight": (False, True),
+    "loss_type": ("l2", "l1"),
+    "reduction": ("mean", "none"),
+    "mask_normalization": ("all", "mask"),
+    "upstream": ("unit", "kept"),
+}
+LOCALIZATION_CHOICES: dict[str, tuple[Any, ...]] = {
+    "outputs": ("tokens", "feature maps", "feature maps, mask of another resolution"),
+    "layers": (3, 16),
+    "wanted": (True, False),
+    "loss_type": ("l2", "l1"),
+    "normalization": ("sum", "background_mean"),
+    "masks": ("one", "a mask a layer"),
+}
+
+
+def combinations(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """All of them."""
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few combinations in which every two choices meet."""
+
+    def pairs(combination: dict[str, Any]) -> set[Any]:
+        return set(itertools.combinations(combination.items(), 2))
+
+    everything = combinations(choices)
+    missing = set().union(*map(pairs, everything))
+    found = []
+    while missing:
+        best = max(everything, key=lambda combination: len(pairs(combination) & missing))
+        found.append(best)
+        missing -= pairs(best)
+    return found
+
+
+def velocity_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -> list[Launch]:
+    """What a velocity loss and its backward pass launch.
+
+    Args:
+        dtypes: of prediction, uncond and cond.
+        choice: a value for each of `VELOCITY_CHOICES`.
+    """
+    from fastunlearn.kernels.velocity import negatively_guided_velocity_loss
+
+    inputs: list[Tensor | None] = [torch.zeros(VELOCITY, dtype=dtype) for dtype in dtypes]
+    if choice["inputs"] == 2:
+        inputs[2] = None
+    wanted = {"all": 3, "prediction": 1, "none": 0}[choice["wanted"]]
+    for x in inputs[:wanted]:
+        if x is not None:
+            x.requires_grad_()
+    shapes = {"of the same resolution": (2, 4, 32, 32), "of another resolution": (2, 4, 16, 16)}
+    with recorded_launches() as launches:
+        loss, *_ = negatively_guided_velocity_loss(
+            *inputs,
+            guidance_scale=7.5,
+            mask=torch.zeros(shapes[choice["mask"]]) if choice["mask"] else None,
+            sample_weight=torch.zeros(2) if choice["sample_weight"] else None,
+            channel_dim=1,
+            loss_type=choice["loss_type"],
+            reduction=choice["reduction"],
+            mask_normalization=choice["mask_normalization"],
+            weight=1.0,
+        )
+        if wanted:
+            upstream = torch.zeros_like(loss) if choice["reduction"] == "none" else None
+            loss.backward(upstream, retain_graph=choice["upstream"] == "kept")
+    return launches
+
+
+def localization_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
+    """What the localization loss and its backward pass launch.
+
+    Args:
+        dtype: of the outputs.
+        choice: a value for each of `LOCALIZATION_CHOICES`.
+    """
+    from fastunlearn.kernels.localization import localization_loss
+
+    shape = TOKENS if choice["outputs"] == "tokens" else FEATURES
+    mask_shape = {"tokens": (2, 64), "feature maps": (2, 4, 16, 16)}.get(choice["outputs"], (2, 4, 8, 8))
+    outputs = [torch.zeros(shape, dtype=dtype, requires_grad=choice["wanted"]) for _ in range(choice["layers"])]
+    masks = [torch.zeros(mask_shape) for _ in outputs]
+    if choice["masks"] == "one":
+        masks = masks[:1] * len(outputs)
+    with recorded_launches() as launches:
+        loss, _ = localization_loss(
+            outputs, masks, loss_type=choice["loss_type"], normalization=choice["normalization"], weight=1.0
+        )
+        if choice["wanted"]:
+            loss.backward()
+    return launches
+
+
+def distinct(launches: Iterator[Launch]) -> list[Launch]:
+    """One of each that the compiler tells apart."""
+    return list({launch.key: launch for launch in launches}.values())
+
+
+def row(launch: Launch, target: str, binary: Binary) -> str:
+    """A line of a table: registers, what is spilled, how global memory is accessed, and the kernel."""
+    counts = " ".join(f"{binary.accesses.count(kind)}x{kind}" for kind in sorted(set(binary.accesses)))
+    memory = f"{binary.registers:>4} {binary.spilled_bytes:>5} {binary.local_bytes:>5}"
+    return f"{target:<7} {memory}  {launch.describe()}  {counts}"
+
+
+def main() -> None:
+    """Print what the usual calls compile to: one line for every kernel, dtype and target."""
+    velocity = combinations(VELOCITY_CHOICES)[0]
+    localization = combinations(LOCALIZATION_CHOICES)[0]
+    print(f"{'kernel':<28} {'dtype':<9} {'target':<7} registers  spilled  accesses of 16 bytes, narrower ones")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        launches = velocity_launches((dtype,) * 3, velocity) + localization_launches(dtype, localization)
+        for launch in {launch.kernel.__name__: launch for launch in launches}.values():
+            for target in TARGETS:
+                binary = compile_launch(launch, target)
+                wide = sum(kind.endswith(("v4.b32", "v2.b64")) for kind in binary.accesses)
+                shown = f"{wide}, {len(binary.accesses) - wide}" if binary.accesses else "not counted"
+                name = str(dtype).removeprefix("torch.")
+                print(
+                    f"{launch.kernel.__name__:<28} {name:<9} {target:<7} "
+                    f"{binary.registers:>9}  {binary.spilled_bytes:>7}  {shown}"
+                )
+
+
+if __name__ == "__main__":
+    main()

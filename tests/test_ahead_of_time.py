@@ -1,0 +1,91 @@
+"""Every kernel compiles for GPUs that are not here, without spills, and moves large tensors 16 bytes at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from fastunlearn.testing.ahead_of_time import TARGETS, Launch, compile_launch
+from fastunlearn.testing.launches import (
+    LOCALIZATION_CHOICES,
+    VELOCITY_CHOICES,
+    combinations,
+    distinct,
+    localization_launches,
+    pairwise,
+    row,
+    velocity_launches,
+)
+
+pytest.importorskip("triton", reason="there are no kernels without Triton")
+
+HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+MIXED = [(SINGLE, BRAIN, BRAIN), (BRAIN, HALF, SINGLE), (HALF, SINGLE, DOUBLE)]
+LARGE = ("losses_ptr", "prediction_ptr", "uncond_ptr", "cond_ptr", "output_ptrs", "gradient_ptrs", "result_ptrs")
+LARGE += ("gradient_prediction_ptr", "gradient_uncond_ptr", "gradient_cond_ptr")
+BYTES = {"*fp16": 2, "*bf16": 2, "*fp32": 4, "*fp64": 8}
+THREADS = 128
+
+
+def wide_accesses(launch: Launch) -> int:
+    """How many 16-byte accesses a thread needs for its part of a tile of every large tensor."""
+    if launch.kernel.__name__.endswith("finish_kernel"):
+        return 0
+    constants = {launch.kernel.arg_names[path[0]]: value for path, value in launch.constants.items() if len(path) == 1}
+    count = 0
+    for name, kind in launch.signature.items():
+        if name not in LARGE and not (name == "upstream_ptr" and constants["PER_ELEMENT"]):
+            continue
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if launch.kernel.__name__.startswith("localization"):
+            kinds = kinds[:1]  # one of the layers
+        count += sum(constants["BLOCK"] * BYTES[k] // (16 * THREADS) for k in kinds if k in BYTES)
+    return count
+
+
+def problems(launch: Launch, target: str) -> list[str]:
+    binary = compile_launch(launch, target)
+    found = []
+    if binary.spilled_bytes or binary.local_bytes:
+        found.append("spills")
+    wide = sum(kind.endswith(("v4.b32", "v2.b64")) for kind in binary.accesses)
+    if TARGETS[target][0] == "cuda" and wide < wide_accesses(launch):
+        found.append(f"{wide} accesses of 16 bytes, {wide_accesses(launch)} needed")
+    return [f"{what}: {row(launch, target, binary)}" for what in found]
+
+
+def compiled(chunk: tuple[list[int], list[str]]) -> list[str]:
+    indices, targets = chunk
+    return [line for i in indices for target in targets for line in problems(LAUNCHES[i], target)]
+
+
+LAUNCHES: list[Launch] = []
+
+
+def check(launches: list[Launch], targets: list[str]) -> None:
+    global LAUNCHES
+    LAUNCHES = launches
+    count = min(os.cpu_count() or 1, 8)
+    chunks = [(list(range(len(launches)))[i :: 4 * count], targets) for i in range(4 * count)]
+    # Forked, because kernels cannot be sent: the children find `LAUNCHES` as it is.
+    with multiprocessing.get_context("fork").Pool(count) as pool:
+        table = [line for lines in pool.map(compiled, chunks) for line in lines]
+    assert launches
+    assert not table, "\n".join(table)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE, DOUBLE])
+def test_every_combination(dtype: torch.dtype) -> None:
+    velocity = (x for c in combinations(VELOCITY_CHOICES) for x in velocity_launches((dtype,) * 3, c))
+    localization = (x for c in combinations(LOCALIZATION_CHOICES) for x in localization_launches(dtype, c))
+    check(distinct(velocity) + distinct(localization), ["sm_90"])
+
+
+@pytest.mark.parametrize("dtypes", [(HALF,) * 3, (BRAIN,) * 3, (SINGLE,) * 3, (DOUBLE,) * 3, *MIXED])
+def test_other_gpus_and_mixed_dtypes(dtypes: tuple[torch.dtype, ...]) -> None:
+    velocity = (x for c in pairwise(VELOCITY_CHOICES) for x in velocity_launches(dtypes, c))
+    localization = (x for c in pairwise(LOCALIZATION_CHOICES) for x in localization_launches(dtypes[0], c))
+    check(distinct(velocity) + distinct(localization), list(TARGETS))
