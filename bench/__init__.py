@@ -1,1 +1,1 @@
-"""Benchmarks of fastunlearn, imported as `fastunlearn.bench`. None yet."""
+"""Benchmarks of fastunlearn, imported as `fastunlearn.bench`."""
