@@ -48,14 +48,22 @@ class Case:
     peers: dict[str, Callable[[], Result]]
 
     def check(self) -> None:
-        """Raise unless every peer's loss and gradients agree with the reference in float64 within a few roundings."""
+        """Raise unless every peer's loss and gradients agree with float64's.
+
+        fastunlearn, which computes in float32, may be off by a rounding of its results; the others compute in the
+        inputs' dtype, and may be off by a few.
+
+        Raises:
+            Disagreement: naming the case, the peer, and by how much it is off.
+        """
         exact = self.peers["reference in float64"]()
         for name, peer in self.timed().items():
+            roundings = 1 if name == "fastunlearn" else 8
             loss, gradients = peer()
-            _agree(f"{self.name} at {self.size}: the loss of {name}", loss, exact[0], 1e-3)
-            for mine, other in zip(gradients, exact[1], strict=True):
-                epsilon = torch.finfo(mine.dtype).eps
-                _agree(f"{self.name} at {self.size}: a gradient of {name}", mine, other, max(4 * epsilon, 1e-5))
+            for mine, other in zip([loss, *gradients], [exact[0], *exact[1]], strict=True):
+                what = "loss" if mine is loss else "gradient"
+                allowed = max(roundings * torch.finfo(mine.dtype).eps, 1e-5)
+                _agree(f"{self.name} at {self.size}: a {what} of {name}", mine, other, allowed)
 
     def timed(self) -> dict[str, Callable[[], Result]]:
         """The peers without the one that is only there to be compared with."""
