@@ -232,12 +232,18 @@ def localization_loss(
         raise TypeError("mask must be a tensor where eraser_outputs is a sequence, got a mapping")
     outputs: list[Tensor] = []
     masks: list[Tensor] = []
+    # Layers mostly share a mask and a shape: one tensor then serves them all.
+    seen: dict[tuple[int, torch.Size], Tensor] = {}
     for name, output in layers.items():
         if isinstance(mask, Mapping) and name not in mask:
             raise ValueError(f"mask must have an entry for every layer of eraser_outputs; {name!r} has none")
         check_tensor(f"eraser_outputs[{name}]", output, like=outputs[0] if outputs else None)
         outputs.append(output)
-        masks.append(layer_mask(mask[name] if isinstance(mask, Mapping) else mask, output, name))
+        of_layer = mask[name] if isinstance(mask, Mapping) else mask
+        key = (id(of_layer), output.shape)
+        if key not in seen:
+            seen[key] = layer_mask(of_layer, output, name)
+        masks.append(seen[key])
     if not outputs:
         zeros = torch.zeros(1, device=mask.device if isinstance(mask, Tensor) else None)
         return LocalizationLoss(zeros.sum(), zeros[:0])

@@ -1,1 +1,1 @@
-"""Triton kernels of fastunlearn, imported as `fastunlearn.kernels`. None yet: every op runs on the torch backend."""
+"""Triton kernels of fastunlearn, imported as `fastunlearn.kernels`."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +74,19 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "cuda")
     with pytest.raises(ValueError, match="FASTUNLEARN_BACKEND must be one of 'torch', 'compile', 'triton'; got 'cuda'"):
         velocity_loss(torch.ones(1), torch.ones(1))
+
+
+def test_compile_backend_needs_a_compiler(tmp_path: Path) -> None:
+    code = "import torch, fastunlearn as f; f.velocity_loss(torch.ones(2), torch.ones(2), backend='compile')"
+    environment = {
+        "PATH": "",
+        "CXX": "/nonexistent/c++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "compiler" in result.stderr.lower()
 
 
 def test_compile_backend_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

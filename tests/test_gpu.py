@@ -1,0 +1,107 @@
+"""What only a GPU can show: `pytest -m "gpu or not gpu"`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastunlearn.functional import localization_loss, velocity_loss
+from fastunlearn.testing import cases
+from fastunlearn.testing.cases import Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.op}-{case.dtype}-{case.name}")
+def test_grid(case: Case) -> None:
+    case.run(torch.device("cuda"), None)
+
+
+def velocity(x: Tensor) -> Tensor:
+    return velocity_loss(x, torch.ones_like(x), weight=0.5).loss
+
+
+def localization(x: Tensor) -> Tensor:
+    mask = (torch.arange(x.shape[1], device=x.device) % 2 == 0).expand(x.shape[0], -1)
+    return localization_loss([x, 2 * x], mask).loss
+
+
+@pytest.mark.parametrize("loss", [velocity, localization])
+def test_cuda_graphs(loss: object) -> None:
+    """A captured step, replayed on other values, gives what the step gives."""
+    x = torch.randn(2, 256, 64, device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(loss(x), x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = loss(x)
+        (gradient,) = torch.autograd.grad(value, x)
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    expected = loss(x)
+    assert torch.equal(value, expected)
+    assert torch.equal(gradient, torch.autograd.grad(expected, x)[0])
+
+
+@pytest.mark.parametrize("loss", [velocity, localization])
+def test_the_same_bits_and_no_host_sync(loss: object) -> None:
+    x = torch.randn(4, 4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    loss(x).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values = [loss(x) for _ in range(3)]
+        gradients = [torch.autograd.grad(value, x)[0] for value in values]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(values[0], value) for value in values)
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
+
+
+@pytest.mark.parametrize("loss", [velocity, localization])
+def test_compiled(loss: object) -> None:
+    x = torch.randn(2, 256, 64, device="cuda", requires_grad=True)
+    value = torch.compile(loss, fullgraph=True)(x)
+    torch.testing.assert_close(value, loss(x))
+    torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(loss(x), x))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    elements = 2**31 + 4096
+    if torch.cuda.mem_get_info()[0] < 10 * elements:
+        pytest.skip(f"needs {10 * elements / 2**30:.0f} GiB of GPU memory")
+    prediction = torch.zeros(1, elements, dtype=torch.bfloat16, device="cuda")
+    prediction[0, -1] = 3
+    prediction.requires_grad_()
+    target = torch.zeros_like(prediction)
+    loss = velocity_loss(prediction, target, mask=torch.ones(1, device="cuda"), reduction="sum").loss
+    assert loss == 9
+    (gradient,) = torch.autograd.grad(loss, prediction)
+    assert gradient[0, -1] == 6
+    assert gradient.count_nonzero() == 1
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+def test_memcheck(tmp_path: Path) -> None:
+    script = tmp_path / "calls.py"
+    script.write_text(
+        "import torch\n"
+        "from fastunlearn.testing import cases\n"
+        "for case in cases(['velocity_loss', 'localization_loss'], [torch.bfloat16]):\n"
+        "    case.run(torch.device('cuda'), 'triton')\n"
+    )
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
