@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from fastunlearn.testing.ahead_of_time import TARGETS, Launch, compile_launch
+from fastunlearn.testing.ahead_of_time import TARGETS, Launch, compile_launch, recorded_launches
 from fastunlearn.testing.launches import (
     LOCALIZATION_CHOICES,
     VELOCITY_CHOICES,
@@ -21,6 +21,8 @@ from fastunlearn.testing.launches import (
 )
 
 pytest.importorskip("triton", reason="there are no kernels without Triton")
+
+from fastunlearn.kernels.velocity import velocity_loss
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MIXED = [(SINGLE, BRAIN, BRAIN), (BRAIN, HALF, SINGLE), (HALF, SINGLE, DOUBLE)]
@@ -89,3 +91,27 @@ def test_other_gpus_and_mixed_dtypes(dtypes: tuple[torch.dtype, ...]) -> None:
     velocity = (x for c in pairwise(VELOCITY_CHOICES) for x in velocity_launches(dtypes, c))
     localization = (x for c in pairwise(LOCALIZATION_CHOICES) for x in localization_launches(dtypes[0], c))
     check(distinct(velocity) + distinct(localization), list(TARGETS))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """Memory that is not touched is not there: what would be launched is compiled all the same."""
+    shape = (1, 2, 2**30 + 2048)
+    prediction, target = (torch.empty(shape, dtype=BRAIN) for _ in range(2))
+    prediction.requires_grad_()
+    with recorded_launches() as launches:
+        loss, *_ = velocity_loss(
+            prediction,
+            target,
+            mask=torch.zeros(1, 2**20),
+            sample_weight=None,
+            channel_dim=1,
+            loss_type="l2",
+            reduction="mean",
+            mask_normalization="all",
+            weight=1.0,
+        )
+        loss.backward()
+    forward, _, backward = launches
+    assert forward.signature["elements"] == backward.signature["elements"] == "i64"
+    assert forward.constants[(forward.kernel.arg_names.index("MASK_NARROW"),)] is False
+    check(launches, list(TARGETS))

@@ -1,0 +1,94 @@
+"""What all kernels share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastunlearn.kernels.launch import is_dense, same_layout, tile_start, weight_offsets, weights_of
+
+
+@triton.jit
+def tile_start_kernel(result_ptr, tile, BLOCK: tl.constexpr):
+    tl.store(result_ptr, tile_start(tile, BLOCK))
+
+
+@triton.jit
+def weight_kernel(
+    result_ptr,
+    weight_ptr,
+    strides,
+    elements,
+    SIZES: tl.constexpr,
+    WEIGHT_SIZES: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.arange(0, BLOCK).to(tl.int64)
+    mask = offsets < elements
+    found = weight_offsets(offsets, strides, SIZES, WEIGHT_SIZES, NARROW)
+    tl.store(result_ptr + offsets, tl.load(weight_ptr + found, mask, 0), mask)
+
+
+def test_offsets_are_64_bit() -> None:
+    result = torch.zeros(1, dtype=torch.int64)
+    tile_start_kernel[(1,)](result, 2**21, BLOCK=2048)
+    assert result.item() == 2**32
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    weight_sizes=st.lists(st.integers(1, 9), min_size=5, max_size=5),
+    kinds=st.lists(st.sampled_from(["same", "one", "expanded", "other"]), min_size=5, max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_weights_are_those_of_interpolate(
+    shape: list[int], weight_sizes: list[int], kinds: list[str], seed: int
+) -> None:
+    """For any order of dims in memory, of the tensor and of its weights, and any mix of resolutions."""
+    order = torch.randperm(len(shape), generator=torch.Generator().manual_seed(seed)).tolist()
+    x = torch.empty([shape[i] for i in order]).permute([order.index(i) for i in range(len(shape))])
+    assert list(x.shape) == shape and is_dense(x)
+    sizes = [
+        {"same": size, "one": 1, "expanded": 1, "other": other}[kind]
+        for size, other, kind in zip(shape, weight_sizes, kinds, strict=False)
+    ]
+    weights = torch.rand(sizes[::-1]).permute(*range(len(sizes))[::-1])
+    weights = weights.expand([n if kind == "expanded" else -1 for n, kind in zip(shape, kinds, strict=False)])
+    how = weights_of(x.shape, x.stride(), weights.shape, weights.stride())
+    result = torch.empty_like(x)
+    weight_kernel[(1,)](
+        result,
+        weights,
+        how.strides,
+        x.numel(),
+        SIZES=how.SIZES,
+        WEIGHT_SIZES=how.WEIGHT_SIZES,
+        NARROW=how.NARROW,
+        BLOCK=triton.next_power_of_2(x.numel()),
+    )
+    expected = weights
+    for dim, size in enumerate(shape):
+        moved = expected.movedim(dim, -1)
+        flat = moved.reshape(1, -1, moved.shape[-1])
+        read = F.interpolate(flat, size=size, mode="nearest").reshape(*moved.shape[:-1], size)
+        expected = read.movedim(-1, dim)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_layouts_that_agree_are_not_copied(is_copied: bool) -> None:
+    first = torch.randn(2, 3, 4).permute(2, 0, 1)
+    second = torch.randn(4, 2, 3) if is_copied else torch.randn(2, 3, 4).permute(2, 0, 1)
+    found = same_layout(first, [second, None])
+    assert found[0] is first
+    assert (found[1] is second) is not is_copied
+    assert torch.equal(found[1], second)
+    assert found[1].stride() == first.stride()
+    assert found[2] is None
