@@ -416,10 +416,13 @@ def localization_loss(
     outputs: Sequence[Tensor], masks: Sequence[Tensor], *, loss_type: str, normalization: str, weight: float
 ) -> tuple[Tensor, Tensor]:
     """The function of that name in `fastunlearn.reference`: a launch for `LAYERS_PER_LAUNCH` like layers, and one."""
+    # `ctx.needs_input_grad` does not know of `torch.no_grad`.
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in outputs]
     if torch.compiler.is_compiling():
-        wanted = [x.requires_grad and torch.is_grad_enabled() for x in outputs]
         loss, per_layer, _, _ = localization_loss_op(
             list(outputs), list(masks), wanted, loss_type, normalization, weight
         )
         return loss, per_layer.detach()
+    if not any(wanted):
+        return _launch_forward(outputs, masks, wanted, loss_type, normalization, weight, in_one_stretch=True)[:2]
     return _LocalizationLoss.apply(masks, loss_type, normalization, weight, *outputs)  # type: ignore[no-untyped-call]

@@ -441,12 +441,16 @@ def negatively_guided_velocity_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The function of that name in `fastunlearn.reference`: two launches, and one for the backward pass."""
     options = _Options(guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
+    inputs = (prediction, uncond, cond)
+    # `ctx.needs_input_grad` does not know of `torch.no_grad`.
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if torch.compiler.is_compiling():
-        wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (prediction, uncond, cond)]
-        loss, *norms, _, _ = velocity_loss_op(prediction, uncond, cond, mask, sample_weight, wanted, *options)
+        loss, *norms, _, _ = velocity_loss_op(*inputs, mask, sample_weight, wanted, *options)
         return loss, norms[0].detach(), norms[1].detach()
-    # Registered operators take three times the host time of this.
-    return _VelocityLoss.apply(prediction, uncond, cond, mask, sample_weight, options)  # type: ignore[no-untyped-call]
+    if not any(wanted):
+        return _launch_forward(*inputs, mask, sample_weight, (False,) * 3, options)[:3]
+    # A registered operator takes three times the host time of this.
+    return _VelocityLoss.apply(*inputs, mask, sample_weight, options)  # type: ignore[no-untyped-call]
 
 
 def velocity_loss(prediction: Tensor, target: Tensor, **common: Any) -> tuple[Tensor, Tensor, Tensor]:

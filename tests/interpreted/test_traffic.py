@@ -50,13 +50,17 @@ def test_velocity_losses_move_the_floor(dtype: torch.dtype, mask: tuple[int, ...
         assert observed.launches == ["velocity_forward_kernel", "velocity_finish_kernel", "scale_gradients_kernel"]
 
 
-def test_without_a_gradient_nothing_is_written() -> None:
-    tensors = [x.detach() for x in velocities(3, torch.float32)]
-    with observed_kernels() as observed:
-        negatively_guided_velocity_loss(*tensors)
-    assert large(observed.loaded) == 3 * 4 * tensors[0].numel()
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_without_a_gradient_nothing_is_written(requires_grad: bool) -> None:
+    tensors = [x.detach().requires_grad_(requires_grad) for x in velocities(3, torch.float32)]
+    outputs = [torch.randn(2, 128, 64, requires_grad=requires_grad)]
+    with torch.set_grad_enabled(not requires_grad), observed_kernels() as observed:
+        loss = negatively_guided_velocity_loss(*tensors).loss
+        localization_loss(outputs, torch.zeros(2, 128))
+    assert not loss.requires_grad
+    assert large(observed.loaded) == 3 * 4 * tensors[0].numel() + 4 * outputs[0].numel()
     assert large(observed.stored) == 0
-    assert len(observed.launches) == 2
+    assert len(observed.launches) == 4
 
 
 def test_sums_and_scalars_are_under_a_hundredth() -> None:
