@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch import Tensor
@@ -171,13 +171,31 @@ def test_compiled_without_graph_breaks(loss_type: str, normalization: str) -> No
     torch.testing.assert_close(gradients, torch.autograd.grad(expected.loss, others))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=4, max_size=5).map(tuple),
     mask_sizes=st.lists(st.integers(1, 6), min_size=3, max_size=3),
+    kind=st.sampled_from(["soft", "half", "bool", "int", "zeros"]),
     one_mask=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    is_channels_last=st.booleans(),
     normalization=st.sampled_from(["sum", "background_mean"]),
+    loss_type=st.sampled_from(["l2", "l1"]),
 )
-def test_any_feature_map(shape: tuple[int, ...], mask_sizes: list[int], one_mask: bool, normalization: str) -> None:
-    mask = random_mask("soft", (1 if one_mask else shape[0], *mask_sizes[: len(shape) - 2]))
-    check_localization_loss(random_outputs([shape]), mask, normalization=normalization)
+def test_any_feature_map(
+    shape: tuple[int, ...],
+    mask_sizes: list[int],
+    kind: str,
+    one_mask: bool,
+    dtype: torch.dtype,
+    is_channels_last: bool,
+    normalization: str,
+    loss_type: str,
+) -> None:
+    mask = random_mask(kind, (1 if one_mask else shape[0], *mask_sizes[: len(shape) - 2]))
+    # Eager torch divides by the background that is read.
+    assume((1 - oracle.nearest(oracle.to_numpy(mask), shape[2:])).any())
+    outputs = random_outputs([shape, shape], dtype)
+    if is_channels_last:
+        outputs = [x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_() for x in outputs]
+    check_localization_loss(outputs, mask, normalization=normalization, loss_type=loss_type)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch import Tensor
@@ -230,16 +230,44 @@ def test_compiled_without_graph_breaks(count: int, loss_type: str) -> None:
         torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), others))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=3, max_size=5).map(tuple),
     mask_sizes=st.lists(st.integers(1, 6), min_size=3, max_size=3),
+    kind=st.sampled_from(["soft", "half", "bool", "int", "ones"]),
     one_mask=st.booleans(),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=3, max_size=3),
+    layouts=st.lists(st.sampled_from(["as it is", "reversed", "sliced"]), min_size=3, max_size=3),
+    options=st.fixed_dictionaries(
+        {
+            "loss_type": st.sampled_from(["l2", "l1"]),
+            "mask_normalization": st.sampled_from(["all", "mask"]),
+        }
+    ),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(shape: tuple[int, ...], mask_sizes: list[int], one_mask: bool, seed: int) -> None:
-    mask = random_mask("soft", (1 if one_mask else shape[0], *mask_sizes[: len(shape) - 2]), seed)
-    check_velocity_loss(velocities(shape, seed=seed), mask=mask, mask_normalization="mask")
+def test_anything(
+    shape: tuple[int, ...],
+    mask_sizes: list[int],
+    kind: str,
+    one_mask: bool,
+    dtypes: list[torch.dtype],
+    layouts: list[str],
+    options: dict[str, Any],
+    seed: int,
+) -> None:
+    mask = random_mask(kind, (1 if one_mask else shape[0], *mask_sizes[: len(shape) - 2]), seed)
+    # Eager torch divides by the sum of what is read.
+    assume(oracle.nearest(oracle.to_numpy(mask), shape[2:]).any())
+    inputs = []
+    for x, layout in zip(velocities(shape, dtypes, seed=seed), layouts, strict=True):
+        x = x.detach()
+        if layout == "reversed":
+            x = x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1])
+        elif layout == "sliced":
+            x = torch.stack([x, x], dim=-1)[..., 0]
+        inputs.append(x.requires_grad_())
+    check_velocity_loss(inputs, mask=mask, **options)
 
 
 @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES])
