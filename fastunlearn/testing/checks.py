@@ -68,7 +68,8 @@ def check_velocity_loss(
     for name, x in zip(("prediction", "uncond", "cond"), inputs, strict=False):
         if x.requires_grad:
             gradient, other = next(gradients), next(expected_gradients)
-            found.append(compare(f"gradient of {name}", gradient, other, exact[name], terms=terms, compute=compute))
+            what = f"gradient of {name}"
+            found.append(compare(what, gradient, other, exact[name], terms=terms, roundings=2, compute=compute))
     target = inputs[1].to(compute)
     if len(inputs) == 3:
         target = target + options["guidance_scale"] * (target - inputs[2].to(compute))
@@ -110,7 +111,7 @@ def check_localization_loss(
     terms = max(x.numel() for x in outputs)
     found = [compare("loss", result.loss, expected, exact["loss"], terms=terms, compute=compute)]
     for gradient in zip(gradients, expected_gradients, exact["gradients"], strict=True):
-        found.append(compare("gradient", *gradient, terms=terms, compute=compute))
+        found.append(compare("gradient", *gradient, terms=terms, roundings=2, compute=compute))
     options.pop("weight", None)
     for i, (output, of_layer) in enumerate(zip(outputs, masks, strict=True)):
         term = eager.localization_loss([output.detach().to(compute)], [of_layer], **options)
