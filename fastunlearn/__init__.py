@@ -20,6 +20,7 @@ from fastunlearn.erasers import (
 )
 from fastunlearn.functional import (
     LocalizationLoss,
+    LowRankOutput,
     VelocityLoss,
     concept_attention,
     localization_loss,
@@ -43,6 +44,7 @@ __all__ = [
     "ConceptPreservationLoss",
     "EraserOutputsCapture",
     "LocalizationLoss",
+    "LowRankOutput",
     "MaskLocalizationLoss",
     "NegativelyGuidedVelocityLoss",
     "T2VUnlearningLoss",

@@ -118,6 +118,22 @@ def named_layers(eraser_outputs: object) -> dict[Any, Any]:
     raise TypeError(f"eraser_outputs must be a sequence or mapping of tensors, got {type(eraser_outputs).__name__}")
 
 
+def check_low_rank(name: str, hidden: object, weight: object, bias: object, *, like: Tensor | None = None) -> None:
+    """Raise unless the three make an output hidden @ weight.T + bias of tokens."""
+    check_tensor(f"{name}.hidden", hidden, like=like)
+    assert isinstance(hidden, Tensor)
+    check_tensor(f"{name}.weight", weight, like=hidden)
+    assert isinstance(weight, Tensor)
+    if hidden.dim() != 3:
+        raise ValueError(f"{name}.hidden must be (B, N, r), got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
+        raise ValueError(f"{name}.weight must be (D, {hidden.shape[2]}) for this hidden, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor(f"{name}.bias", bias, like=hidden)
+        assert isinstance(bias, Tensor)
+        check_shape(f"{name}.bias", bias, weight.shape[:1], "that of weight's rows")
+
+
 def layer_mask(mask: Tensor, output: Tensor, layer: object) -> Tensor:
     """The mask of one layer in the form that implementations take: (B or 1, N) for tokens."""
     name = f"the mask of layer {layer!r}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastunlearn.arguments import integer_tensor, token_index_rows
 from fastunlearn.backbones import attentions, find_transformer
-from fastunlearn.functional import concept_attention
+from fastunlearn.functional import LowRankOutput, concept_attention
 from fastunlearn.interception import Attention, Interception
 
 
@@ -79,19 +79,30 @@ class EraserOutputsCapture(_Capture):
     Outputs are (B, N, D) by layer, in the computation's dtype and with their graph. Another call of the model replaces
     them; the recomputation of gradient checkpointing does not.
 
+    With `low_rank`, which is the form to prefer, each is a `LowRankOutput` instead, which `localization_loss` takes as
+    well: what the eraser's last layer reads, r of D numbers a token (128 of 3072 in CogVideoX-5B), and its parameters
+    themselves.
+
     Args:
         model: the transformer that has the erasers, or a wrapper of it.
         erasers: those to capture, by layer, as `attach_erasers` returned them.
         eraser_outputs: the mapping to fill.
+        low_rank: whether to capture low-rank outputs.
 
     Raises:
         TypeError: the model is of no supported family, or `erasers` or `eraser_outputs` is no mapping.
+        ValueError: `low_rank` with an eraser that does not end in a `torch.nn.Linear` called `up`.
         RuntimeError: at the end, if nothing was captured; in the forward pass, if checkpointing is reentrant, which
             cuts captured outputs off their gradients.
     """
 
     def __init__(
-        self, model: nn.Module, erasers: Mapping[str, nn.Module], eraser_outputs: MutableMapping[str, Tensor]
+        self,
+        model: nn.Module,
+        erasers: Mapping[str, nn.Module],
+        eraser_outputs: MutableMapping[str, Any],
+        *,
+        low_rank: bool = False,
     ) -> None:
         super().__init__(model)
         _check_mapping("eraser_outputs", eraser_outputs, MutableMapping)
@@ -99,15 +110,25 @@ class EraserOutputsCapture(_Capture):
         for name, eraser in erasers.items():
             if not isinstance(eraser, nn.Module):
                 raise TypeError(f"erasers[{name!r}]: expected a torch.nn.Module, got {type(eraser).__name__}")
+            if low_rank and not isinstance(getattr(eraser, "up", None), nn.Linear):
+                raise ValueError(
+                    f"erasers[{name!r}]: expected one that ends in a torch.nn.Linear called up, as AdapterEraser does; "
+                    f"got {type(eraser).__name__}: capture with low_rank=False"
+                )
         self._erasers = erasers
         self._outputs = eraser_outputs
+        self._low_rank = low_rank
 
     def _listen(self, undo: ExitStack) -> None:
         for name, eraser in self._erasers.items():
-            undo.callback(eraser.register_forward_hook(self._hook(name)).remove)
+            if self._low_rank:
+                last: Any = eraser.up
+                undo.callback(last.register_forward_hook(self._hook(name, eraser)).remove)
+            else:
+                undo.callback(eraser.register_forward_hook(self._hook(name, eraser)).remove)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def keep(eraser: nn.Module, args: Any, output: Tensor) -> None:
+    def _hook(self, name: str, eraser: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
             if not self._running:
                 return
             trained = any(parameter.requires_grad for parameter in eraser.parameters())
@@ -115,7 +136,8 @@ class EraserOutputsCapture(_Capture):
                 raise RuntimeError(
                     f"the output of eraser {name!r} has no gradient: checkpoint with use_reentrant=False"
                 )
-            self._outputs[name] = output
+            up: Any = module
+            self._outputs[name] = LowRankOutput(args[0], up.weight, up.bias) if self._low_rank else output
             self._seen.add(name)
 
         return keep

@@ -21,6 +21,7 @@ OPS = (
     "negatively_guided_velocity_loss",
     "velocity_loss",
     "localization_loss",
+    "low_rank_localization_loss",
     "concept_attention",
 )
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

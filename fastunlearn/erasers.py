@@ -23,6 +23,13 @@ from fastunlearn import eraser_files
 from fastunlearn.backbones import Backbone, attentions, find_transformer
 
 
+class _Linear(nn.Linear):
+    """Computes in its input's dtype, whatever its parameters'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 class AdapterEraser(nn.Module):
     """Linear(dim, rank), GELU, Linear(rank, dim). Its last layer starts at zero, so that a fresh eraser does nothing.
 
@@ -36,16 +43,15 @@ class AdapterEraser(nn.Module):
         for argument, value in (("dim", dim), ("rank", rank)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{argument}: expected a positive integer, got {value!r}")
-        self.down = nn.Linear(dim, rank, dtype=torch.float32)
-        self.up = nn.Linear(rank, dim, dtype=torch.float32)
+        self.down = _Linear(dim, rank, dtype=torch.float32)
+        self.up = _Linear(rank, dim, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., dim) to (..., dim) in the input's dtype: what is to be added to the input."""
-        dtype = hidden_states.dtype
-        hidden = F.linear(hidden_states, self.down.weight.to(dtype), self.down.bias.to(dtype))
-        return F.linear(F.gelu(hidden), self.up.weight.to(dtype), self.up.bias.to(dtype))
+        output: Tensor = self.up(F.gelu(self.down(hidden_states)))
+        return output
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterEraser:
         """Follows the model to another device, not to a narrower dtype."""

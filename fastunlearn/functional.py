@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastunlearn.arguments import (
     check_choice,
+    check_low_rank,
     check_no_group,
     check_number,
     check_shape,
@@ -29,6 +30,7 @@ from fastunlearn.dispatch import Backend, BackendChoice, choose_backend, impleme
 __all__ = [
     "BackendChoice",
     "LocalizationLoss",
+    "LowRankOutput",
     "VelocityLoss",
     "choose_backend",
     "concept_attention",
@@ -57,6 +59,17 @@ class LocalizationLoss(NamedTuple):
 
     loss: Tensor
     per_layer: Tensor
+
+
+class LowRankOutput(NamedTuple):
+    """An eraser's output hidden @ weight.T + bias, not computed: what its last layer reads, and its parameters.
+
+    hidden: (B, N, r). weight: (D, r). bias: (D,) or None. Their dtypes may differ.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 def negatively_guided_velocity(uncond: Tensor, cond: Tensor, guidance_scale: float = 7.5) -> Tensor:
@@ -189,7 +202,7 @@ def velocity_loss(
 
 
 def localization_loss(
-    eraser_outputs: Sequence[Tensor] | Mapping[str, Tensor],
+    eraser_outputs: Sequence[Tensor | LowRankOutput] | Mapping[str, Tensor | LowRankOutput],
     mask: Tensor | Mapping[str, Tensor],
     *,
     loss_type: LossType = "l2",
@@ -203,9 +216,15 @@ def localization_loss(
     The localization loss of Receler (arXiv 2311.17717) as T2VUnlearning (arXiv 2505.17550) uses
     it. Differentiable in the eraser outputs. Where 1 - mask is 0, even NaN contributes nothing.
 
+    A `LowRankOutput` costs r/D of what its output would: under "l2" the sum is a function of r x r moments of `hidden`,
+    and neither the output nor its gradient exists. Its rounding error is a few units of what the sum would be if every
+    output were as long as hidden @ weight.T and bias together, which matters only where these cancel. Under "l1", and
+    where D is no larger than r, the output is computed from it.
+
     Args:
-        eraser_outputs: a tensor a layer, in a sequence or by name: tokens (B, N, D), or feature maps (B, C, *spatial)
-            with two or more spatial dims.
+        eraser_outputs: one a layer, in a sequence or by name, of these kinds in any mixture: tokens (B, N, D); feature
+            maps (B, C, *spatial) with two or more spatial dims; `LowRankOutput`s of tokens, differentiable in all three
+            tensors.
         mask: 1 on the concept, one for all layers or one a layer name; bool, integer or floating, hard or soft. For
             tokens (B or 1, *grid) of N positions in all; for feature maps (B or 1, *spatial), or with a channel dim of
             size 1, of any resolution, read by nearest neighbour. Takes no gradient.
@@ -230,25 +249,61 @@ def localization_loss(
     layers = named_layers(eraser_outputs)
     if isinstance(mask, Mapping) and not isinstance(eraser_outputs, Mapping):
         raise TypeError("mask must be a tensor where eraser_outputs is a sequence, got a mapping")
-    outputs: list[Tensor] = []
+    outputs: list[Tensor | LowRankOutput] = []
     masks: list[Tensor] = []
     # Layers mostly share a mask and a shape: one tensor then serves them all.
     seen: dict[tuple[int, torch.Size], Tensor] = {}
+    first: Tensor | None = None
     for name, output in layers.items():
         if isinstance(mask, Mapping) and name not in mask:
             raise ValueError(f"mask must have an entry for every layer of eraser_outputs; {name!r} has none")
-        check_tensor(f"eraser_outputs[{name}]", output, like=outputs[0] if outputs else None)
-        outputs.append(output)
+        if isinstance(output, LowRankOutput):
+            check_low_rank(f"eraser_outputs[{name}]", *output, like=first)
+            tokens = output.hidden
+        else:
+            check_tensor(f"eraser_outputs[{name}]", output, like=first)
+            tokens = output
+        first = tokens if first is None else first
         of_layer = mask[name] if isinstance(mask, Mapping) else mask
-        key = (id(of_layer), output.shape)
+        key = (id(of_layer), tokens.shape)
         if key not in seen:
-            seen[key] = layer_mask(of_layer, output, name)
+            seen[key] = layer_mask(of_layer, tokens, name)
+        if isinstance(output, LowRankOutput) and (loss_type == "l1" or output.weight.shape[0] <= tokens.shape[2]):
+            output = _dense(output, seen[key])
+        outputs.append(output)
         masks.append(seen[key])
-    if not outputs:
+    if first is None:
         zeros = torch.zeros(1, device=mask.device if isinstance(mask, Tensor) else None)
         return LocalizationLoss(zeros.sum(), zeros[:0])
-    compute = implementation("localization_loss", outputs[0].device, backend)
-    return LocalizationLoss(*compute(outputs, masks, loss_type=loss_type, normalization=normalization, weight=weight))
+
+    # The two kinds apart, then together in the layers' order.
+    low_rank = [i for i, output in enumerate(outputs) if isinstance(output, LowRankOutput)]
+    dense = [i for i in range(len(outputs)) if i not in set(low_rank)]
+    parts = []
+    for op, index in (("localization_loss", dense), ("low_rank_localization_loss", low_rank)):
+        if index:
+            of_op: list[Any] = [outputs[i] for i in index]
+            arguments = [of_op] if index is dense else [list(column) for column in zip(*of_op, strict=True)]
+            options: dict[str, Any] = {"loss_type": loss_type} if index is dense else {}
+            share = weight * len(index) / len(outputs)
+            compute = implementation(op, first.device, backend)
+            of_masks = [masks[i] for i in index]
+            parts.append(compute(*arguments, of_masks, normalization=normalization, weight=share, **options))
+    if len(parts) == 1:
+        return LocalizationLoss(*parts[0])
+    (dense_loss, dense_terms), (low_rank_loss, low_rank_terms) = parts
+    terms = torch.cat([dense_terms, low_rank_terms])
+    back = sorted(range(len(outputs)), key=(dense + low_rank).__getitem__)
+    return LocalizationLoss(dense_loss + low_rank_loss, torch.stack([terms[i] for i in back]))
+
+
+def _dense(output: LowRankOutput, mask: Tensor) -> Tensor:
+    """The tokens (B, N, D) in the dtype of the arithmetic. What is not read is 0: its NaN would reach the weights."""
+    dtype = torch.promote_types(torch.promote_types(output.hidden.dtype, output.weight.dtype), torch.float32)
+    with torch.autocast(output.hidden.device.type, enabled=False):
+        hidden = output.hidden.to(dtype).masked_fill((mask == 1)[..., None], 0)
+        bias = None if output.bias is None else output.bias.to(dtype)
+        return torch.nn.functional.linear(hidden, output.weight.to(dtype), bias)
 
 
 def concept_attention(

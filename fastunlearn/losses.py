@@ -27,6 +27,7 @@ from fastunlearn.functional import (
     LocalizationLoss,
     LocalizationNormalization,
     LossType,
+    LowRankOutput,
     MaskNormalization,
     Reduction,
     VelocityLoss,
@@ -378,12 +379,13 @@ class MaskLocalizationLoss(nn.Module):
         self.backend = backend
 
     def forward(
-        self, eraser_outputs: Mapping[str, Tensor], mask: Tensor | Mapping[str, Tensor]
+        self, eraser_outputs: Mapping[str, Tensor | LowRankOutput], mask: Tensor | Mapping[str, Tensor]
     ) -> tuple[Tensor, LossDict]:
         """Reads what `EraserOutputsCapture` caught.
 
         Args:
-            eraser_outputs: each eraser's output by name, (B, N, D) tokens or (B, C, *spatial) feature maps.
+            eraser_outputs: each eraser's output by name: (B, N, D) tokens, (B, C, *spatial) feature maps, or
+                `LowRankOutput`s.
             mask: (B, F, h, w) on the token grid, 1 on the concept; or one such mask a layer, by the same names.
 
         Returns:
@@ -398,7 +400,10 @@ class MaskLocalizationLoss(nn.Module):
         return loss, self._entries(loss, per_layer, eraser_outputs)
 
     def _of(
-        self, eraser_outputs: Mapping[str, Tensor], mask: Tensor | Mapping[str, Tensor], weight: float = 1.0
+        self,
+        eraser_outputs: Mapping[str, Tensor | LowRankOutput],
+        mask: Tensor | Mapping[str, Tensor],
+        weight: float = 1.0,
     ) -> LocalizationLoss:
         return localization_loss(
             eraser_outputs,
@@ -411,7 +416,7 @@ class MaskLocalizationLoss(nn.Module):
 
     @staticmethod
     def _entries(
-        loss: Tensor, per_layer: Tensor, eraser_outputs: Mapping[str, Tensor], weight: float = 1.0
+        loss: Tensor, per_layer: Tensor, eraser_outputs: Mapping[str, Tensor | LowRankOutput], weight: float = 1.0
     ) -> LossDict:
         entries = {
             "total_loss": loss.detach() / weight,
@@ -496,7 +501,7 @@ class T2VUnlearningLoss(nn.Module):
         cond_neg: Any = None,
         uncond: Any = None,
         mask: Tensor | None = None,
-        eraser_outputs: Mapping[str, Tensor] | None = None,
+        eraser_outputs: Mapping[str, Tensor | LowRankOutput] | None = None,
         *,
         v_uncond: Tensor | None = None,
         v_cond: Tensor | None = None,

@@ -91,6 +91,36 @@ def localization_loss(
     return weight * per_layer.mean(), per_layer.detach()
 
 
+def low_rank_localization_loss(
+    hiddens: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    masks: Sequence[Tensor],
+    *,
+    normalization: str,
+    weight: float,
+) -> tuple[Tensor, Tensor]:
+    """`localization_loss` under "l2" of the outputs hidden @ weight.T + bias, which are not computed.
+
+    With x = (1 - mask) * [hidden, 1] and W = [weight, bias], a layer's sum is that of the elements of W^T W * x^T x:
+    two matrices of rank + 1 rows.
+    """
+    dtype = _compute_dtype(*hiddens, *weights, *biases, *masks)
+    terms = []
+    for hidden, up, bias, mask in zip(hiddens, weights, biases, masks, strict=True):
+        background = 1 - mask.to(dtype)
+        scale: float | Tensor = 1 / max(hidden.shape[0], 1)
+        if normalization == "background_mean":
+            scale = _inverse_or_zero(_expanded_sum(background, (*hidden.shape[:2], up.shape[0])))
+        background = background.expand(hidden.shape[:2])
+        term, *_ = _LowRankLocalizationTerm.apply(  # type: ignore[no-untyped-call]
+            hidden, up, bias, background, scale, dtype
+        )
+        terms.append(term)
+    per_layer = torch.stack(terms)
+    return weight * per_layer.mean(), per_layer.detach()
+
+
 @torch.no_grad()
 def concept_attention(
     query: Tensor,
@@ -253,6 +283,79 @@ class _LocalizationTerm(torch.autograd.Function):
             outside = _weigh(output[block].to(ctx.dtype), background, block)
             gradient[block] = _weigh(_slope(outside, ctx.loss_type) * upstream, background, block)
         return gradient, None, None, None, None
+
+
+class _LowRankLocalizationTerm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        background: Tensor,
+        scale: float | Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = hidden.shape[2] + 1
+        moments = torch.zeros(size, size, dtype=dtype, device=hidden.device)
+        # Under autocast the products would be computed in half precision.
+        with torch.autocast(hidden.device.type, enabled=False):
+            for block in _token_blocks(hidden):
+                x = _with_ones(hidden, background, block, dtype)
+                moments.addmm_(x.mT, x)
+            gram = _gram(up, bias, dtype)
+        # The sum is of squares: only rounding can make it negative.
+        return ((gram * moments).sum() * scale).clamp(min=0), gram, moments
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, up, bias, background, ctx.scale, ctx.dtype = inputs
+        ctx.save_for_backward(hidden, up, bias, background, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, up, bias, background, gram, moments = ctx.saved_tensors
+        factor = 2 * upstream * ctx.scale
+        of_hidden, of_up, of_bias = (None, None, None)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                of_hidden = torch.empty_like(hidden)
+                columns = (gram * factor)[:, :-1].contiguous()
+                for block in _token_blocks(hidden):
+                    slope = (_with_ones(hidden, background, block, ctx.dtype) @ columns).view(hidden[block].shape)
+                    of_hidden[block] = _weigh(slope, background[..., None], block)
+            if any(ctx.needs_input_grad[1:3]):
+                of_both = _columns(up, bias, ctx.dtype) @ (moments * factor)
+                of_up = of_both[:, :-1].to(up.dtype)
+                of_bias = None if bias is None else of_both[:, -1].to(bias.dtype)
+        return of_hidden, of_up, of_bias, None, None, None
+
+
+def _token_blocks(hidden: Tensor) -> Iterator[Block]:
+    """Indices of blocks of tokens."""
+    whole = torch.compiler.is_compiling()
+    yield from _blocks(hidden.shape[:2], None if whole else max(BLOCK_ELEMENTS // (hidden.shape[2] + 1), 1))
+
+
+def _with_ones(hidden: Tensor, background: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """The product background * [hidden, 1] of a block of tokens, (tokens, rank + 1); 0 where the background is."""
+    h = hidden[block].to(dtype)
+    x = h.new_empty(*h.shape[:2], h.shape[2] + 1)
+    x[..., :-1], x[..., -1] = h, 1
+    weights = background[block][..., None]
+    return x.mul_(weights).masked_fill_(weights == 0, 0).flatten(0, 1)
+
+
+def _columns(up: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[weight, bias], (D, rank + 1)."""
+    last = up.new_zeros(up.shape[0]) if bias is None else bias
+    return torch.cat([up.to(dtype), last.to(dtype)[:, None]], 1)
+
+
+def _gram(up: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    columns = _columns(up, bias, dtype)
+    return columns.mT @ columns
 
 
 def _target(uncond: Tensor, cond: Tensor | None, block: Block, guidance_scale: float, dtype: torch.dtype) -> Tensor:

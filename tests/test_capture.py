@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunlearn import backbones, interception
+from fastunlearn import backbones, interception, localization_loss
 from fastunlearn.backbones import Backbone, as_velocity_model
 from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
 from fastunlearn.erasers import attach_erasers, erasers_disabled
@@ -209,14 +209,63 @@ def test_gradient_checkpointing_changes_nothing(backward_inside):
     assert results[0][-1].any()
 
 
-def test_reentrant_checkpointing_is_refused():
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_reentrant_checkpointing_is_refused(low_rank):
     transformer = cogvideox()
     erasers = attach_erasers(transformer, rank=4)
     transformer.enable_gradient_checkpointing(
         lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
     )
-    with pytest.raises(RuntimeError, match="use_reentrant=False"), EraserOutputsCapture(transformer, erasers, {}):
+    capture = EraserOutputsCapture(transformer, erasers, {}, low_rank=low_rank)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), capture:
         as_velocity_model(transformer)(*inputs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_low_rank_outputs_give_the_localization_loss_of_the_outputs(dtype, checkpointing):
+    results = []
+    for low_rank in (False, True):
+        transformer = cogvideox(rope=True).to(dtype)
+        erasers = attach_erasers(transformer, rank=4)
+        train_a_little(erasers)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        model, outputs = as_velocity_model(transformer), {}
+        with EraserOutputsCapture(model, erasers, outputs, low_rank=low_rank):
+            velocity = model(*(x.to(dtype) if x.is_floating_point() else x for x in inputs()))
+        if low_rank:
+            kept = outputs[LAYERS[0]]
+            assert kept.hidden.shape == (2, VIDEO, 4)
+            assert kept.hidden.dtype == dtype
+            assert kept.weight is erasers[LAYERS[0]].up.weight
+        mask = torch.rand(2, VIDEO, generator=torch.Generator().manual_seed(0))
+        loss = localization_loss(outputs, mask).loss + 0 * velocity.sum()
+        loss.backward()
+        results.append((loss, *gradients(erasers)))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.05}
+    torch.testing.assert_close(*results, **tolerance)
+    assert results[0][-1].any()
+
+
+def test_low_rank_outputs_of_other_erasers_are_refused():
+    transformer = cogvideox()
+    erasers = {name: torch.nn.Identity() for name in attach_erasers(transformer, rank=4)}
+    with pytest.raises(ValueError, match="Linear called up"):
+        EraserOutputsCapture(transformer, erasers, {}, low_rank=True)
+
+
+def test_low_rank_outputs_of_a_compiled_model():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    expected, outputs = {}, {}
+    with EraserOutputsCapture(transformer, erasers, expected, low_rank=True):
+        as_velocity_model(transformer)(*inputs())
+    torch.compiler.reset()
+    with EraserOutputsCapture(transformer, erasers, outputs, low_rank=True):
+        torch.compile(as_velocity_model(transformer), backend="aot_eager")(*inputs())
+    torch.testing.assert_close(outputs, expected)
 
 
 def test_eraser_outputs_are_what_the_attentions_gain():

@@ -5,11 +5,12 @@ off by, plus what rounding and the order of a sum may add; never by a flat toler
 """
 
 from fastunlearn.testing import oracle
-from fastunlearn.testing.cases import DTYPES, Case, cases, random_mask, random_tensors
+from fastunlearn.testing.cases import DTYPES, Case, cases, low_rank_outputs, random_mask, random_tensors
 from fastunlearn.testing.checks import (
     check_concept_attention,
     check_gradients,
     check_localization_loss,
+    check_low_rank_localization_loss,
     check_negatively_guided_velocity,
     check_velocity_loss,
     poisoned_memory,
@@ -24,9 +25,11 @@ __all__ = [
     "check_concept_attention",
     "check_gradients",
     "check_localization_loss",
+    "check_low_rank_localization_loss",
     "check_negatively_guided_velocity",
     "check_velocity_loss",
     "compare",
+    "low_rank_outputs",
     "oracle",
     "poisoned_memory",
     "random_mask",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.dispatch import OPS
-from fastunlearn.functional import localization_loss
+from fastunlearn.functional import LowRankOutput, localization_loss
 from fastunlearn.testing import checks
 from fastunlearn.testing.error_bound import Comparison
 
@@ -64,6 +64,7 @@ def cases(ops: Sequence[str] = OPS, dtypes: Sequence[torch.dtype] = DTYPES) -> l
         "negatively_guided_velocity_loss": lambda dtype: _velocity_cases(dtype, "negatively_guided_velocity_loss", 3),
         "velocity_loss": lambda dtype: _velocity_cases(dtype, "velocity_loss", 2),
         "localization_loss": _localization_cases,
+        "low_rank_localization_loss": _low_rank_cases,
         "concept_attention": _attention_cases,
     }
     return [case for op in ops for dtype in dtypes for case in makers[op](dtype)]
@@ -197,6 +198,121 @@ def _localization_gradcheck(device: torch.device, backend: str | None) -> list[C
             options: dict[str, Any] = {"loss_type": loss_type, "normalization": normalization, "weight": 0.7}
             options["backend"] = backend
             checks.check_gradients(lambda *x, options=options: localization_loss(x, mask, **options).loss, outputs)
+    return []
+
+
+def low_rank_outputs(
+    layers: int,
+    tokens: tuple[int, int],
+    features: int,
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    weight_dtype: torch.dtype | None = None,
+    kind: str = "random",
+    with_bias: bool = True,
+) -> list[LowRankOutput]:
+    """Low-rank outputs on the CPU, the same everywhere.
+
+    Args:
+        layers: how many.
+        tokens: (B, N).
+        features: D.
+        rank: r.
+        dtype: of `hidden`.
+        weight_dtype: of the parameters, if it is another.
+        kind: "random"; "fresh", of zero parameters; "biased", a large bias; "cancelling", where the bias is about minus
+            hidden @ weight.T.
+        with_bias: whether there is a bias.
+    """
+    outputs = []
+    for layer in range(layers):
+        generator = torch.Generator().manual_seed(layer)
+        hidden = torch.randn(*tokens, rank, generator=generator)
+        if kind == "cancelling":
+            hidden = 1 + hidden / 32
+        hidden = hidden.to(dtype)
+        weight = torch.randn(features, rank, generator=generator) / rank**0.5
+        bias = torch.randn(features, generator=generator)
+        if kind == "fresh":
+            weight, bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        if kind == "biased":
+            bias = 100 * bias
+        weight = weight.to(weight_dtype or dtype)
+        if kind == "cancelling":
+            bias = -(weight.double() @ hidden.double().mean((0, 1)))
+        outputs.append(LowRankOutput(hidden, weight, bias.to(weight_dtype or dtype) if with_bias else None))
+    return outputs
+
+
+def _leaves(
+    output: LowRankOutput, device: torch.device, arrange: Callable[[Tensor], Tensor] = lambda x: x
+) -> LowRankOutput:
+    hidden, weight, bias = (None if x is None else arrange(x.to(device)).requires_grad_() for x in output)
+    assert hidden is not None
+    assert weight is not None
+    return LowRankOutput(hidden, weight, bias)
+
+
+def _low_rank_cases(dtype: torch.dtype) -> Iterator[Case]:
+    grid, tokens = (3, 5, 7), (2, 105)
+
+    def case(
+        name: str,
+        mask: Tensor,
+        *,
+        layers: int = 2,
+        tokens: tuple[int, int] = tokens,
+        features: int = 24,
+        rank: int = 16,
+        arrange: Callable[[Tensor], Tensor] = lambda x: x,
+        weight_dtype: torch.dtype | None = None,
+        kind: str = "random",
+        with_bias: bool = True,
+        **options: Any,
+    ) -> Case:
+        def run(device: torch.device, backend: str | None) -> list[Comparison]:
+            outputs = [
+                _leaves(output, device, arrange)
+                for output in low_rank_outputs(
+                    layers, tokens, features, rank, dtype, weight_dtype=weight_dtype, kind=kind, with_bias=with_bias
+                )
+            ]
+            return checks.check_low_rank_localization_loss(outputs, mask.to(device), backend=backend, **options)
+
+        return Case("low_rank_localization_loss", dtype, name, run)
+
+    soft = random_mask("soft", (2, *grid))
+    for normalization in ("sum", "background_mean"):
+        for kind in ("soft", "half", "bool", "int", "ones", "zeros"):
+            if kind == "ones" and normalization == "background_mean":
+                continue  # eager torch divides by the sum of nothing
+            mask = random_mask(kind, (1 if kind == "half" else 2, *grid))
+            yield case(f"{normalization}, {kind} mask", mask, normalization=normalization, weight=0.5)
+        for kind in ("fresh", "biased", "cancelling"):
+            yield case(f"{normalization}, {kind}", soft, normalization=normalization, kind=kind)
+    yield case("no bias", soft, with_bias=False)
+    yield case("float32 weights", soft, weight_dtype=torch.float32, upstream=1024.0)
+    for rank, features in ((1, 2), (7, 9), (40, 130), (130, 140)):
+        yield case(f"rank {rank} of {features}", soft, rank=rank, features=features)
+    yield case("rank above the features", soft, rank=24, features=16)
+    yield case("l1", soft, loss_type="l1")
+    yield case("more layers than a launch takes", soft, layers=18)
+    yield case("one token", random_mask("soft", (1, 1)), tokens=(1, 1))
+    yield case("strided", soft, arrange=lambda x: x.repeat_interleave(2, 0)[::2].detach())
+    if dtype == torch.float64:
+        yield Case("low_rank_localization_loss", dtype, "gradcheck", _low_rank_gradcheck)
+
+
+def _low_rank_gradcheck(device: torch.device, backend: str | None) -> list[Comparison]:
+    (output,) = low_rank_outputs(1, (2, 6), 4, 3, torch.float64)
+    mask = random_mask("soft", (2, 3, 2)).to(device)
+    for normalization in ("sum", "background_mean"):
+        options: dict[str, Any] = {"normalization": normalization, "weight": 0.7, "backend": backend}
+        checks.check_gradients(
+            lambda *x, options=options: localization_loss([LowRankOutput(*x)], mask, **options).loss,
+            [x for x in _leaves(output, device) if x is not None],
+        )
     return []
 
 

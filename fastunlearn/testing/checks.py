@@ -124,6 +124,72 @@ def check_localization_loss(
     return found
 
 
+def check_low_rank_localization_loss(
+    outputs: Sequence[functional.LowRankOutput],
+    mask: Tensor,
+    *,
+    upstream: float = 1.0,
+    backend: Any = None,
+    **options: Any,
+) -> list[Comparison]:
+    """Loss, terms and the gradients of all tensors of all layers, with one mask for all; inputs must stay as they were.
+
+    Beyond what the dense form in eager torch loses, a few units of what the numbers add up to where nothing cancels.
+
+    Args:
+        outputs: all tensors requiring gradients.
+        mask: (B or 1, *grid).
+        upstream: the gradient of the loss.
+        backend: what runs the operation.
+        options: of `fastunlearn.localization_loss`.
+
+    Raises:
+        AssertionError: something is off by more than the bound of `compare`.
+    """
+    inputs = [x for output in outputs for x in output if x is not None]
+    before = [x.detach().clone() for x in inputs]
+    with poisoned_memory():
+        result = functional.localization_loss(outputs, mask, backend=backend, **options)
+        gradients = iter(torch.autograd.grad(result.loss, inputs, torch.full_like(result.loss, upstream)))
+
+    masks = [mask.flatten(1)] * len(outputs)
+    compute = eager.compute_dtype(*inputs, mask)
+    exact = oracle.low_rank_localization_loss(list(outputs), masks, **options, upstream=upstream)
+    expected = eager.low_rank_localization_loss(list(outputs), masks, **options)
+    expected_gradients = iter(torch.autograd.grad(expected, inputs, torch.full_like(expected, upstream)))
+    # Sums over tokens, over features and over pairs of the rank.
+    terms = max(output.hidden.numel() * output.weight.numel() for output in outputs)
+    magnitude = options.get("weight", 1.0) * float(np.mean([of_term for of_term, *_ in exact["magnitudes"]]))
+    found = [compare("loss", result.loss, expected, exact["loss"], terms=terms, magnitude=magnitude, compute=compute)]
+    if result.loss < 0:
+        raise AssertionError(f"the loss must not be negative, got {result.loss}")
+    for i, output in enumerate(outputs):
+        names = ("hidden", "weight", "bias")
+        of_term, *magnitudes = exact["magnitudes"][i]
+        for name, x, of_x, magnitude in zip(names, output, exact["gradients"][i], magnitudes, strict=True):
+            if x is not None:
+                pair, what = (next(gradients), next(expected_gradients)), f"gradient of {name}"
+                found.append(compare(what, *pair, of_x, terms=terms, roundings=2, magnitude=magnitude, compute=compute))
+        rest = {name: value for name, value in options.items() if name != "weight"}
+        of_layer = output._replace(hidden=output.hidden.to(compute))
+        term = eager.low_rank_localization_loss([of_layer], masks[:1], **rest).detach()
+        found.append(
+            compare(
+                "term",
+                result.per_layer[i],
+                term,
+                exact["per_layer"][i],
+                terms=terms,
+                magnitude=of_term,
+                compute=compute,
+            )
+        )
+    if result.per_layer.requires_grad:
+        raise AssertionError("per_layer must be detached")
+    _check_unchanged(inputs, before)
+    return found
+
+
 def check_concept_attention(
     query: Tensor, key: Tensor, token_indices: Tensor, *, key_mask: Tensor | None = None, backend: Any = None
 ) -> list[Comparison]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,6 +72,15 @@ def localization_loss(
         total = (masked.square() if loss_type == "l2" else masked.abs()).sum()
         terms.append(total / (output.shape[0] if normalization == "sum" else outside.sum()))
     return weight * torch.stack(terms).mean()
+
+
+def low_rank_localization_loss(
+    outputs: Sequence[tuple[Tensor, Tensor, Tensor | None]], masks: list[Tensor], **options: Any
+) -> Tensor:
+    """The dense loss of the outputs computed in float32: what a low-rank form has to match."""
+    dtype = compute_dtype(*(x for output in outputs for x in output), *masks)
+    dense = [F.linear(h.to(dtype), w.to(dtype), None if b is None else b.to(dtype)) for h, w, b in outputs]
+    return localization_loss(dense, masks, **options)
 
 
 def concept_attention(query: Tensor, key: Tensor, token_indices: Tensor, key_mask: Tensor | None = None) -> Tensor:

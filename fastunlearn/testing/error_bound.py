@@ -21,7 +21,15 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    what: str, actual: Tensor, eager: Tensor, exact: Any, *, terms: int = 1, roundings: int = 1, compute: torch.dtype
+    what: str,
+    actual: Tensor,
+    eager: Tensor,
+    exact: Any,
+    *,
+    terms: int = 1,
+    roundings: int = 1,
+    magnitude: float | None = None,
+    compute: torch.dtype,
 ) -> Comparison:
     """The error of `actual`, checked: at most twice that of `eager` plus what rounding may add.
 
@@ -34,6 +42,7 @@ def compare(
             lose another half unit at every level of a pairwise sum, and its factors a few units.
         roundings: how often a result is rounded to its dtype: a gradient twice, as it is written by the forward pass,
             and as it is multiplied by the upstream gradient. On few elements eager's one rounding may be a lucky one.
+        magnitude: of what cancels in the sum; that of the result if None.
         compute: the dtype of the arithmetic.
 
     Raises:
@@ -49,7 +58,8 @@ def compare(
         return Comparison(what, 0.0, 0.0, 0.0)
     largest = np.abs(exact).max()
     levels = 4 + np.log2(max(terms, 1)) / 2
-    allowance = (levels * torch.finfo(compute).eps + roundings * torch.finfo(actual.dtype).eps / 2) * largest
+    allowance = levels * torch.finfo(compute).eps * (largest if magnitude is None else magnitude)
+    allowance += roundings * torch.finfo(actual.dtype).eps / 2 * largest
     allowance += torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
     eager_error = np.abs(to_numpy(eager) - exact).max()
     bound = 2 * eager_error + allowance

@@ -108,6 +108,37 @@ def localization_loss(
     }
 
 
+def low_rank_localization_loss(
+    outputs: list[tuple[Any, Any, Any]], masks: list[Any], *, loss_type: str = "l2", **options: Any
+) -> dict[str, Any]:
+    """The dense loss of hidden @ weight.T + bias, the gradients by the chain rule: (hidden, weight, bias) a layer.
+
+    `magnitudes`: of what adds up to the terms and to the three gradients, were nothing to cancel.
+    """
+    factors = [tuple(np.zeros(1) if x is None else to_numpy(x) for x in output) for output in outputs]
+    # A row that is not read adds nothing to a weight's gradient, whatever it holds.
+    factors = [
+        (np.where((1 - to_numpy(m) == 0)[:, :, None], 0.0, h), w, b)
+        for (h, w, b), m in zip(factors, masks, strict=True)
+    ]
+    dense = [h @ w.T + b for h, w, b in factors]
+    found = localization_loss(dense, masks, loss_type=loss_type, **options)
+    lengths = [
+        (np.linalg.norm(h @ w.T, axis=2) + np.linalg.norm(b * np.ones(w.shape[0])))[:, :, None] for h, w, b in factors
+    ]
+    bounds = localization_loss(lengths, masks, loss_type=loss_type, **options)
+    gradients, magnitudes = [], []
+    for (h, w, _), slope, bound, term in zip(
+        factors, found["gradients"], bounds["gradients"], bounds["per_layer"], strict=True
+    ):
+        gradients.append((slope @ w, np.einsum("bnd,bnr->dr", slope, h), slope.sum((0, 1))))
+        share = 1 / w.shape[0] if options.get("normalization") == "background_mean" else 1.0
+        steep = share * np.abs(bound)
+        row = np.linalg.norm(w) * steep.max(initial=0)
+        magnitudes.append((share * term, row, (steep * np.linalg.norm(h, axis=2, keepdims=True)).sum(), steep.sum()))
+    return {**found, "gradients": gradients, "magnitudes": magnitudes}
+
+
 def concept_attention(
     query: Any, key: Any, token_indices: Any, *, scale: float | None = None, key_mask: Any = None
 ) -> np.ndarray:
