@@ -7,6 +7,7 @@ operations are once-differentiable: a second derivative raises RuntimeError.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -93,7 +94,7 @@ def negatively_guided_velocity(uncond: Tensor, cond: Tensor, guidance_scale: flo
     check_tensor("cond", cond, like=uncond)
     check_shape("cond", cond, uncond.shape, "that of uncond")
     check_number("guidance_scale", guidance_scale)
-    return implementation("negatively_guided_velocity", uncond.device, None)(uncond, cond, guidance_scale)
+    return implementation("negatively_guided_velocity", None, uncond, cond)(uncond, cond, guidance_scale)
 
 
 def negatively_guided_velocity_loss(
@@ -150,7 +151,7 @@ def negatively_guided_velocity_loss(
         prediction, uncond, "uncond", mask, sample_weight, channel_dim, loss_type, reduction, mask_normalization, weight
     )
     check_no_group(group)
-    compute = implementation("negatively_guided_velocity_loss", prediction.device, backend)
+    compute = implementation("negatively_guided_velocity_loss", backend, prediction)
     return VelocityLoss(*compute(prediction, uncond, cond, guidance_scale=guidance_scale, **common))
 
 
@@ -197,7 +198,7 @@ def velocity_loss(
         prediction, target, "target", mask, sample_weight, channel_dim, loss_type, reduction, mask_normalization, weight
     )
     check_no_group(group)
-    compute = implementation("velocity_loss", prediction.device, backend)
+    compute = implementation("velocity_loss", backend, prediction)
     return VelocityLoss(*compute(prediction, target, **common))
 
 
@@ -286,8 +287,8 @@ def localization_loss(
             arguments = [of_op] if index is dense else [list(column) for column in zip(*of_op, strict=True)]
             options: dict[str, Any] = {"loss_type": loss_type} if index is dense else {}
             share = weight * len(index) / len(outputs)
-            compute = implementation(op, first.device, backend)
             of_masks = [masks[i] for i in index]
+            compute = implementation(op, backend, *itertools.chain(*arguments), *of_masks)
             parts.append(compute(*arguments, of_masks, normalization=normalization, weight=share, **options))
     if len(parts) == 1:
         return LocalizationLoss(*parts[0])
@@ -358,5 +359,5 @@ def concept_attention(
         check_tensor("lse", lse, like=query)
         check_shape("lse", lse, (batch, heads, queries), "(B, H, Sq)")
     indices = token_index_rows(token_indices, batch, key.shape[2]).to(query.device)
-    compute = implementation("concept_attention", query.device, backend)
+    compute = implementation("concept_attention", backend, query, key, lse)
     return compute(query, key, indices, scale=scale, key_mask=key_mask, lse=lse)

@@ -182,9 +182,9 @@ def programs_for(elements: int, block: int, most: int = MAX_PROGRAMS) -> int:
     return min(triton.cdiv(elements, block), most)
 
 
-def launch_options(x: Tensor) -> dict[str, int]:
+def launch_options(x: Tensor, warps: int = WARPS) -> dict[str, int]:
     """Warps, and on NVIDIA a limit of registers: told one, ptxas no longer spills to make room for one more block."""
-    options = {"num_warps": WARPS}
+    options = {"num_warps": warps}
     if x.device.type != "xpu" and torch.version.hip is None:
         options["maxnreg"] = MAX_REGISTERS
     return options

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fastunlearn.testing.interpreter import is_interpreted, rounding_to_nearest
+from fastunlearn.testing.interpreter import exact_bfloat16, is_interpreted
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,7 +15,7 @@ def exact_interpreter() -> Iterator[None]:
     if not is_interpreted():
         yield
         return
-    with rounding_to_nearest():
+    with exact_bfloat16():
         yield
 
 

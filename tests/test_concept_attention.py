@@ -12,10 +12,16 @@ from torch import Tensor
 
 from fastunlearn import reference
 from fastunlearn.functional import concept_attention
-from fastunlearn.testing import eager, oracle
+from fastunlearn.testing import cases, check_concept_attention, eager, oracle
+from fastunlearn.testing.cases import Case
 from fastunlearn.testing.error_bound import compare
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("case", cases(["concept_attention"]), ids=lambda case: f"{case.dtype}-{case.name}")
+def test_grid(case: Case) -> None:
+    case.run(torch.device("cpu"), None)
 
 
 def query_and_key(
@@ -52,7 +58,7 @@ def check(query: Tensor, key: Tensor, indices: Tensor, key_mask: Tensor | None =
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("with_lse", [False, True])
-@pytest.mark.parametrize("block", [None, 1, 50])
+@pytest.mark.parametrize("block", [None, *(pytest.param(n, marks=pytest.mark.reference) for n in (1, 50))])
 def test_against_the_whole_softmax(
     dtype: torch.dtype, masked: bool, with_lse: bool, block: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +113,7 @@ def test_masked_keys_get_nothing(with_lse: bool) -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     query, key = query_and_key()
-    check(30 * query, 30 * key, torch.arange(10))
+    check_concept_attention(30 * query, 30 * key, torch.arange(10))
 
 
 def test_empty_batch() -> None:
@@ -130,6 +136,7 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(concept_attention(query, key, [1]), plain)
 
 
+@pytest.mark.reference
 def test_never_holds_queries_times_keys() -> None:
     query, key = query_and_key(1, 2, 1024, 1024, 8, torch.float64)
     with LargestTensor(torch.float64) as largest:
@@ -149,6 +156,7 @@ def test_compiled_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(query, key, indices, lse=lse), expected)
 
 
+@pytest.mark.reference
 def test_compiling_takes_the_loop_over_blocks_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 64)
     query, key, indices = torch.randn(1, 2, 40, 4), torch.randn(1, 2, 16, 4), torch.tensor([[1, -1]])

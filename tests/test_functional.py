@@ -35,7 +35,7 @@ def test_torch_is_the_choice_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -
         assert choice.name == "torch"
         assert f"no Triton kernel exists for {op}" in choice.reason
         assert choose_backend(op, CPU, "compile") == ("compile", "asked for by backend=compile")
-        with pytest.raises(ValueError, match=f"backend .* got 'triton': no Triton kernel exists for {op} yet"):
+        with pytest.raises(ValueError, match=f"backend .* got 'triton': no Triton kernel exists for {op} in float32"):
             choose_backend(op, CPU, "triton")
 
 
@@ -52,6 +52,16 @@ def test_kernels_run_on_the_devices_they_can(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend("velocity_loss", CPU).name == "torch"
     assert velocity_loss(torch.ones(1), torch.ones(1), backend="triton") == (1, 2, 3)
+
+
+def test_matrices_of_float64_are_not_multiplied_by_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
+    cuda = torch.device("cuda")
+    assert choose_backend("concept_attention", cuda).name == "triton"
+    assert choose_backend("concept_attention", cuda, None, torch.float64).name == "torch"
+    assert choose_backend("velocity_loss", cuda, None, torch.float64).name == "triton"
+    with pytest.raises(ValueError, match="no Triton kernel exists for concept_attention in float64 on cuda tensors"):
+        choose_backend("concept_attention", cuda, "triton", torch.float64)
 
 
 def test_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ TESTS = Path(__file__).parent
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
 
-@pytest.mark.parametrize(
-    "what", ["test_velocity_loss.py", "test_localization_loss.py", "test_losses.py", "interpreted"]
-)
+WHAT = ("velocity_loss", "localization_loss", "low_rank", "concept_attention", "losses")
+
+
+@pytest.mark.parametrize("what", [*(f"test_{name}.py" for name in WHAT), "interpreted"])
 def test_under_the_interpreter(what: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTUNLEARN_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not reference"]

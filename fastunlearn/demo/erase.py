@@ -15,6 +15,7 @@ from fastunlearn.demo.model import TextToVideo
 from fastunlearn.demo.sampling import sample
 from fastunlearn.demo.world import COLOURS, SHAPES, Noun, prompt_of
 from fastunlearn.erasers import attach_erasers
+from fastunlearn.functional import LowRankOutput
 from fastunlearn.losses import T2VUnlearningLoss
 
 RANK = 64
@@ -152,12 +153,12 @@ def train_erasers(
         torch.optim.AdamW([parameter for parameter in parameters if parameter.ndim == 1], lr=BIASES_LEARNING_RATE),
     ]
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor) for optimizer in optimizers]
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, LowRankOutput] = {}
     for step in range(STEPS):
         loss_fn, targets = (loss_alone, alone) if step % 4 == 0 else (loss_beside, beside)
         target = targets.rows(torch.randint(len(targets), (TARGETS_A_STEP,), generator=generator).to(device))
         keep = kept.rows(torch.randint(len(kept), (KEPT_A_STEP,), generator=generator).to(device))
-        with EraserOutputsCapture(velocity, erasers, outputs):
+        with EraserOutputsCapture(velocity, erasers, outputs, low_rank=True):
             loss, terms = loss_fn(
                 None,
                 velocity,

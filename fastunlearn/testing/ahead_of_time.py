@@ -101,8 +101,8 @@ def _read_amdgcn(assembly: str) -> Binary:
     def found(name: str) -> int:
         return max(int(x) for x in re.findall(rf"\.{name}:\s*(\d+)", assembly))
 
-    spills = found("vgpr_spill_count") + found("sgpr_spill_count")
-    return Binary(4 * spills, found("private_segment_fixed_size"), found("vgpr_count"), [])
+    # Scalar registers are spilled to lanes of vector registers, not to memory.
+    return Binary(4 * found("vgpr_spill_count"), found("private_segment_fixed_size"), found("vgpr_count"), [])
 
 
 def _read_cubin(cubin: bytes, ptx: str) -> Binary:

@@ -327,13 +327,42 @@ def _guided_velocity_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
-    for name, is_masked in (("all keys", False), ("keys masked", True)):
+    def case(
+        name: str,
+        *,
+        queries: int = 37,
+        keys: int = 29,
+        channels: int = 16,
+        heads: int = 3,
+        tokens: Sequence[Any] = (0, 5, 28),
+        key_dtype: torch.dtype = dtype,
+        is_masked: bool = False,
+        with_lse: bool = False,
+        factor: float = 1.0,
+        arrange: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Case:
+        def run(device: torch.device, backend: str | None) -> list[Comparison]:
+            query = random_tensors((2, heads, queries, channels), [dtype])[0].to(device) * factor
+            key = random_tensors((2, heads, keys, channels), [key_dtype], 1)[0].to(device)
+            key_mask = random_mask("bool", (2, keys)).to(device) if is_masked else None
+            indices = torch.tensor(tokens, device=device)
+            return checks.check_concept_attention(
+                arrange(query), arrange(key), indices, key_mask=key_mask, with_lse=with_lse, backend=backend
+            )
 
-        def run(device: torch.device, backend: str | None, is_masked: bool = is_masked) -> list[Comparison]:
-            query = random_tensors((2, 3, 37, 16), [dtype])[0].to(device)
-            key = random_tensors((2, 3, 29, 16), [dtype], 1)[0].to(device)
-            key_mask = random_mask("bool", (2, 29)).to(device) if is_masked else None
-            indices = torch.tensor([0, 5, 28], device=device)
-            return checks.check_concept_attention(query, key, indices, key_mask=key_mask, backend=backend)
+        return Case("concept_attention", dtype, name, run)
 
-        yield Case("concept_attention", dtype, name, run)
+    for with_lse in (False, True):
+        given = ", lse given" if with_lse else ""
+        for is_masked in (False, True):
+            yield case(("keys masked" if is_masked else "all keys") + given, is_masked=is_masked, with_lse=with_lse)
+        for channels in (1, 40, 64, 128):
+            yield case(f"{channels} channels{given}", channels=channels, with_lse=with_lse)
+        yield case(f"other tokens a sample{given}", tokens=[[3, -1, 7], [-1, 0, 0]], with_lse=with_lse)
+        yield case(f"twenty tokens{given}", tokens=list(range(20)), with_lse=with_lse)
+        yield case(f"transposed{given}", arrange=lambda x: x.mT.contiguous().mT, with_lse=with_lse)
+        yield case(f"long{given}", queries=150, keys=333, heads=1, with_lse=with_lse, is_masked=True)
+        yield case(f"float32 keys{given}", key_dtype=torch.float32, with_lse=with_lse)
+    yield case("one key", keys=1, tokens=[0])
+    yield case("sharp", factor=30.0)
+    yield case("heads inside", arrange=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), heads=5, tokens=[1])

@@ -191,14 +191,36 @@ def check_low_rank_localization_loss(
 
 
 def check_concept_attention(
-    query: Tensor, key: Tensor, token_indices: Tensor, *, key_mask: Tensor | None = None, backend: Any = None
+    query: Tensor,
+    key: Tensor,
+    token_indices: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    with_lse: bool = False,
+    backend: Any = None,
 ) -> list[Comparison]:
-    """The probabilities. Arguments are those of `fastunlearn.concept_attention`, `token_indices` (T,) and valid."""
-    actual = functional.concept_attention(query, key, token_indices, key_mask=key_mask, backend=backend)
-    expected = eager.concept_attention(query, key, token_indices, key_mask)
-    exact = oracle.concept_attention(query, key, token_indices, key_mask=key_mask)
+    """The probabilities.
+
+    Args:
+        query: as in `fastunlearn.concept_attention`, like what follows.
+        key: likewise.
+        token_indices: likewise.
+        key_mask: likewise.
+        with_lse: whether the log-sum-exp is given, in the dtype of the arithmetic.
+        backend: what runs the operation.
+
+    Raises:
+        AssertionError: something is off by more than the bound of `compare`.
+    """
     compute = eager.compute_dtype(query, key)
-    return [compare("probability", actual, expected, exact, terms=key.shape[2], compute=compute)]
+    exact = oracle.concept_attention(query, key, token_indices, key_mask=key_mask)
+    lse = eager.log_sum_exp(query, key, key_mask).to(compute)
+    # A logit or its log-sum-exp of size x is off by x units where the probability is off by one.
+    magnitude = float(np.abs(exact).max() * (1 + lse.abs().max() / 4))
+    options = {"key_mask": key_mask, "lse": lse if with_lse else None, "backend": backend}
+    actual = functional.concept_attention(query, key, token_indices, **options)
+    expected = eager.concept_attention(query, key, token_indices, key_mask)
+    return [compare("probability", actual, expected, exact, terms=key.shape[2], magnitude=magnitude, compute=compute)]
 
 
 def check_negatively_guided_velocity(uncond: Tensor, cond: Tensor, guidance_scale: float = 3.0) -> list[Comparison]:

@@ -83,10 +83,19 @@ def low_rank_localization_loss(
     return localization_loss(dense, masks, **options)
 
 
-def concept_attention(query: Tensor, key: Tensor, token_indices: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """All of softmax(query key^T), for a (T,) of valid indices."""
-    dtype = compute_dtype(query, key)
+def _logits(query: Tensor, key: Tensor, key_mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     logits = query.to(dtype) @ key.to(dtype).mT * query.shape[-1] ** -0.5
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
-    return logits.softmax(-1)[..., token_indices].sum(-1).mean(1).float()
+    return logits if key_mask is None else logits.masked_fill(~key_mask[:, None, None], -torch.inf)
+
+
+def log_sum_exp(query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """The natural logarithm of the softmax's denominator, (B, H, Sq) float64."""
+    return _logits(query, key, key_mask, torch.float64).logsumexp(-1)
+
+
+def concept_attention(query: Tensor, key: Tensor, token_indices: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """All of softmax(query key^T), then the columns of the (T,) or (B, T) indices, -1 for none."""
+    probability = _logits(query, key, key_mask, compute_dtype(query, key)).softmax(-1)
+    index = token_indices.expand(query.shape[0], -1)[:, None, None].expand(*probability.shape[:3], -1)
+    chosen = probability.gather(-1, index.clamp(min=0)).masked_fill(index < 0, 0)
+    return chosen.sum(-1).mean(1).float()

@@ -21,12 +21,15 @@ def is_interpreted() -> bool:
 
 
 @contextmanager
-def rounding_to_nearest() -> Iterator[None]:
-    """Inside this context the interpreter rounds float32 to bfloat16 as hardware does; by itself it truncates."""
+def exact_bfloat16() -> Iterator[None]:
+    """Inside this context the interpreter handles bfloat16 as hardware does.
+
+    By itself it truncates where it should round, and multiplies matrices of bits as if they were integers.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    convert = InterpreterBuilder.cast_impl
+    convert, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast(self: Any, source: Any, dtype: Any) -> Any:
         if dtype.scalar == tl.bfloat16 and source.dtype.scalar in (tl.float32, tl.float64):
@@ -34,8 +37,16 @@ def rounding_to_nearest() -> Iterator[None]:
             return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
         return convert(self, source, dtype)
 
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        factors = (convert(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return multiply(self, *factors, *rest)
+
     patch = mock.patch.object
-    with patch(InterpreterBuilder, "cast_impl", cast), patch(InterpreterBuilder, "create_fp_trunc", cast):
+    with (
+        patch(InterpreterBuilder, "cast_impl", cast),
+        patch(InterpreterBuilder, "create_fp_trunc", cast),
+        patch(InterpreterBuilder, "create_dot", dot),
+    ):
         yield
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fastunlearn.dispatch import OPS, choose_backend
+from fastunlearn.dispatch import OPS, choose_backend, has_kernel
 from fastunlearn.testing.cases import DTYPES, cases
 from fastunlearn.testing.error_bound import Comparison
-from fastunlearn.testing.interpreter import is_interpreted, rounding_to_nearest
+from fastunlearn.testing.interpreter import exact_bfloat16, is_interpreted
 
 
 def verify(
@@ -30,12 +30,13 @@ def verify(
     print(f"{'op':<32} {'dtype':<9} {'backend':<8} {'cases':>5} {'failed':>6}  worst error, eager's there, of bound")
     failures = []
     # Interpreted kernels would round to bfloat16 otherwise than hardware does.
-    with rounding_to_nearest() if is_interpreted() else contextlib.nullcontext():
+    with exact_bfloat16() if is_interpreted() else contextlib.nullcontext():
         for op in ops:
-            # An operation that takes no backend, or has no kernel, runs on what there is.
-            of_op = backend if op != "negatively_guided_velocity" else None
-            name = choose_backend(op, device, of_op).name
             for dtype in dtypes:
+                # What has no kernel, or takes no backend, runs on what there is.
+                is_there = backend != "triton" or has_kernel(op, device, dtype)
+                of_op = backend if is_there and op != "negatively_guided_velocity" else None
+                name = choose_backend(op, device, of_op, dtype).name
                 grid = cases([op], [dtype])
                 worst: list[Comparison] = []
                 failed = 0

@@ -1,0 +1,248 @@
+"""Concept attention: the softmax probabilities of a few keys, averaged over heads, without queries x keys.
+
+    result[b, q] = 1 / H * sum over heads and chosen keys j of exp(scale * query . key_j - lse[b, h, q])
+
+lse is the natural logarithm of the softmax's denominator. Floor: where it is given, every query and the chosen keys
+read once, one number a query written. Where it is not, a streaming softmax finds it: one product of queries and keys,
+nothing of it kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunlearn.kernels.launch import compute_dtype, launch_options, on_device, readable
+
+# No product of tiles is smaller.
+SMALLEST_DOT = 16
+BLOCK_TOKENS = SMALLEST_DOT
+# Enough programs to fill any GPU: heads are divided among several until there are.
+ENOUGH_PROGRAMS = 512
+
+
+@triton.jit
+def softmax_denominator(
+    query,  # (BLOCK_QUERIES, BLOCK_CHANNELS)
+    key_ptr,  # (keys, CHANNELS), of this sample and head
+    key_row_stride,
+    key_mask_ptr,  # (keys,), of this sample, or None
+    key_mask_stride,
+    scale,
+    keys,
+    CHANNELS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """The largest `scale * query . key`, and the sum over all keys of exp(it less the largest): one pass.
+
+    Apart, because their log-sum-exp would be rounded as coarsely as the largest is large.
+    """
+    channels = tl.arange(0, BLOCK_CHANNELS)
+    largest = tl.full((BLOCK_QUERIES,), -float("inf"), scale.dtype)
+    total = tl.zeros((BLOCK_QUERIES,), scale.dtype)
+    for first in range(0, keys, BLOCK_KEYS):
+        row = first + tl.arange(0, BLOCK_KEYS)
+        is_attended = row < keys
+        # (BLOCK_CHANNELS, BLOCK_KEYS)
+        key_offsets = row.to(tl.int64)[None, :] * key_row_stride + channels[:, None]
+        key = tl.load(key_ptr + key_offsets, is_attended[None, :] & (channels < CHANNELS)[:, None], 0)
+        if key_mask_ptr is not None:
+            is_attended = is_attended & (tl.load(key_mask_ptr + row * key_mask_stride, is_attended, 0) != 0)
+        logits = tl.dot(query, key.to(DTYPE), input_precision="ieee").to(scale.dtype) * scale
+        logits = tl.where(is_attended[None, :], logits, -float("inf"))
+        larger = tl.maximum(largest, tl.max(logits, axis=1))
+        # No key so far: infinity less infinity is not a number.
+        base = tl.where(larger == -float("inf"), 0, larger)
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
+        largest = larger
+    return tl.where(largest == -float("inf"), 0, largest), total
+
+
+@triton.jit
+def concept_attention_kernel(
+    partial_ptr,  # (groups, B, Sq) out: sums over a group's heads, divided by all heads
+    query_ptr,  # (B, H, Sq, CHANNELS), channels dense
+    query_batch_stride,
+    query_head_stride,
+    query_row_stride,
+    key_ptr,  # (B, H, Sk, CHANNELS), channels dense
+    key_batch_stride,
+    key_head_stride,
+    key_row_stride,
+    token_ptr,  # (B, tokens) int64: the chosen keys, or a number out of range
+    token_batch_stride,
+    token_stride,
+    key_mask_ptr,  # (B, Sk): 0 where not attended, or None
+    key_mask_batch_stride,
+    key_mask_stride,
+    lse_ptr,  # (B, H, Sq), or None
+    lse_batch_stride,
+    lse_head_stride,
+    lse_row_stride,
+    scale: tl.float64,
+    batch,
+    heads,
+    heads_a_group,
+    queries,
+    keys,
+    tokens,
+    CHANNELS: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the products' factors
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Queries `program_id(0)`, heads `program_id(1)`, sample `program_id(2)`."""
+    group, sample = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
+    dtype = partial_ptr.dtype.element_ty
+    row = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    is_row = row < queries
+    row = row.to(tl.int64)
+    channels = tl.arange(0, BLOCK_CHANNELS)
+    is_channel = channels < CHANNELS
+    factor = tl.full((), scale, dtype)
+    probability = tl.zeros((BLOCK_QUERIES,), dtype)
+
+    for head in range(group * heads_a_group, tl.minimum((group + 1) * heads_a_group, heads)):
+        # 1. The queries, and their softmax's denominator.
+        of_head = sample * query_batch_stride + tl.cast(head, tl.int64) * query_head_stride
+        query_offsets = of_head + row[:, None] * query_row_stride + channels[None, :]
+        query = tl.load(query_ptr + query_offsets, is_row[:, None] & is_channel[None, :], 0).to(DTYPE)
+        head_key_ptr = key_ptr + sample * key_batch_stride + tl.cast(head, tl.int64) * key_head_stride
+        if lse_ptr is not None:
+            of_head = sample * lse_batch_stride + tl.cast(head, tl.int64) * lse_head_stride
+            largest = tl.load(lse_ptr + of_head + row * lse_row_stride, is_row, 0).to(dtype)
+            denominator = tl.full((BLOCK_QUERIES,), 1, dtype)
+        else:
+            sample_mask_ptr = None
+            if key_mask_ptr is not None:
+                sample_mask_ptr = key_mask_ptr + sample * key_mask_batch_stride
+            largest, denominator = softmax_denominator(
+                query,
+                head_key_ptr,
+                key_row_stride,
+                sample_mask_ptr,
+                key_mask_stride,
+                factor,
+                keys,
+                CHANNELS,
+                DTYPE,
+                BLOCK_QUERIES,
+                BLOCK_KEYS,
+                BLOCK_CHANNELS,
+            )
+
+        # 2. The probabilities of the chosen keys.
+        for first in range(0, tokens, BLOCK_TOKENS):
+            token = first + tl.arange(0, BLOCK_TOKENS)
+            token_offsets = sample * token_batch_stride + token * token_stride
+            index = tl.load(token_ptr + token_offsets, token < tokens, -1)
+            is_chosen = (index >= 0) & (index < keys)
+            if key_mask_ptr is not None:
+                mask_offsets = sample * key_mask_batch_stride + index * key_mask_stride
+                is_chosen = is_chosen & (tl.load(key_mask_ptr + mask_offsets, is_chosen, 0) != 0)
+            key_offsets = index[None, :] * key_row_stride + channels[:, None]
+            key = tl.load(head_key_ptr + key_offsets, is_chosen[None, :] & is_channel[:, None], 0).to(DTYPE)
+            logits = tl.dot(query, key, input_precision="ieee").to(dtype) * factor
+            p = tl.exp(logits - largest[:, None]) / denominator[:, None]
+            probability += tl.sum(tl.where(is_chosen[None, :], p, 0), axis=1)
+
+    sum_ptr = partial_ptr + (tl.cast(group, tl.int64) * batch + sample) * queries
+    tl.store(sum_ptr + row, probability / heads, is_row)
+
+
+def _launch(
+    query: Tensor, key: Tensor, token_indices: Tensor, scale: float, key_mask: Tensor | None, lse: Tensor | None
+) -> Tensor:
+    batch, heads, queries, channels = query.shape
+    keys, tokens = key.shape[2], token_indices.shape[1]
+    dtype = compute_dtype(query, key, lse)
+    factors = torch.promote_types(query.dtype, key.dtype) if dtype == torch.float32 else dtype
+    if 0 in (batch, queries, tokens):
+        return torch.zeros(batch, queries, device=query.device)
+    query, key = (x if x.stride(3) == 1 or channels == 1 else x.contiguous() for x in (query, key))
+    # Products of half-precision tiles are the tensor cores', those of others take many registers.
+    block, warps = (64, 4) if factors.itemsize == 2 and channels <= 128 else (32, 8)
+    query_blocks = triton.cdiv(queries, block)
+    heads_a_group = triton.cdiv(heads, min(heads, triton.cdiv(ENOUGH_PROGRAMS, query_blocks * batch)))
+    groups = triton.cdiv(heads, heads_a_group)
+    partial = torch.empty(groups, batch, queries, dtype=dtype, device=query.device)
+    mask = None if key_mask is None else readable(key_mask)
+    with on_device(query):
+        concept_attention_kernel[(query_blocks, groups, batch)](
+            partial,
+            query,
+            *query.stride()[:3],
+            key,
+            *key.stride()[:3],
+            token_indices,
+            *token_indices.stride(),
+            mask,
+            *((0, 0) if mask is None else mask.stride()),
+            lse,
+            *((0, 0, 0) if lse is None else lse.stride()),
+            float(scale),
+            batch,
+            heads,
+            heads_a_group,
+            queries,
+            keys,
+            tokens,
+            CHANNELS=channels,
+            DTYPE=_TRITON_DTYPES[factors],
+            BLOCK_QUERIES=block,
+            BLOCK_KEYS=block,
+            BLOCK_TOKENS=BLOCK_TOKENS,
+            BLOCK_CHANNELS=max(triton.next_power_of_2(channels), SMALLEST_DOT),
+            num_stages=2,
+            **launch_options(query, warps),
+        )
+    return (partial[0] if groups == 1 else partial.sum(0)).float()
+
+
+_TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@torch.library.custom_op("fastunlearn::concept_attention", mutates_args=())
+def concept_attention_op(
+    query: Tensor, key: Tensor, token_indices: Tensor, scale: float, key_mask: Tensor | None, lse: Tensor | None
+) -> Tensor:
+    """What compilers see."""
+    return _launch(query, key, token_indices, scale, key_mask, lse)
+
+
+@concept_attention_op.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], dtype=torch.float32)
+
+
+def concept_attention(
+    query: Tensor,
+    key: Tensor,
+    token_indices: Tensor,
+    *,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The function of that name in `fastunlearn.reference`: one launch."""
+    tensors = (
+        query.detach(),
+        key.detach(),
+        token_indices,
+        float(scale),
+        key_mask,
+        None if lse is None else lse.detach(),
+    )
+    return concept_attention_op(*tensors) if torch.compiler.is_compiling() else _launch(*tensors)
