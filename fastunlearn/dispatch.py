@@ -39,6 +39,12 @@ def _localization_kernels() -> ModuleType:
     return localization
 
 
+def _low_rank_kernels() -> ModuleType:
+    from fastunlearn.kernels import low_rank
+
+    return low_rank
+
+
 def _concept_attention_kernels() -> ModuleType:
     from fastunlearn.kernels import concept_attention
 
@@ -50,6 +56,7 @@ KERNELS = {
     "negatively_guided_velocity_loss": _velocity_kernels,
     "velocity_loss": _velocity_kernels,
     "localization_loss": _localization_kernels,
+    "low_rank_localization_loss": _low_rank_kernels,
     "concept_attention": _concept_attention_kernels,
 }
 

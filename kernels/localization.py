@@ -146,6 +146,8 @@ def localization_finish_kernel(
             inverse = tl.where(total == 0, 0, 1 / total)
             tl.store(inverse_ptr + layer, inverse)
             term *= inverse
+        # Of squares and magnitudes: only rounding can make it negative, where it is the sum of a product of matrices.
+        term = tl.where(term < 0, 0, term)
         tl.store(per_layer_ptr + layer, term)
         loss += term
     tl.store(loss_ptr, loss * tl.full((), scale, dtype))
