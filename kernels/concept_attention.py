@@ -200,7 +200,8 @@ def _launch(
             BLOCK_KEYS=block,
             BLOCK_TOKENS=BLOCK_TOKENS,
             BLOCK_CHANNELS=max(triton.next_power_of_2(channels), SMALLEST_DOT),
-            num_stages=2,
+            # Rows that do not begin at 16 bytes are copied ahead in pieces, whose addresses take registers.
+            num_stages=1 if channels % 16 else 2,
             **launch_options(query, warps),
         )
     return (partial[0] if groups == 1 else partial.sum(0)).float()

@@ -9,8 +9,8 @@ Both matrices come from one kernel: tokens weighed by a with 1 as their last col
 bias. So do both gradients: rows times a matrix. Floor: the background's hidden rows read once forward and once
 backward, their gradient written once; the parameters likewise.
 
-Products are of bfloat16 parts on tensor cores, as many as make float32: one of a bfloat16, two of a float16, three of a
-float32. Float64 runs in the interpreter only.
+Products are of bfloat16 parts on tensor cores: one makes up a bfloat16, two a float16, three a float32. Those of
+float32 hidden states are not. Float64 ones run in the interpreter only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from fastunlearn.kernels.upstream import once_differentiable
 
 # As large as registers allow with three parts of everything: the compiler spills nothing.
 BLOCK_SUMMED_ROWS = 16
-BLOCK_ROWS = 64
-BLOCK_INNER = 32
+BLOCK_ROWS, BLOCK_INNER = 64, 32
+BLOCK_ROWS_OF_FLOAT32, BLOCK_INNER_OF_FLOAT32 = 32, 16
 BLOCK_RANK = 128  # at most: larger ranks take several blocks
 BLOCK_ENTRIES = 1024
 SMALLEST_DOT = 16
@@ -39,29 +39,30 @@ WARPS = 8
 # A program's sums are as large as a few hundred rows: it takes this many, unless that leaves a GPU idle.
 ROWS_A_PROGRAM = 2048
 ENOUGH_PROGRAMS = 256
-PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.float64: 3}
+PARTS = {torch.bfloat16: 1, torch.float16: 2}  # else 3
 
 
 @triton.jit
-def product(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """The product a @ b to float32's precision, of tiles that so many bfloat16 parts make up exactly; or of float64."""
-    if a.dtype == tl.float64:
-        return tl.dot(a, b, input_precision="ieee")
+def add_product(result, a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
+    """The sum result + a @ b as precise as float32 makes it, where so many bfloat16 parts make up `a` and `b` exactly.
+
+    Float32 times float32 would take six products, and more tensor memory than sm_100 has: Triton 3.7 then compiles the
+    kernel to nothing. That is left to ordinary arithmetic.
+    """
+    if A_PARTS == 3 and B_PARTS == 3:
+        return result + tl.dot(a, b, input_precision="ieee")
     a0, b0 = a.to(tl.bfloat16), b.to(tl.bfloat16)
-    result = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
     # Smallest first. What two parts beyond the first of both add is below float32's precision.
     if A_PARTS > 1:
         a_rest = a - a0.to(tl.float32)
         a1 = a_rest.to(tl.bfloat16)
         if A_PARTS > 2:
-            a2 = (a_rest - a1.to(tl.float32)).to(tl.bfloat16)
-            result = tl.dot(a2, b0, result)
+            result = tl.dot((a_rest - a1.to(tl.float32)).to(tl.bfloat16), b0, result)
     if B_PARTS > 1:
         b_rest = b - b0.to(tl.float32)
         b1 = b_rest.to(tl.bfloat16)
         if B_PARTS > 2:
-            b2 = (b_rest - b1.to(tl.float32)).to(tl.bfloat16)
-            result = tl.dot(a0, b2, result)
+            result = tl.dot(a0, (b_rest - b1.to(tl.float32)).to(tl.bfloat16), result)
         if A_PARTS > 1:
             result = tl.dot(a1, b1, result)
         result = tl.dot(a0, b1, result)
@@ -74,13 +75,15 @@ def product(a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
 def factors(row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN: tl.constexpr, dtype: tl.constexpr):
     """What multiplies a row, and the row's last column: 1 - mask twice, or 1 and the bias."""
     is_row = row < rows
+    factor = is_row.to(dtype)
+    last = tl.zeros_like(factor)
     if IS_HIDDEN:
         offsets = (row // tokens) * sample_stride + (row % tokens) * token_stride
-        outside = 1 - tl.load(column_ptr + offsets, is_row, 1).to(dtype)
-        return outside, outside
-    if column_ptr is None:
-        return is_row.to(dtype), tl.zeros_like(row).to(dtype)
-    return is_row.to(dtype), tl.load(column_ptr + row * token_stride, is_row, 0).to(dtype)
+        factor = 1 - tl.load(column_ptr + offsets, is_row, 1).to(dtype)
+        last = factor
+    elif column_ptr is not None:
+        last = tl.load(column_ptr + row * token_stride, is_row, 0).to(dtype)
+    return factor, last
 
 
 @triton.jit
@@ -132,11 +135,11 @@ def moments_kernel(
         if IS_HIDDEN and PARTS < 3:
             # A hard mask leaves what is read as it is: its parts are enough.
             if tl.sum((is_read & (factor != 1)).to(tl.int32)) == 0:
-                moments += product(x, x_right, PARTS, PARTS)
+                moments = add_product(moments, x, x_right, PARTS, PARTS)
             else:
-                moments += product(x, x_right, 3, PARTS)
+                moments = add_product(moments, x, x_right, 3, PARTS)
         else:
-            moments += product(x, x_right, PARTS, PARTS)
+            moments = add_product(moments, x, x_right, 3, 3)
 
     WIDTH: tl.constexpr = RANK + 1
     entry_ptr = partial_ptr + (tl.cast(program, tl.int64) * tl.num_programs(1) + layer) * (WIDTH * WIDTH + 1)
@@ -241,7 +244,7 @@ def gradient_rows_kernel(
         )
         is_entry = (inner < RANK)[:, None] & is_column[None, :]
         matrix = tl.load(matrix_ptr + inner[:, None] * WIDTH + column[None, :], is_entry, 0)
-        result += product(x, matrix, PARTS, 3)
+        result = add_product(result, x, matrix, PARTS, 3)
         if last_ptrs is not None:
             inner_border = tl.load(matrix_ptr + RANK * WIDTH + inner, inner < RANK, 0)
             last_result += tl.sum(x * inner_border[None, :], axis=1)
@@ -293,11 +296,12 @@ class _Rows(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
+        """Compile-time constants and options of both kernels."""
         rank = self.x[0].shape[-1]
         return {
             "RANK": rank,
             "IS_HIDDEN": self.x[0].dim() == 3,
-            "PARTS": PARTS[self.x[0].dtype],
+            "PARTS": PARTS.get(self.x[0].dtype, 3),
             "BLOCK_RANK": _block_rank(rank),
             **launch_options(self.x[0], WARPS),
         }
@@ -416,7 +420,9 @@ def _launch_backward(
                 if results is None and last is None:
                     continue
                 blocks = triton.cdiv(rows.x[0].shape[-1], _block_rank(rows.x[0].shape[-1]))
-                gradient_rows_kernel[(triton.cdiv(rows.rows, BLOCK_ROWS), len(of_run), blocks)](
+                is_whole = rows.constants["PARTS"] == 3
+                block = BLOCK_ROWS_OF_FLOAT32 if is_whole else BLOCK_ROWS
+                gradient_rows_kernel[(triton.cdiv(rows.rows, block), len(of_run), blocks)](
                     results,
                     last,
                     *rows[:5],
@@ -425,8 +431,8 @@ def _launch_backward(
                     None if inverse is None else inverse[run],
                     scale,
                     rows.rows,
-                    BLOCK_ROWS=BLOCK_ROWS,
-                    BLOCK_INNER=min(BLOCK_INNER, _block_rank(rows.x[0].shape[-1])),
+                    BLOCK_ROWS=block,
+                    BLOCK_INNER=BLOCK_INNER_OF_FLOAT32 if is_whole else BLOCK_INNER,
                     **rows.constants,
                 )
     return found

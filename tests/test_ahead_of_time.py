@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from fastunlearn.testing.ahead_of_time import TARGETS, Launch, compile_launch, recorded_launches
 from fastunlearn.testing.launches import (
+    ATTENTION_CHOICES,
     LOCALIZATION_CHOICES,
+    LOW_RANK_CHOICES,
     VELOCITY_CHOICES,
+    attention_launches,
     combinations,
     distinct,
     localization_launches,
+    low_rank_launches,
     pairwise,
     row,
     velocity_launches,
@@ -27,25 +32,38 @@ from fastunlearn.kernels.velocity import velocity_loss
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MIXED = [(SINGLE, BRAIN, BRAIN), (BRAIN, HALF, SINGLE), (HALF, SINGLE, DOUBLE)]
 LARGE = ("losses_ptr", "prediction_ptr", "uncond_ptr", "cond_ptr", "output_ptrs", "gradient_ptrs", "result_ptrs")
-LARGE += ("gradient_prediction_ptr", "gradient_uncond_ptr", "gradient_cond_ptr")
+LARGE += ("gradient_prediction_ptr", "gradient_uncond_ptr", "gradient_cond_ptr", "x_ptrs", "query_ptr")
 BYTES = {"*fp16": 2, "*bf16": 2, "*fp32": 4, "*fp64": 8}
-THREADS = 128
 
 
 def wide_accesses(launch: Launch) -> int:
     """How many 16-byte accesses a thread needs for its part of a tile of every large tensor."""
     if launch.kernel.__name__.endswith("finish_kernel"):
         return 0
+    warps = launch.options["num_warps"]
     constants = {launch.kernel.arg_names[path[0]]: value for path, value in launch.constants.items() if len(path) == 1}
+    rank = constants.get("RANK", 16)
+    if rank % 16 or constants.get("CHANNELS", 16) % 16:
+        return 0  # rows that do not begin at 16 bytes
     count = 0
     for name, kind in launch.signature.items():
-        if name not in LARGE and not (name == "upstream_ptr" and constants["PER_ELEMENT"]):
+        if name not in LARGE and not (name == "upstream_ptr" and constants.get("PER_ELEMENT")):
             continue
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        if launch.kernel.__name__.startswith("localization"):
+        if launch.kernel.__name__ != "scale_gradients_kernel":
             kinds = kinds[:1]  # one of the layers
-        count += sum(constants["BLOCK"] * BYTES[k] // (16 * THREADS) for k in kinds if k in BYTES)
+        count += sum(elements(constants, name) * BYTES[k] // (16 * 32 * warps) for k in kinds if k in BYTES)
     return count
+
+
+def elements(constants: dict[str, Any], name: str) -> int:
+    """Of the tile of a large tensor."""
+    if "BLOCK_QUERIES" in constants:
+        return constants["BLOCK_QUERIES"] * constants["CHANNELS"]
+    if "BLOCK_ROWS" in constants:
+        columns = constants.get("BLOCK_INNER", constants["BLOCK_RANK"]) if name == "x_ptrs" else constants["BLOCK_RANK"]
+        return constants["BLOCK_ROWS"] * min(columns, constants["RANK"])
+    return constants["BLOCK"]
 
 
 def problems(launch: Launch, target: str) -> list[str]:
@@ -53,9 +71,8 @@ def problems(launch: Launch, target: str) -> list[str]:
     found = []
     if binary.spilled_bytes or binary.local_bytes:
         found.append("spills")
-    wide = sum(kind.endswith(("v4.b32", "v2.b64")) for kind in binary.accesses)
-    if TARGETS[target][0] == "cuda" and wide < wide_accesses(launch):
-        found.append(f"{wide} accesses of 16 bytes, {wide_accesses(launch)} needed")
+    if TARGETS[target][0] == "cuda" and binary.wide_accesses < wide_accesses(launch):
+        found.append(f"{binary.wide_accesses} accesses of 16 bytes, {wide_accesses(launch)} needed")
     return [f"{what}: {row(launch, target, binary)}" for what in found]
 
 
@@ -91,6 +108,14 @@ def test_other_gpus_and_mixed_dtypes(dtypes: tuple[torch.dtype, ...]) -> None:
     velocity = (x for c in pairwise(VELOCITY_CHOICES) for x in velocity_launches(dtypes, c))
     localization = (x for c in pairwise(LOCALIZATION_CHOICES) for x in localization_launches(dtypes[0], c))
     check(distinct(velocity) + distinct(localization), list(TARGETS))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE])
+def test_products_of_matrices(dtype: torch.dtype) -> None:
+    """Float64 ones do not compile, and run on torch."""
+    low_rank = (x for c in pairwise(LOW_RANK_CHOICES) for x in low_rank_launches(dtype, c))
+    attention = (x for c in combinations(ATTENTION_CHOICES) for x in attention_launches(dtype, c))
+    check(distinct(low_rank) + distinct(attention), list(TARGETS))
 
 
 def test_more_than_two_to_the_31_elements() -> None:

@@ -64,6 +64,11 @@ class Binary(NamedTuple):
     registers: int
     accesses: list[str]  # of global memory: PTX instructions on CUDA targets, empty elsewhere
 
+    @property
+    def wide_accesses(self) -> int:
+        """How many of them are of 16 bytes."""
+        return sum(kind.endswith(("v4.b32", "v2.b64", "cp.async 0x10")) for kind in self.accesses)
+
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
@@ -114,8 +119,11 @@ def _read_cubin(cubin: bytes, ptx: str) -> Binary:
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
+    accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
+    # What a pipelined loop copies to shared memory, in bytes.
+    accesses += [f"cp.async {size}" for size in re.findall(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[.*?\], (\w+)", ptx)]
     # What is spilled lies on the stack.
-    return Binary(stack, local, registers, re.findall(r"(?:ld|st)\.global\S*", ptx))
+    return Binary(stack, local, registers, accesses)
 
 
 def _specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:

@@ -35,6 +35,20 @@ LOCALIZATION_CHOICES: dict[str, tuple[Any, ...]] = {
     "masks": ("one", "a mask a layer"),
 }
 
+LOW_RANK_CHOICES: dict[str, tuple[Any, ...]] = {
+    "rank": (128, 16, 40, 160),
+    "wanted": ("all", "hidden", "weight", "none"),
+    "weight_dtype": (torch.float32, None),
+    "with_bias": (True, False),
+    "normalization": ("sum", "background_mean"),
+    "layers": (1, 16),
+}
+ATTENTION_CHOICES: dict[str, tuple[Any, ...]] = {
+    "channels": (64, 128, 40),
+    "lse": (True, False),
+    "key_mask": (False, True),
+}
+
 
 def combinations(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     """All of them."""
@@ -116,6 +130,55 @@ def localization_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[La
     return launches
 
 
+def low_rank_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
+    """What the localization loss of low-rank outputs and its backward pass launch.
+
+    Args:
+        dtype: of the hidden states, and of the parameters if they have none of their own.
+        choice: a value for each of `LOW_RANK_CHOICES`.
+    """
+    from fastunlearn.kernels.low_rank import low_rank_localization_loss
+
+    of_parameters, count = choice["weight_dtype"] or dtype, choice["layers"]
+    hidden = torch.zeros(2, 256, choice["rank"], dtype=dtype, requires_grad=choice["wanted"] in ("all", "hidden"))
+    weight = torch.zeros(256, choice["rank"], dtype=of_parameters, requires_grad=choice["wanted"] in ("all", "weight"))
+    bias = torch.zeros(256, dtype=of_parameters, requires_grad=choice["wanted"] == "all")
+    with recorded_launches() as launches:
+        loss, _ = low_rank_localization_loss(
+            [hidden] * count,
+            [weight] * count,
+            [bias if choice["with_bias"] else None] * count,
+            [torch.zeros(2, 256)] * count,
+            normalization=choice["normalization"],
+            weight=1.0,
+        )
+        if choice["wanted"] != "none":
+            loss.backward()
+    return launches
+
+
+def attention_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
+    """What concept attention launches.
+
+    Args:
+        dtype: of queries and keys.
+        choice: a value for each of `ATTENTION_CHOICES`.
+    """
+    from fastunlearn.kernels.concept_attention import concept_attention
+
+    query = torch.zeros(2, 4, 1024, choice["channels"], dtype=dtype)
+    with recorded_launches() as launches:
+        concept_attention(
+            query,
+            query,
+            torch.zeros(2, 3, dtype=torch.int64),
+            scale=0.125,
+            key_mask=torch.zeros(2, 1024, dtype=torch.bool) if choice["key_mask"] else None,
+            lse=torch.zeros(2, 4, 1024) if choice["lse"] else None,
+        )
+    return launches
+
+
 def distinct(launches: Iterator[Launch]) -> list[Launch]:
     """One of each that the compiler tells apart."""
     return list({launch.key: launch for launch in launches}.values())
@@ -130,15 +193,17 @@ def row(launch: Launch, target: str, binary: Binary) -> str:
 
 def main() -> None:
     """Print what the usual calls compile to: one line for every kernel, dtype and target."""
-    velocity = combinations(VELOCITY_CHOICES)[0]
-    localization = combinations(LOCALIZATION_CHOICES)[0]
+    choices = (VELOCITY_CHOICES, LOCALIZATION_CHOICES, LOW_RANK_CHOICES, ATTENTION_CHOICES)
+    velocity, localization, low_rank, attention = (combinations(choice)[0] for choice in choices)
     print(f"{'kernel':<28} {'dtype':<9} {'target':<7} registers  spilled  accesses of 16 bytes, narrower ones")
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         launches = velocity_launches((dtype,) * 3, velocity) + localization_launches(dtype, localization)
+        if dtype != torch.float64:
+            launches += low_rank_launches(dtype, low_rank) + attention_launches(dtype, attention)
         for launch in {launch.kernel.__name__: launch for launch in launches}.values():
             for target in TARGETS:
                 binary = compile_launch(launch, target)
-                wide = sum(kind.endswith(("v4.b32", "v2.b64")) for kind in binary.accesses)
+                wide = binary.wide_accesses
                 shown = f"{wide}, {len(binary.accesses) - wide}" if binary.accesses else "not counted"
                 name = str(dtype).removeprefix("torch.")
                 print(
