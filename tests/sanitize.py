@@ -1,8 +1,9 @@
 """Runs kernels in the interpreter so that an access out of bounds ends the process: `python sanitize.py NAME`.
 
 `symbolic`: triton-viz proves every access in bounds, for all programs at once. It cannot model a load whose mask was
-itself loaded inside a loop (`localization_forward_kernel`), nor a loop whose bound was (`scale_gradients_kernel`).
-`fenced` runs those, and the others, on memory that ends, and then begins, at a page that must not be touched.
+itself loaded (`localization_forward_kernel`, `moments_kernel`, `gradient_rows_kernel`) or whose address was
+(`concept_attention_kernel`), nor a loop whose bound was (`scale_gradients_kernel`). `fenced` runs those, and the
+others, on memory that ends, and then begins, at a page that must not be touched.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn.functional import localization_loss, negatively_guided_velocity_loss, velocity_loss
+from fastunlearn.functional import (
+    LowRankOutput,
+    concept_attention,
+    localization_loss,
+    negatively_guided_velocity_loss,
+    velocity_loss,
+)
 from fastunlearn.kernels import launch, localization, upstream, velocity
 
 
@@ -55,7 +62,7 @@ def velocity_calls() -> None:
 
 
 def all_calls() -> None:
-    """What `velocity_calls` does, localization, and the backward passes."""
+    """What `velocity_calls` does, localization, the backward passes, and concept attention."""
     velocity_calls()
     for shape in ((2, 3, 5, 7, 11), (1, 1), (3, 1, 13, 17)):
         prediction, target = (fenced_copy(torch.randn(shape)).requires_grad_() for _ in range(2))
@@ -75,6 +82,22 @@ def all_calls() -> None:
             outputs = [fenced_copy(torch.randn(shape)).requires_grad_() for shape in shapes]
             loss = localization_loss(outputs, fenced_copy(mask), normalization=normalization, backend="triton").loss
             loss.backward(torch.tensor(3.0))
+        for layers, tokens, features, rank in ((2, 37, 23, 5), (1, 70, 150, 130)):
+            low_rank = [
+                LowRankOutput(*(fenced_copy(torch.randn(shape)).requires_grad_() for shape in shapes))
+                for shapes in [((2, tokens, rank), (features, rank), (features,))] * layers
+            ]
+            mask = fenced_copy(torch.rand(1, tokens))
+            loss = localization_loss(low_rank, mask, normalization=normalization, backend="triton").loss
+            loss.backward()
+    for queries, keys, channels, tokens in ((70, 75, 16, 3), (1, 1, 3, 1), (5, 129, 40, 17)):
+        query, key = (fenced_copy(torch.randn(2, 3, n, channels)) for n in (queries, keys))
+        index = fenced_copy(torch.randint(-1, keys, (2, tokens)))
+        key_mask = fenced_copy(torch.rand(2, keys) > 0.3)
+        concept_attention(query, key, index, backend="triton")
+        concept_attention(query, key, index, key_mask=key_mask, backend="triton")
+        lse = fenced_copy(torch.randn(2, 3, queries))
+        concept_attention(query, key, index, key_mask=key_mask, lse=lse, backend="triton")
 
 
 def symbolic(call: Any) -> None:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fastunlearn import T2VUnlearningLoss
-from fastunlearn.functional import localization_loss, negatively_guided_velocity_loss, velocity_loss
+from fastunlearn.functional import (
+    concept_attention,
+    localization_loss,
+    negatively_guided_velocity_loss,
+    velocity_loss,
+)
+from fastunlearn.testing import low_rank_outputs, random_mask, random_tensors
 from fastunlearn.testing.interpreter import Observed, observed_kernels
 
 SHAPE = (2, 16, 4, 32, 32)
@@ -90,6 +96,42 @@ def test_localization_reads_only_the_background(layers: int) -> None:
     assert large(observed.stored) == layers * outputs[0].numel() * 4
     kernels = ["localization_forward_kernel", "localization_finish_kernel", "scale_gradients_kernel"]
     assert observed.launches == kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [16, 128])
+def test_low_rank_localization_reads_hidden_once_a_pass(dtype: torch.dtype, rank: int) -> None:
+    mask = random_mask("bool", (2, 96))
+    outputs = low_rank_outputs(2, (2, 96), 160, rank, dtype, weight_dtype=torch.float32)
+    for x in (x for output in outputs for x in output):
+        x.requires_grad_()
+    size = 2 * int((~mask).sum()) * rank * dtype.itemsize
+    parameters = 2 * 160 * rank * 4
+    with observed_kernels() as observed:
+        loss = localization_loss(outputs, mask).loss
+    kernels = ["moments_kernel", "moments_kernel", "moments_finish_kernel", "localization_finish_kernel"]
+    assert observed.launches == kernels
+    assert observed.loaded["moments_kernel", "x_ptrs"] == size + parameters
+    with observed_kernels() as observed:
+        loss.backward()
+    assert observed.launches == ["gradient_rows_kernel"] * 2
+    assert observed.loaded["gradient_rows_kernel", "x_ptrs"] == size + parameters
+    assert observed.stored["gradient_rows_kernel", "result_ptrs"] == 2 * 2 * 96 * rank * dtype.itemsize + parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_concept_attention_with_lse_reads_queries_once_and_the_chosen_keys(dtype: torch.dtype) -> None:
+    query, key = random_tensors((2, 3, 200, 64), [dtype] * 2)
+    tokens, block = torch.tensor([3, 7, -1]), 64 if dtype == torch.bfloat16 else 32
+    for lse in (torch.zeros(2, 3, 200), None):
+        with observed_kernels() as observed:
+            concept_attention(query, key, tokens, lse=lse)
+        loaded = {name: n for (_, name), n in observed.loaded.items()}
+        assert observed.launches == ["concept_attention_kernel"]
+        assert loaded["query_ptr"] == query.nbytes
+        # Caches serve all blocks of queries but the first.
+        of_block = 2 * 3 * 64 * dtype.itemsize * (2 if lse is not None else 202)
+        assert loaded["key_ptr"] == -(-200 // block) * of_block
 
 
 @pytest.mark.parametrize(("layers", "forward"), [(2, 6), (16, 6), (18, 7), (40, 8)])
