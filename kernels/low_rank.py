@@ -353,7 +353,7 @@ def _launch_forward(
             moments, gram = torch.empty_like(partial_moments[0]), torch.empty_like(partial_gram[0])
             size = moments.shape[1]
             moments_finish_kernel[(triton.cdiv(size, BLOCK_ENTRIES), len(of_run))](
-                sums[0, run],
+                sums[:, run],
                 sums.stride(1),
                 sums.stride(0),
                 moments,

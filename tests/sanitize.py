@@ -1,9 +1,9 @@
 """Runs kernels in the interpreter so that an access out of bounds ends the process: `python sanitize.py NAME`.
 
 `symbolic`: triton-viz proves every access in bounds, for all programs at once. It cannot model a load whose mask was
-itself loaded (`localization_forward_kernel`, `moments_kernel`, `gradient_rows_kernel`) or whose address was
-(`concept_attention_kernel`), nor a loop whose bound was (`scale_gradients_kernel`). `fenced` runs those, and the
-others, on memory that ends, and then begins, at a page that must not be touched.
+itself loaded (`localization_forward_kernel`, `moments_kernel`, `gradient_rows_kernel`), nor a loop whose bound was
+(`scale_gradients_kernel`) or that lies in another one (`concept_attention_kernel`). `fenced` runs those, and others,
+on memory that ends, and then begins, at a page that must not be touched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
-from fastunlearn.kernels import launch, localization, upstream, velocity
+from fastunlearn.kernels import launch, localization, low_rank, upstream, velocity
 
 
 @triton.jit
@@ -61,6 +61,17 @@ def velocity_calls() -> None:
             )
 
 
+def low_rank_calls(normalization: str) -> None:
+    """Low-rank localization, one and several blocks of the rank."""
+    for layers, tokens, features, rank in ((2, 37, 23, 5), (1, 70, 150, 130)):
+        outputs = [
+            LowRankOutput(*(fenced_copy(torch.randn(shape)).requires_grad_() for shape in shapes))
+            for shapes in [((2, tokens, rank), (features, rank), (features,))] * layers
+        ]
+        mask = fenced_copy(torch.rand(1, tokens))
+        localization_loss(outputs, mask, normalization=normalization, backend="triton").loss.backward()
+
+
 def all_calls() -> None:
     """What `velocity_calls` does, localization, the backward passes, and concept attention."""
     velocity_calls()
@@ -82,14 +93,7 @@ def all_calls() -> None:
             outputs = [fenced_copy(torch.randn(shape)).requires_grad_() for shape in shapes]
             loss = localization_loss(outputs, fenced_copy(mask), normalization=normalization, backend="triton").loss
             loss.backward(torch.tensor(3.0))
-        for layers, tokens, features, rank in ((2, 37, 23, 5), (1, 70, 150, 130)):
-            low_rank = [
-                LowRankOutput(*(fenced_copy(torch.randn(shape)).requires_grad_() for shape in shapes))
-                for shapes in [((2, tokens, rank), (features, rank), (features,))] * layers
-            ]
-            mask = fenced_copy(torch.rand(1, tokens))
-            loss = localization_loss(low_rank, mask, normalization=normalization, backend="triton").loss
-            loss.backward()
+        low_rank_calls(normalization)
     for queries, keys, channels, tokens in ((70, 75, 16, 3), (1, 1, 3, 1), (5, 129, 40, 17)):
         query, key = (fenced_copy(torch.randn(2, 3, n, channels)) for n in (queries, keys))
         index = fenced_copy(torch.randint(-1, keys, (2, tokens)))
@@ -117,7 +121,7 @@ def symbolic(call: Any) -> None:
         )
 
     # Functions that kernels call lie in other modules.
-    for module in (launch, localization, upstream, velocity):
+    for module in (launch, localization, low_rank, upstream, velocity):
         module._triton_viz_loop_patcher = patch._loop_patcher
     with mock.patch.object(hooks, "loop_iter_wrapper", unrolled):
         call(triton_viz.trace("sanitizer"))
@@ -180,6 +184,8 @@ def main(name: str) -> None:
             for kernel in ("velocity_forward_kernel", "velocity_finish_kernel"):
                 setattr(velocity, kernel, trace(getattr(velocity, kernel)))
             velocity_calls()
+            low_rank.moments_finish_kernel = trace(low_rank.moments_finish_kernel)
+            low_rank_calls("sum")
 
         symbolic(traced)
     elif name == "symbolic-planted":
