@@ -6,6 +6,7 @@ runs, so that gradient checkpointing, which runs blocks again in the backward pa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -188,6 +189,7 @@ class AttnMapsCapture(_Capture):
         _check_mapping("attn_maps", attn_maps, MutableMapping)
         self._maps = attn_maps
         self._calls: dict[str, int] = {}
+        self._has_warned = False
         self._tokens: Tensor | None = None
         if token_indices is not None:
             self._tokens = integer_tensor("token_indices", token_indices)
@@ -224,34 +226,49 @@ class AttnMapsCapture(_Capture):
 
     @torch.no_grad()
     def _keep(self, name: str, text_length: int, attention: Attention) -> None:
-        video, text = self._backbone.video_and_text(attention.query.shape[2], text_length)
-        new = self._map(attention.part(video, text))
+        new = self._map(attention, *self._backbone.video_and_text(attention.query.shape[2], text_length))
         calls = self._calls[name] = self._calls.get(name, 0) + 1
         # In place: a map with all heads and words may be too large to have twice.
         self._maps[name] = new if calls == 1 else self._maps[name].lerp_(new, 1 / calls)
         self._seen.add(name)
 
-    def _map(self, attention: Attention) -> Tensor:
-        """`attention`: of video queries and text keys."""
+    def _map(self, attention: Attention, video: slice, text: slice) -> Tensor:
+        if attention.lse is None:
+            self._warn_of_another_pass()
         if self._tokens is None:
-            return attention.probabilities()
-        mask = attention.mask
-        batch, length = attention.query.shape[0], attention.key.shape[2]
-        if mask is None or (mask.dtype is torch.bool and mask.shape[1] == mask.shape[2] == 1):
-            # The log-sum-exp is over all keys, so the text's keys are all that is needed of them.
-            return concept_attention(
-                attention.query,
-                attention.key,
-                self._tokens,
-                scale=attention.scale,
-                key_mask=None if mask is None else mask[:, 0, 0].expand(batch, -1),
-                lse=attention.lse,
-            )
-        # Masks that are added, or differ by head or query, are beyond what the kernel reads.
-        probabilities = attention.probabilities().mean(1)
-        index = token_index_rows(self._tokens, batch, length).to(probabilities.device)
-        index = index[:, None].expand(-1, probabilities.shape[1], -1)
-        return probabilities.gather(2, index.clamp(min=0)).masked_fill(index < 0, 0).sum(2)
+            return attention.with_lse().part(video, text).probabilities()
+        batch, keys = attention.query.shape[0], attention.key.shape[2]
+        first, last, _ = text.indices(keys)
+        index = token_index_rows(self._tokens, batch, last - first).to(attention.query.device)
+        if not attention.masks_keys_only:
+            # Masks that are added, or differ by head or query, are beyond what the kernel reads.
+            probabilities = attention.with_lse().part(video, text).probabilities().mean(1)
+            index = index[:, None].expand(-1, probabilities.shape[1], -1)
+            return probabilities.gather(2, index.clamp(min=0)).masked_fill(index < 0, 0).sum(2)
+        # A log-sum-exp over all keys leaves only the text's to be read.
+        if attention.lse is not None:
+            attention = attention.part(video, text)
+        else:
+            attention = attention.part(video, slice(None))
+            index = torch.where((index >= 0) & (index < last - first), index + first, -1)
+        return concept_attention(
+            attention.query,
+            attention.key,
+            index,
+            scale=attention.scale,
+            key_mask=attention.key_mask,
+            lse=attention.lse,
+        )
+
+    def _warn_of_another_pass(self) -> None:
+        if self._has_warned or torch.compiler.is_compiling():
+            return
+        self._has_warned = True
+        warnings.warn(
+            "the attention that runs does not give its log-sum-exp (it has a mask on a GPU, dropout, or a backend of "
+            "its own): each captured map takes another pass over the keys",
+            stacklevel=2,
+        )
 
     def _why_nothing(self) -> str:
         return (

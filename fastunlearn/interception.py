@@ -17,22 +17,42 @@ _BLOCK_ELEMENTS = 2**24  # attention logits to hold at once where only they tell
 class Attention(NamedTuple):
     """Queries (B, H, Sq, d) and keys (B, H, Sk, d) of an attention that ran.
 
-    mask: broadcasts to (B, H, Sq, Sk), or None. lse: (B, H, Sq), over all keys of the attention.
+    mask: broadcasts to (B, H, Sq, Sk), or None. lse: (B, H, Sq), over all keys of the attention; None where the
+    attention did not tell it.
     """
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
     scale: float
-    lse: Tensor
+    lse: Tensor | None
+
+    @property
+    def key_mask(self) -> Tensor | None:
+        """(B, Sk), True where attended, of a mask that is boolean and the same for all heads and queries."""
+        return None if self.mask is None else self.mask[:, 0, 0].expand(self.query.shape[0], -1)
+
+    @property
+    def masks_keys_only(self) -> bool:
+        """Whether `key_mask` says everything."""
+        mask = self.mask
+        return mask is None or (mask.dtype is torch.bool and mask.shape[1] == mask.shape[2] == 1)
+
+    def with_lse(self) -> Attention:
+        """The same, its log-sum-exp computed if the attention did not tell it."""
+        if self.lse is not None:
+            return self
+        return self._replace(lse=_log_sum_exp(self.query, self.key, self.mask, self.scale))
 
     def part(self, rows: slice, keys: slice) -> Attention:
         """Of these queries, and these keys among all."""
         mask = None if self.mask is None else _rows(self.mask, rows)[..., keys]
-        return Attention(self.query[:, :, rows], self.key[:, :, keys], mask, self.scale, self.lse[:, :, rows])
+        lse = None if self.lse is None else self.lse[:, :, rows]
+        return Attention(self.query[:, :, rows], self.key[:, :, keys], mask, self.scale, lse)
 
     def probabilities(self) -> Tensor:
-        """(B, H, Sq, Sk) float32."""
+        """(B, H, Sq, Sk) float32. Needs the log-sum-exp."""
+        assert self.lse is not None
         logits = _logits(self.query, self.key, self.mask, self.scale)
         return logits.sub_(self.lse[..., None]).exp_().float()
 
@@ -91,8 +111,8 @@ class Interception(TorchFunctionMode):
         if torch.is_autocast_enabled(device):  # the attention casts its inputs, so the probabilities are of cast ones
             query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
         found = None
-        if attn_mask is None and not dropout_p and not rest and not _intercepted_further_out():
-            found = _attention_and_lse(query, key, value, scale)
+        if not dropout_p and not rest and not _intercepted_further_out():
+            found = _attention_and_lse(query, key, value, attn_mask, scale)
         output = (
             F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, **rest)
             if found is None
@@ -105,8 +125,7 @@ class Interception(TorchFunctionMode):
             mask = mask.expand(*mask.shape[:3], key.shape[2])
         scale = query.shape[3] ** -0.5 if scale is None else scale
         with torch.autocast(device, enabled=False):  # the probabilities are float32 whatever the model computes in
-            lse = _log_sum_exp(query, key, mask, scale) if found is None else found[1].detach()
-            self._keep(Attention(query, key, mask, scale, lse))
+            self._keep(Attention(query, key, mask, scale, None if found is None else found[1].detach()))
         return output
 
 
@@ -116,7 +135,9 @@ def _intercepted_further_out() -> bool:
     return any(isinstance(mode, Interception) for mode in active)
 
 
-def _attention_and_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
+def _attention_and_lse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
     """The operation that scaled_dot_product_attention dispatches to, called directly because it tells the log-sum-exp.
 
     None where that operation is another than the known ones: then nobody tells it.
@@ -124,10 +145,13 @@ def _attention_and_lse(query: Tensor, key: Tensor, value: Tensor, scale: float |
     if torch.compiler.is_compiling():
         return None
     aten, device = torch.ops.aten, query.device.type
-    choice = torch._fused_sdp_choice(query, key, value, scale=scale)
+    choice = torch._fused_sdp_choice(query, key, value, mask, scale=scale)
     if choice == SDPBackend.FLASH_ATTENTION.value and device == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)
-    if device != "cuda" or torch.version.hip is not None:
+        if mask is not None and mask.dtype is torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)
+    # On a GPU a mask is padded before it is added, in ways that are not ours to repeat.
+    if mask is not None or device != "cuda" or torch.version.hip is not None:
         return None
     if choice == SDPBackend.FLASH_ATTENTION.value and query.shape[-1] % 8 == 0:  # others are padded first
         return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
