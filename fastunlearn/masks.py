@@ -8,7 +8,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from fastunlearn.arguments import check_tensor, integer_tensor
+from fastunlearn.arguments import MASK, check_tensor, integer_tensor
+from fastunlearn.spatial_masks import match_resolution
 
 WordIndices = Sequence[int] | Tensor | None
 _HEAD_NUM, _TEXT_LEN = 30, 226  # CogVideoX-2B's, the defaults of the original signature
@@ -73,6 +74,35 @@ def average_map(
 ) -> Tensor:
     """The soft mask behind `get_mask`'s average mask: (B, F, h, w) float32 in [0, 1]. Arguments as there."""
     return _average(_concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size))
+
+
+def overlay(frames: Tensor, mask: Tensor) -> Tensor:
+    """Frames as they are where the mask is 1, darkened and without colour where it is 0: to look at a mask.
+
+    Args:
+        frames: (F, C, H, W) or (B, F, C, H, W) floating point in [0, 1].
+        mask: (f, h, w), or (B or 1, f, h, w) with a batch, in [0, 1] and of any resolution in space and time, as
+            `get_mask` returns it. Read by nearest neighbour.
+
+    Returns:
+        Frames of the same shape and dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape or device.
+    """
+    check_tensor("frames", frames)
+    check_tensor("mask", mask, MASK, like=frames)
+    if frames.dim() not in (4, 5):
+        raise ValueError(f"frames: expected (F, C, H, W) or (B, F, C, H, W), got {tuple(frames.shape)}")
+    batched = frames if frames.dim() == 5 else frames[None]
+    of_batch = mask if frames.dim() == 5 else mask[None]
+    if of_batch.dim() != 4 or of_batch.shape[0] not in (1, len(batched)) or 0 in of_batch.shape[1:]:
+        expected = "(f, h, w)" if frames.dim() == 4 else f"({len(batched)} or 1, f, h, w)"
+        raise ValueError(f"mask: expected {expected} for these frames, got {tuple(mask.shape)}")
+    weights = match_resolution(of_batch, batched.shape, channel_dim=2).to(frames.dtype)
+    grey = batched.mean(2, keepdim=True) / 2
+    return torch.lerp(grey.expand_as(batched), batched, weights.expand_as(batched)).reshape(frames.shape)
 
 
 def _concept_maps(

@@ -39,7 +39,7 @@ def softmax(query, key, mask=None, dtype=torch.float64):
 
 
 def assert_close(actual, exact, eager):
-    """Error at most twice that of eager torch, and what a log-sum-exp of about 10 is off by in torch's own attention."""
+    """Error at most twice that of eager torch, and what a log-sum-exp of about 10 is off by in torch's attention."""
     allowed = 2 * (eager.double() - exact).abs().max() + 32 * torch.finfo(torch.float32).eps * exact.max()
     assert actual.dtype == torch.float32
     assert actual.shape == exact.shape

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastunlearn.masks import average_map, get_mask
+from fastunlearn.masks import average_map, get_mask, overlay
 
 F, H, W, TEXT, HEADS = 2, 3, 4, 6, 5
 N = F * H * W
@@ -126,3 +126,25 @@ def test_wrong_maps_are_named():
 
 def test_an_empty_batch_has_empty_masks():
     assert get_mask({"layer": torch.rand(0, N)}, None, 0.5, H, W)["average_mask"].shape == (0, N // (H * W), H, W)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_overlay_leaves_the_mask_and_greys_the_rest(batch):
+    frames = torch.rand(*batch, 3, 3, 4, 6)
+    mask = torch.zeros(*batch, 2, 2, 3)  # coarser in space and time: the last frame reads the second mask
+    mask[..., 1, 0, 0] = 1
+    shown = overlay(frames, mask)
+    inside = torch.zeros(*batch, 3, 3, 4, 6, dtype=torch.bool)
+    inside[..., 2, :, :2, :2] = True
+    grey = frames.mean(-3, keepdim=True).expand_as(frames) / 2
+    torch.testing.assert_close(shown, torch.where(inside, frames, grey))
+    torch.testing.assert_close(overlay(frames, mask.bool()), shown)
+
+
+def test_overlay_says_what_it_expects():
+    with pytest.raises(ValueError, match=r"frames: expected .* got \(3, 4, 6\)"):
+        overlay(torch.rand(3, 4, 6), torch.ones(1, 1, 1))
+    with pytest.raises(ValueError, match=r"mask: expected \(f, h, w\) .* got \(2, 3\)"):
+        overlay(torch.rand(3, 3, 4, 6), torch.ones(2, 3))
+    with pytest.raises(TypeError, match="frames must be a tensor"):
+        overlay([[1.0]], torch.ones(1, 1, 1))

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastunlearn.demo.model import PATCH
+from fastunlearn.masks import overlay
 
 GAP = 2  # pixels between frames
 TERMS = {
@@ -33,17 +33,10 @@ class Row:
 
 
 def _strip(frames: Tensor) -> Tensor:
-    """(F, 3, H, W) in [-1, 1] to one white-gapped (H, F * W + gaps, 3) image in [0, 1]."""
+    """(F, 3, H, W) in [0, 1] to one white-gapped (H, F * W + gaps, 3) image in [0, 1]."""
     gap = torch.ones(3, frames.shape[2], GAP)
-    parts = [part for frame in (frames.cpu().clamp(-1, 1) + 1) / 2 for part in (frame, gap)][:-1]
+    parts = [part for frame in frames.cpu() for part in (frame, gap)][:-1]
     return torch.cat(parts, dim=2).permute(1, 2, 0)
-
-
-def _masked(frames: Tensor, mask: Tensor) -> Tensor:
-    """The frames, darkened and grey where the mask is 0."""
-    wide = mask.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None].to(frames)
-    grey = frames.mean(1, keepdim=True).expand_as(frames) * 0.5 - 0.5
-    return torch.lerp(grey, frames, wide)
 
 
 def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: str, path: Path) -> None:
@@ -52,10 +45,11 @@ def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: s
     figure = Figure(figsize=(15, 0.95 * len(rows) + 0.9), layout="constrained")
     grid = figure.add_gridspec(len(rows), 4, width_ratios=[1, 1, 1, 0.95])
     for index, row in enumerate(rows):
+        before, after = ((video.clamp(-1, 1) + 1) / 2 for video in (row.before, row.after))
         columns = {
-            "before": _strip(row.before),
-            f"mask of “{concept}”": None if row.mask is None else _strip(_masked(row.before, row.mask)),
-            f"“{concept}” erased": _strip(row.after),
+            "before": _strip(before),
+            f"mask of “{concept}”": None if row.mask is None else _strip(overlay(before, row.mask)),
+            f"“{concept}” erased": _strip(after),
         }
         for column, (title, image) in enumerate(columns.items()):
             axes = figure.add_subplot(grid[index, column])
