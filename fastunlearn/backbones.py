@@ -1,20 +1,25 @@
 """What differs between video transformers, as data.
 
 Everything else in the library asks here: which attentions exist, where the text tokens stand, which dimension holds the
-channels, and what the transformer's forward method wants to be given.
+channels, how the family is sampled, and what the transformer's forward method wants to be given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-Inputs = Callable[[nn.Module, Tensor, Tensor, Tensor], dict[str, Any]]
+from fastunlearn.arguments import check_number
+
+Condition = Tensor | Mapping[str, Tensor]
+MoreInputs = Callable[[nn.Module, Tensor, float], dict[str, Any]]
+Places = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,33 @@ class Backbone:
         text_attended: the same for the attentions in which video tokens attend to text tokens.
         text_position: where the text stands among the keys of `text_attended`: before the video tokens, after them, or
             alone ("cross"). Queries are laid out alike; with "cross" they are video tokens only.
-        channel_dim: which dimension of a latent or a velocity holds the channels.
-        inputs: `(transformer, x_t, t, cond)` to the keyword arguments of the transformer's forward method.
+        channel_dim: which dimension of a latent or a velocity holds the channels: 2 in (B, F, C, H, W), 1 in
+            (B, C, F, H, W).
+        flow_matching: whether the model predicts noise - x0 at x_t = (1 - s) x0 + s noise, t = 1000 s. Otherwise v or
+            noise in a schedule of `alphas_cumprod`, as its scheduler says.
+        guidance_scale: of classifier-free guidance, its pipeline's default for sampling. 1: one call a step.
+        conditions: the tensors that a condition consists of, by keyword of the transformer's forward method, with the
+            names of their dimensions after the batch. Dimensions of one name are of one size.
+        more_inputs: `(transformer, x_t, embedded_guidance_scale)` to the keyword arguments of the forward method that
+            are neither latents, timestep nor condition.
+        embedded_guidance_scale: the pipeline's default of the scale that a guidance-distilled transformer takes as an
+            input; None where the family has no such transformers.
+        supported: entries of the transformer's configuration that must have these values. Others, made for images as
+            further conditions, are refused.
     """
 
     name: str
     transformer: str
-    erased: tuple[tuple[str, str], ...]
-    text_attended: tuple[tuple[str, str], ...]
+    erased: Places
+    text_attended: Places
     text_position: Literal["first", "last", "cross"]
     channel_dim: int
-    inputs: Inputs
+    flow_matching: bool
+    guidance_scale: float
+    conditions: Mapping[str, tuple[str, ...]]
+    more_inputs: MoreInputs
+    embedded_guidance_scale: float | None = None
+    supported: Mapping[str, Any] = field(default_factory=dict)
 
     def video_and_text(self, length: int, text_length: int) -> tuple[slice, slice]:
         """Where the video tokens stand among the queries, and the text tokens among the keys, of `text_attended`."""
@@ -90,9 +111,9 @@ def _cached_cogvideox_rotary(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _cogvideox_rotary(*arguments)
 
 
-def _cogvideox_inputs(transformer: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> dict[str, Any]:
+def _cogvideox_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: float) -> dict[str, Any]:
     config: Any = transformer.config
-    inputs: dict[str, Any] = {"hidden_states": x_t, "encoder_hidden_states": cond, "timestep": t}
+    inputs: dict[str, Any] = {}
     if config.use_rotary_positional_embeddings:
         frames, _, height, width = x_t.shape[1:]
         rotary = _cogvideox_rotary if torch.compiler.is_compiling() else _cached_cogvideox_rotary  # traced: constant
@@ -109,6 +130,17 @@ def _cogvideox_inputs(transformer: nn.Module, x_t: Tensor, t: Tensor, cond: Tens
     return inputs
 
 
+def _hunyuan_video_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: float) -> dict[str, Any]:
+    config: Any = transformer.config
+    if not config.guidance_embeds:
+        return {}
+    # Multiplied after it is rounded to the model's dtype, as in the pipeline.
+    return {"guidance": x_t.new_full(x_t.shape[:1], embedded_guidance_scale) * 1000.0}
+
+
+_TEXT = {"encoder_hidden_states": ("L", "D")}
+_HUNYUAN_VIDEO_ATTENTIONS = (("transformer_blocks", "attn"), ("single_transformer_blocks", "attn"))
+
 BACKBONES = (
     Backbone(
         name="cogvideox",
@@ -117,7 +149,37 @@ BACKBONES = (
         text_attended=(("transformer_blocks", "attn1"),),
         text_position="first",
         channel_dim=2,
-        inputs=_cogvideox_inputs,
+        flow_matching=False,
+        guidance_scale=6.0,
+        conditions=_TEXT,
+        more_inputs=_cogvideox_inputs,
+    ),
+    Backbone(
+        name="hunyuan_video",
+        transformer="HunyuanVideoTransformer3DModel",
+        erased=_HUNYUAN_VIDEO_ATTENTIONS,
+        text_attended=_HUNYUAN_VIDEO_ATTENTIONS,
+        text_position="last",
+        channel_dim=1,
+        flow_matching=True,
+        guidance_scale=1.0,  # distilled: guidance is an input
+        conditions=_TEXT | {"encoder_attention_mask": ("L",), "pooled_projections": ("P",)},
+        more_inputs=_hunyuan_video_inputs,
+        embedded_guidance_scale=6.0,
+        supported={"image_condition_type": None},
+    ),
+    Backbone(
+        name="wan",
+        transformer="WanTransformer3DModel",
+        erased=(("blocks", "attn2"),),  # where the text enters; the self-attention, attn1, sees no word
+        text_attended=(("blocks", "attn2"),),
+        text_position="cross",
+        channel_dim=1,
+        flow_matching=True,
+        guidance_scale=5.0,
+        conditions=_TEXT,
+        more_inputs=lambda *_: {},
+        supported={"image_dim": None, "added_kv_proj_dim": None},
     ),
 )
 
@@ -128,16 +190,29 @@ def _backbone_of_class(cls: type) -> Backbone | None:
     return next((backbone for backbone in BACKBONES if backbone.transformer in names), None)
 
 
+def _check_variant(transformer: nn.Module, backbone: Backbone) -> None:
+    for entry, expected in backbone.supported.items():
+        config: Any = transformer.config
+        got = getattr(config, entry, expected)
+        if got != expected:
+            raise ValueError(
+                f"model: expected a text-to-video {backbone.transformer}, configured with {entry}={expected}; "
+                f"got {entry}={got!r}"
+            )
+
+
 def find_transformer(model: nn.Module) -> tuple[nn.Module, Backbone]:
     """The diffusers transformer inside a VelocityModel, a compiled or a (distributed) data-parallel model; its family.
 
     Raises:
-        TypeError: there is no supported transformer inside.
+        TypeError: there is no transformer of a supported family inside.
+        ValueError: it is a variant of its family that is not supported.
     """
     inner: Any = model
     while isinstance(inner, nn.Module):
         backbone = _backbone_of_class(type(inner))
         if backbone is not None:
+            _check_variant(inner, backbone)
             return inner, backbone
         if isinstance(inner, VelocityModel):
             inner = inner.transformer
@@ -152,11 +227,26 @@ def backbone_of(model: nn.Module) -> Backbone:
 
     Raises:
         TypeError: the model is of no supported family.
+        ValueError: it is a variant of its family that is not supported.
     """
     return find_transformer(model)[1]
 
 
-def attentions(transformer: nn.Module, places: tuple[tuple[str, str], ...]) -> dict[str, nn.Module]:
+def patch_size(model: nn.Module) -> tuple[int, int, int]:
+    """(frames, rows, columns) of a latent that one video token covers.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: it is a variant of its family that is not supported.
+    """
+    config: Any = find_transformer(model)[0].config
+    if isinstance(config.patch_size, int):
+        return config.patch_size_t or 1, config.patch_size, config.patch_size
+    frames, rows, columns = config.patch_size
+    return frames, rows, columns
+
+
+def attentions(transformer: nn.Module, places: Places) -> dict[str, nn.Module]:
     """The attentions at `places`, (list of blocks, attribute) each, by their path from the transformer."""
     return {
         f"{blocks}.{index}.{attribute}": getattr(block, attribute)
@@ -165,54 +255,113 @@ def attentions(transformer: nn.Module, places: tuple[tuple[str, str], ...]) -> d
     }
 
 
+def _checked_condition(backbone: Backbone, cond: Condition, batch: int) -> Mapping[str, Tensor]:
+    """The condition as a mapping that has what the family needs, batch 1 or `batch`."""
+    if isinstance(cond, Tensor):
+        cond = {"encoder_hidden_states": cond}
+    if not isinstance(cond, Mapping):
+        raise TypeError(
+            f"cond: expected text embeddings (B, L, D), or a mapping with {', '.join(backbone.conditions)}; "
+            f"got {type(cond).__name__}"
+        )
+    missing = [name for name in backbone.conditions if name not in cond]
+    unknown = [name for name in cond if name not in backbone.conditions]
+    if missing or unknown:
+        raise ValueError(
+            f"cond: expected {', '.join(backbone.conditions)} for {backbone.transformer}; "
+            f"missing: {missing}, unknown: {unknown}"
+        )
+    sizes: dict[str, int] = {}
+    for name, dims in backbone.conditions.items():
+        value = cond[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"cond[{name!r}]: expected a tensor, got {type(value).__name__}")
+        shape = tuple(value.shape)
+        if len(shape) != 1 + len(dims) or shape[0] not in (1, batch):
+            raise ValueError(f"cond[{name!r}]: expected ({batch} or 1, {', '.join(dims)}), got shape {shape}")
+        for dim, size in zip(dims, shape[1:], strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(f"cond[{name!r}]: expected {dim} = {sizes[dim]} as in the others, got shape {shape}")
+    return cond
+
+
 class VelocityModel(nn.Module):
     """A diffusers transformer, callable as `(x_t, t, cond) -> velocity`. Made by `as_velocity_model`."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, embedded_guidance_scale: float) -> None:
         super().__init__()
         self.transformer = transformer
         self.channel_dim = backbone_of(transformer).channel_dim
+        self.embedded_guidance_scale = embedded_guidance_scale
 
-    def forward(self, x_t: Tensor, t: Tensor | float, cond: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Condition) -> Tensor:
         """The model's prediction at x_t.
 
         Args:
-            x_t: noisy latents in the transformer's own layout and dtype, (B, F, C, H, W) for CogVideoX.
-            t: timesteps, (B,), or one for all samples.
-            cond: text embeddings (B, L, D), or (1, L, D) for all samples. Computed with in x_t's dtype.
+            x_t: noisy latents in the transformer's own layout and dtype: (B, F, C, H, W) for CogVideoX,
+                (B, C, F, H, W) for HunyuanVideo and Wan.
+            t: timesteps, (B,), or one for all samples, as the family's scheduler counts them (0 to 1000). Keep them in
+                float32 or integers: half precision merges neighbours.
+            cond: `encoder_hidden_states`, text embeddings (B, L, D), and for HunyuanVideo `encoder_attention_mask`
+                (B, L) and `pooled_projections` (B, P), in a mapping by these names, which are the keywords of the
+                transformer's forward method. A bare tensor stands for the embeddings alone. A batch of 1 serves all
+                samples. Floating tensors are computed with in x_t's dtype.
 
         Returns:
             The velocity, shaped like x_t.
 
         Raises:
-            TypeError: `x_t` or `cond` is not a tensor. There is no unconditional call: pass the empty prompt's
-                embeddings.
-            ValueError: a shape does not fit.
+            TypeError: `x_t`, `cond` or one of its entries is not a tensor. There is no unconditional call: pass the
+                empty prompt's condition.
+            ValueError: a shape does not fit, or entries of `cond` are missing or unknown.
         """
-        if not isinstance(cond, Tensor):
-            raise TypeError(f"cond: expected text embeddings (B, L, D), got {type(cond).__name__}")
+        transformer, backbone = find_transformer(self.transformer)
         if not isinstance(x_t, Tensor):
             raise TypeError(f"x_t: expected noisy latents, got {type(x_t).__name__}")
-        batch = x_t.shape[0]
         if x_t.dim() != 5:
             raise ValueError(f"x_t: expected five dimensions, got shape {tuple(x_t.shape)}")
-        if cond.dim() != 3 or cond.shape[0] not in (1, batch):
-            raise ValueError(f"cond: expected ({batch} or 1, L, D), got shape {tuple(cond.shape)}")
+        config: Any = transformer.config
+        if x_t.shape[self.channel_dim] != config.in_channels:
+            raise ValueError(
+                f"x_t: expected {config.in_channels} channels in dimension {self.channel_dim}, "
+                f"got shape {tuple(x_t.shape)}"
+            )
+        batch = x_t.shape[0]
+        cond = _checked_condition(backbone, cond, batch)
         t = torch.as_tensor(t, device=x_t.device)
         if t.dim() > 1 or t.numel() not in (1, batch):
             raise ValueError(f"t: expected one timestep or ({batch},), got shape {tuple(t.shape)}")
-        cond = cond.to(x_t.dtype).expand(batch, -1, -1)
-        transformer, backbone = find_transformer(self.transformer)
-        inputs = backbone.inputs(transformer, x_t, t.expand(batch), cond)
-        return self.transformer(**inputs, return_dict=False)[0]
+        inputs = {
+            name: (value.to(x_t.dtype) if value.is_floating_point() else value).expand(batch, *value.shape[1:])
+            for name, value in cond.items()
+        }
+        inputs |= backbone.more_inputs(transformer, x_t, self.embedded_guidance_scale)
+        return self.transformer(hidden_states=x_t, timestep=t.expand(batch), return_dict=False, **inputs)[0]
 
 
-def as_velocity_model(transformer: nn.Module) -> VelocityModel:
+def as_velocity_model(transformer: nn.Module, *, embedded_guidance_scale: float | None = None) -> VelocityModel:
     """Turns a diffusers transformer into the callable `(x_t, t, cond) -> velocity` that the losses want.
 
     The transformer is held, not copied: erasers attached to either are seen by both.
 
+    Args:
+        transformer: of a supported family. A VelocityModel comes back as it is, or with another
+            `embedded_guidance_scale` if one is given.
+        embedded_guidance_scale: the guidance that a distilled HunyuanVideo takes as an input (configured with
+            `guidance_embeds`); None for its pipeline's default, 6. Other transformers do not read it.
+
     Raises:
-        TypeError: the transformer is of no supported family.
+        TypeError: the transformer is of no supported family, or the scale is no number.
+        ValueError: the transformer is a variant of its family that is not supported, or the scale is not finite.
     """
-    return transformer if isinstance(transformer, VelocityModel) else VelocityModel(transformer)
+    if embedded_guidance_scale is not None:
+        check_number("embedded_guidance_scale", embedded_guidance_scale)
+        if not math.isfinite(embedded_guidance_scale):
+            raise ValueError(f"embedded_guidance_scale must be finite, got {embedded_guidance_scale}")
+    if isinstance(transformer, VelocityModel):
+        if embedded_guidance_scale in (None, transformer.embedded_guidance_scale):
+            return transformer
+        transformer = transformer.transformer
+    if embedded_guidance_scale is None:
+        embedded_guidance_scale = backbone_of(transformer).embedded_guidance_scale or 1.0
+    return VelocityModel(transformer, embedded_guidance_scale)

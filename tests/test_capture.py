@@ -96,6 +96,11 @@ class ToyTransformer(nn.Module):
         return self.blocks[0].attn(video, text)
 
 
+def toy(position):
+    place = (("blocks", "attn"),)
+    return Backbone("toy", "ToyTransformer", place, place, position, 1, False, 1.0, {}, lambda *_: {})
+
+
 def mask_of(kind, batch, rows, columns):
     if kind is None:
         return None
@@ -111,9 +116,7 @@ def mask_of(kind, batch, rows, columns):
 @pytest.mark.parametrize("position", ["first", "last", "cross"])
 @pytest.mark.parametrize("kind", [None, "key", "head", "matrix", "added"])
 def test_text_positions_and_masks(position, kind, monkeypatch):
-    place = (("blocks", "attn"),)
-    toy = Backbone("toy", "ToyTransformer", place, place, position, 1, lambda *_: {})
-    monkeypatch.setattr(backbones, "BACKBONES", (*backbones.BACKBONES, toy))
+    monkeypatch.setattr(backbones, "BACKBONES", (*backbones.BACKBONES, toy(position)))
     monkeypatch.setattr(interception, "_BLOCK_ELEMENTS", 500)  # several blocks of queries, the last one smaller
     model, video, text = ToyTransformer(position), torch.randn(2, 11, 32) * 2, torch.randn(2, 5, 32) * 2
     rows, columns = (11, 5) if position == "cross" else (16, 16)
@@ -138,9 +141,7 @@ def test_text_positions_and_masks(position, kind, monkeypatch):
 @pytest.mark.parametrize("kind", [None, "key", "head", "added"])
 @pytest.mark.filterwarnings("error")
 def test_the_attention_itself_tells_its_log_sum_exp_or_a_warning_says_so_once(kind, tokens, monkeypatch):
-    place = (("blocks", "attn"),)
-    toy = Backbone("toy", "ToyTransformer", place, place, "first", 1, lambda *_: {})
-    monkeypatch.setattr(backbones, "BACKBONES", (*backbones.BACKBONES, toy))
+    monkeypatch.setattr(backbones, "BACKBONES", (*backbones.BACKBONES, toy("first")))
     model, video, text = ToyTransformer("first"), torch.randn(2, 11, 32), torch.randn(2, 9, 32)
     model.blocks[0].attn.mask = mask_of(kind, 2, 20, 20)
     told, computed = {}, {}
