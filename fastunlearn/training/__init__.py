@@ -1,0 +1,1 @@
+"""From prompts to an erased model: the teacher cache, the training of erasers, their evaluation, and sampling."""
