@@ -294,14 +294,14 @@ class _Rows(NamedTuple):
     tokens: int
     rows: int
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time constants and options of both kernels."""
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Compile-time constants and options of both kernels, which compute in `dtype`."""
         rank = self.x[0].shape[-1]
         return {
             "RANK": rank,
             "IS_HIDDEN": self.x[0].dim() == 3,
-            "PARTS": PARTS.get(self.x[0].dtype, 3),
+            # Sums of bfloat16 products are float32.
+            "PARTS": PARTS.get(self.x[0].dtype, 3) if dtype == torch.float32 else 3,
             "BLOCK_RANK": _block_rank(rank),
             **launch_options(self.x[0], WARPS),
         }
@@ -327,7 +327,7 @@ def _partial_moments(rows: _Rows, dtype: torch.dtype) -> Tensor:
     programs = min(tiles, max(triton.cdiv(rows.rows, ROWS_A_PROGRAM), ENOUGH_PROGRAMS // layers))
     blocks = triton.cdiv(rank, _block_rank(rank)) ** 2
     partial = torch.empty(programs, layers, (rank + 1) ** 2 + 1, dtype=dtype, device=rows.x[0].device)
-    moments_kernel[(programs, layers, blocks)](partial, *rows, BLOCK_ROWS=BLOCK_SUMMED_ROWS, **rows.constants)
+    moments_kernel[(programs, layers, blocks)](partial, *rows, BLOCK_ROWS=BLOCK_SUMMED_ROWS, **rows.constants(dtype))
     return partial
 
 
@@ -420,7 +420,8 @@ def _launch_backward(
                 if results is None and last is None:
                     continue
                 blocks = triton.cdiv(rows.x[0].shape[-1], _block_rank(rows.x[0].shape[-1]))
-                is_whole = rows.constants["PARTS"] == 3
+                constants = rows.constants(matrix.dtype)
+                is_whole = constants["PARTS"] == 3
                 block = BLOCK_ROWS_OF_FLOAT32 if is_whole else BLOCK_ROWS
                 gradient_rows_kernel[(triton.cdiv(rows.rows, block), len(of_run), blocks)](
                     results,
@@ -433,7 +434,7 @@ def _launch_backward(
                     rows.rows,
                     BLOCK_ROWS=block,
                     BLOCK_INNER=BLOCK_INNER_OF_FLOAT32 if is_whole else BLOCK_INNER,
-                    **rows.constants,
+                    **constants,
                 )
     return found
 
