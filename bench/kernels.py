@@ -142,6 +142,16 @@ def save(path: Path, report: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def provenance(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What made a report, and on what."""
+    return {
+        "command": " ".join([f"python -m {module}", *arguments]),
+        "commit": _commit(),
+        "machine": platform.processor() or platform.machine(),
+        "environment": describe().splitlines(),
+    }
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastunlearn.bench.kernels", description=__doc__)
     parser.add_argument(
@@ -189,13 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(*map(line, found), sep="\n", flush=True)
             rows += found
     if options.output is not None:
-        report = {
-            "command": " ".join(
-                ["python -m fastunlearn.bench.kernels", *(sys.argv[1:] if arguments is None else arguments)]
-            ),
-            "commit": _commit(),
-            "machine": platform.processor() or platform.machine(),
-            "environment": describe().splitlines(),
+        report = provenance("fastunlearn.bench.kernels", sys.argv[1:] if arguments is None else arguments) | {
             "dtype": options.dtype,
             "runs": options.runs,
             "copy_bytes_per_second": bandwidth,
