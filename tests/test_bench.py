@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastunlearn.bench import cases, kernels
+from fastunlearn.bench import algorithms, cases, kernels
 
 
 def test_floors_by_hand() -> None:
@@ -75,6 +76,86 @@ def test_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 def test_bad_arguments(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=re.escape(message)):
         kernels.main(arguments)
+
+
+@pytest.fixture
+def small_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of sizes that take no time, at which tokens x tokens are held and not."""
+    layer = algorithms.Layer(tokens=300, features=96, heads=2, channels=16)
+    monkeypatch.setattr(algorithms, "LAYERS", {"cogvideox-2b": layer})
+    monkeypatch.setattr(algorithms, "ATTENTION_SIZES", {"cpu": ((128, 300), 128)})
+    monkeypatch.setattr(algorithms, "RANK", 8)
+
+
+@pytest.mark.usefixtures("small_layer")
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is known on Linux")
+def test_algorithms_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "cpu.json"
+    only = ["--only", "localization", "attention", "demo"]
+    algorithms.main(["--device", "cpu", "--runs", "1", *only, "--output", str(output)])
+    printed = capsys.readouterr().out
+    report = json.loads(output.read_text())
+    assert {"command", "commit", "environment", "runs"} <= report.keys()
+    assert [table["table"] for table in report["tables"]] == [
+        "localization",
+        "localization",
+        "concept attention",
+        "demo step",
+    ]
+    peers = [[row["peer"] for row in table["rows"]] for table in report["tables"]]
+    assert peers[0] == peers[1] == ["without", "dense, eager", "low rank"]
+    assert peers[2] == ["softmax, eager", "without lse", "with lse", "without lse", "with lse"]
+    for table in report["tables"]:
+        for row in table["rows"]:
+            assert row["peer"] in printed
+            assert row["seconds"] > 0
+            assert row["peak_bytes"] >= 0
+
+
+def test_a_captured_forward_pass_beside_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    meter = algorithms.Meter(torch.device("cpu"), 1)
+    table = algorithms.captured_forward(meter, layers=1, heads=1, side=8)
+    assert [row["peer"] for row in table["rows"]] == ["plain", "captured"]
+    assert "64 + 226 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is known on Linux")
+def test_the_meter_sees_what_is_held_and_what_takes_long() -> None:
+    meter = algorithms.Meter(torch.device("cpu"), 3)
+    assert meter.peak_bytes(lambda: torch.ones(16 * cases.MIB)) >= 60 * cases.MIB
+    assert meter.peak_bytes(lambda: None) < 16 * cases.MIB
+    seconds = meter.seconds({"short": lambda: None, "long": lambda: time.sleep(0.01)})
+    assert seconds["long"] >= 0.01 > seconds["short"]
+
+
+@pytest.mark.usefixtures("small_layer")
+@pytest.mark.parametrize(
+    ("table", "name", "wrong"),
+    [
+        ("localization", "seed_localization_loss", lambda outputs, mask: sum(o.square().sum() for o in outputs)),
+        ("attention", "concept_attention", lambda query, key, *_, **options: torch.ones(1, key.shape[2])),
+    ],
+)
+def test_no_speed_of_algorithms_that_disagree(
+    table: str, name: str, wrong: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(algorithms, name, wrong)
+    with pytest.raises(SystemExit, match=r"no speed of what disagrees: .* relative error"):
+        algorithms.main(["--device", "cpu", "--only", table, "--runs", "1"])
+    assert "with lse" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "nowhere"], "nowhere"),
+        (["--device", "meta"], "--device must be a CPU or a CUDA GPU, got meta"),
+        (["--device", "cpu", "--runs", "0"], "--runs must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_of_algorithms(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        algorithms.main(arguments)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is on Linux")
