@@ -17,6 +17,7 @@ from fastunlearn.erasers import (
     erasers_disabled,
     load_erasers,
     save_erasers,
+    set_eraser_scale,
 )
 from fastunlearn.functional import (
     LocalizationLoss,
@@ -62,5 +63,6 @@ __all__ = [
     "negatively_guided_velocity",
     "negatively_guided_velocity_loss",
     "save_erasers",
+    "set_eraser_scale",
     "velocity_loss",
 ]

@@ -1,25 +1,27 @@
 """Erasers: small adapters on a frozen transformer's attentions, as in T2VUnlearning (arXiv 2505.17550, section 3.2).
 
 With a the video tokens that an attention returns and o_k = up_k(gelu(down_k(a))) the output of its k-th eraser, the
-attention returns a + sum_k o_k instead. Every eraser reads a, not what an earlier eraser made of it, so that erasers
-trained apart can be used together in any order.
+attention returns a + sum_k s_k o_k instead, with scales s_k that are 1 unless set. Every eraser reads a, not what an
+earlier eraser made of it, so that erasers trained apart can be used together in any order.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastunlearn import eraser_files
+from fastunlearn.arguments import check_number
 from fastunlearn.backbones import Backbone, attentions, find_transformer
 
 
@@ -69,13 +71,15 @@ class _Erasers(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.disabled: Counter[str] = Counter()
+        self.scales: dict[str, float] = {}
         self.hook: Any = None
 
     def forward(self, attention_output: Tensor) -> Tensor:
         total = attention_output
         for name, eraser in self.items():
             if not self.disabled[name]:
-                total = total + eraser(attention_output)
+                output, scale = eraser(attention_output), self.scales[name]
+                total = total + (output if scale == 1 else output * scale)
         return total
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,9 +130,18 @@ def _check_free(transformer: nn.Module, backbone: Backbone, name: str) -> None:
         raise ValueError(f"name: the model has erasers called {name!r} already; detach them or choose another name")
 
 
-def _install(transformer: nn.Module, backbone: Backbone, name: str, erasers: Mapping[str, AdapterEraser]) -> None:
-    """Puts an eraser on every layer and freezes the base. `_check_free` comes first."""
+def _install(
+    transformer: nn.Module,
+    backbone: Backbone,
+    sets: Mapping[str, Mapping[str, AdapterEraser]],
+    scales: Mapping[str, float],
+) -> None:
+    """Puts every set's erasers on their layers and freezes the base. `_check_free` comes first."""
     layers = attentions(transformer, backbone.erased)
+    for erasers in sets.values():
+        for layer, eraser in erasers.items():  # before anything else, because the device may be full
+            attention = layers[layer]
+            eraser.to(next(attention.parameters()).device).train(attention.training).requires_grad_(True)
     base: Any = transformer
     eraser_parameters = {id(p) for stack in _stacks(layers).values() for p in stack.parameters()}
     if not eraser_parameters:
@@ -137,13 +150,14 @@ def _install(transformer: nn.Module, backbone: Backbone, name: str, erasers: Map
     for parameter in transformer.parameters():
         if id(parameter) not in eraser_parameters:
             parameter.requires_grad_(False)
-    for layer, attention in layers.items():
-        if layer not in _stacks(layers):
-            stack = _Erasers()
-            stack.hook = attention.register_forward_hook(_add_erasers)
-            attention.add_module("erasers", stack)
-        device = next(attention.parameters()).device
-        _stacks(layers)[layer][name] = erasers[layer].to(device).train(attention.training).requires_grad_(True)
+    for name, erasers in sets.items():
+        for layer, eraser in erasers.items():
+            stack = _stacks(layers).get(layer)
+            if stack is None:
+                stack = _Erasers()
+                stack.hook = layers[layer].register_forward_hook(_add_erasers)
+                layers[layer].add_module("erasers", stack)
+            stack[name], stack.scales[name] = eraser, scales[name]
 
 
 def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> dict[str, AdapterEraser]:
@@ -169,7 +183,7 @@ def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> 
     _check_free(transformer, backbone, name)
     dim = hidden_size(transformer)
     erasers = {layer: AdapterEraser(dim, rank) for layer in attentions(transformer, backbone.erased)}
-    _install(transformer, backbone, name, erasers)
+    _install(transformer, backbone, {name: erasers}, {name: 1.0})
     return erasers
 
 
@@ -189,8 +203,8 @@ def detach_erasers(model: nn.Module, name: str | None = None) -> None:
     if name is not None and not _attached(transformer, backbone, name):
         raise ValueError(f"name: no erasers are called {name!r}")
     for layer, stack in stacks.items():
-        if name is not None:
-            del stack[name]
+        if name is not None and name in stack:
+            del stack[name], stack.scales[name]
         if name is None or not len(stack):
             stack.hook.remove()
             del layers[layer].erasers
@@ -228,6 +242,25 @@ def erasers_disabled(model: nn.Module, name: str | None = None) -> Iterator[None
     finally:
         for stack, key in switched:
             stack.disabled[key] -= 1
+
+
+def set_eraser_scale(model: nn.Module, name: str, scale: float) -> None:
+    """Multiplies what the erasers called `name` add to their attentions by `scale`: 0 for nothing, 1 as trained.
+
+    The scale belongs to this model and is not saved with the erasers. `EraserOutputsCapture` shows their own outputs,
+    unscaled.
+
+    Raises:
+        TypeError: the model is of no supported family, or `scale` is no number.
+        ValueError: no erasers are called `name`, or `scale` is not finite.
+    """
+    transformer, backbone = find_transformer(model)
+    _check_scale(scale)
+    if not _attached(transformer, backbone, name):
+        raise ValueError(f"name: no erasers are called {name!r}")
+    for stack in _stacks(attentions(transformer, backbone.erased)).values():
+        if name in stack:
+            stack.scales[name] = scale
 
 
 def save_erasers(
@@ -269,39 +302,106 @@ def save_erasers(
     eraser_files.write(folder, states, facts)
 
 
-def load_erasers(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> dict[str, AdapterEraser]:
-    """Attaches saved erasers under `name`, and freezes everything else, like `attach_erasers`.
+Folder = str | os.PathLike[str]
 
-    Reads what `save_erasers` wrote and what T2VUnlearning's scripts wrote (`eraser_weights.pt`, `eraser_config.json`).
-    Pickles are loaded with `weights_only=True`. The model is not touched unless everything fits.
+
+@overload
+def load_erasers(
+    model: nn.Module, folder: Folder, name: str = ..., *, scale: float = ...
+) -> dict[str, AdapterEraser]: ...
+
+
+@overload
+def load_erasers(
+    model: nn.Module, folder: Sequence[Folder], *, names: Sequence[str], scales: Sequence[float] | None = ...
+) -> dict[str, dict[str, AdapterEraser]]: ...
+
+
+def load_erasers(
+    model: nn.Module,
+    folder: Folder | Sequence[Folder],
+    name: str | None = None,
+    *,
+    scale: float | None = None,
+    names: Sequence[str] | None = None,
+    scales: Sequence[float] | None = None,
+) -> dict[str, AdapterEraser] | dict[str, dict[str, AdapterEraser]]:
+    """Attaches saved erasers, and freezes everything else, like `attach_erasers`.
+
+        load_erasers(model, "erasers/car")
+        load_erasers(model, ["erasers/nudity", "erasers/car"], names=["nudity", "car"], scales=[1.0, 0.5])
+
+    Reads what `save_erasers` wrote and what T2VUnlearning's scripts wrote (`eraser_weights.pt`, `eraser_config.json`;
+    for HunyuanVideo on its single blocks alone). Pickles are loaded with `weights_only=True`. The model is not touched
+    unless everything fits.
 
     Args:
         model: a supported transformer, or a VelocityModel or other wrapper of one.
-        folder: what was saved.
-        name: what to call them here.
+        folder: what was saved; or several folders, whose erasers are stacked.
+        name: what to call one folder's erasers here; "default" if not given.
+        scale: of one folder's erasers: what their outputs are multiplied by; 1 if not given. See `set_eraser_scale`.
+        names: what to call the erasers of several folders, one name each.
+        scales: their scales, one each; all 1 if not given.
 
     Returns:
-        The erasers by layer.
+        The erasers by layer; of several folders by name, then by layer.
 
     Raises:
-        TypeError: the model is of no supported family.
+        TypeError: the model is of no supported family, `name` or `scale` came with several folders, `names` or `scales`
+            with one, or a scale is no number.
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, the erasers are not for this model, or the name is taken.
+        ValueError: a file is damaged, erasers are not for this model, a name is taken or comes twice, a scale is not
+            finite, or there are not as many names or scales as folders.
         ImportError: safetensors is not installed.
     """
+    is_one = isinstance(folder, (str, os.PathLike))
+    for argument, value, allowed in (
+        ("name", name, is_one),
+        ("scale", scale, is_one),
+        ("names", names, not is_one),
+        ("scales", scales, not is_one),
+    ):
+        if value is not None and not allowed:
+            raise TypeError(f"{argument}: is for {'several folders' if is_one else 'one folder'}, got {value!r}")
+    if isinstance(folder, (str, os.PathLike)):
+        name = "default" if name is None else name
+        return _load(model, {name: folder}, {name: 1.0 if scale is None else scale})[name]
+    folders = list(folder)
+    if names is None or isinstance(names, str) or len(names) != len(folders) or len(set(names)) != len(names):
+        raise ValueError(f"names: expected a name of its own for each of {len(folders)} folders, got {names!r}")
+    if scales is not None and len(scales) != len(folders):
+        raise ValueError(f"scales: expected a number for each of {len(folders)} folders, got {scales!r}")
+    scales = [1.0] * len(folders) if scales is None else scales
+    return _load(model, dict(zip(names, folders, strict=True)), dict(zip(names, scales, strict=True)))
+
+
+def _load(
+    model: nn.Module, folders: Mapping[str, Folder], scales: Mapping[str, float]
+) -> dict[str, dict[str, AdapterEraser]]:
+    """Everything is read and checked before anything is attached."""
     transformer, backbone = find_transformer(model)
-    _check_free(transformer, backbone, name)
+    for name, scale in scales.items():
+        _check_free(transformer, backbone, name)
+        _check_scale(scale)
+    sets = {name: _read(transformer, backbone, folder) for name, folder in folders.items()}
+    if sets:
+        _install(transformer, backbone, sets, scales)
+    return sets
+
+
+def _read(transformer: nn.Module, backbone: Backbone, folder: Folder) -> dict[str, AdapterEraser]:
     stored = eraser_files.read(folder)
     if stored.backbone not in (None, backbone.name):
         raise ValueError(f"{folder}: erasers for {stored.backbone}, but the model is {backbone.name}")
-    layers = attentions(transformer, backbone.erased)
+    # A folder has erasers for all blocks of a list, though not for every list: T2VUnlearning erases HunyuanVideo in its
+    # single blocks alone.
+    lists = {layer.partition(".")[0] for layer in stored.states}
+    layers = attentions(transformer, tuple(place for place in backbone.erased if place[0] in lists) or backbone.erased)
     if stored.states.keys() != layers.keys():
         missing, unknown = sorted(layers.keys() - stored.states.keys()), sorted(stored.states.keys() - layers.keys())
         raise ValueError(f"{folder}: erasers missing for layers {missing}, and given for layers unknown {unknown}")
     dim = hidden_size(transformer)
-    erasers = {layer: _restored(layer, stored.states[layer], dim, stored.rank) for layer in layers}
-    _install(transformer, backbone, name, erasers)
-    return erasers
+    return {layer: _restored(layer, stored.states[layer], dim, stored.rank) for layer in layers}
 
 
 def _restored(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> AdapterEraser:
@@ -320,6 +420,12 @@ def _restored(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> Adap
         eraser = AdapterEraser(dim, rank)
     eraser.load_state_dict(weights, assign=True)
     return eraser
+
+
+def _check_scale(scale: object) -> None:
+    check_number("scale", scale)
+    if not math.isfinite(scale):  # type: ignore[arg-type]
+        raise ValueError(f"scale must be finite, got {scale}")
 
 
 def _is_plain(value: Tensor) -> bool:

@@ -4,11 +4,12 @@ import io
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
-from tiny_models import DIM, LAYERS, cogvideox, inputs, train_a_little
+from tiny_models import DIM, FAMILIES, LAYERS, VIDEO, cogvideox, family_of, hunyuan, train_a_little
 from torch import nn
 
 from fastunlearn import eraser_files
@@ -20,12 +21,15 @@ from fastunlearn.erasers import (
     erasers_disabled,
     load_erasers,
     save_erasers,
+    set_eraser_scale,
 )
+
+of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 def run(model, dtype=torch.float32):
     with torch.no_grad():
-        return as_velocity_model(model)(*inputs(dtype=dtype))
+        return as_velocity_model(model)(*family_of(model).inputs(dtype=dtype))
 
 
 def fingerprint(model):
@@ -72,52 +76,100 @@ def test_an_eraser_is_down_gelu_up():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rope", [False, True], ids=["sincos", "rope"])
-def test_fresh_erasers_change_nothing_but_what_is_trainable(dtype, rope):
-    model = cogvideox(rope).to(dtype)
+@of_every_family
+def test_fresh_erasers_change_nothing_but_what_is_trainable(dtype, family):
+    model = family.make().to(dtype)
     keys, expected = set(model.state_dict()), run(model, dtype)
     erasers = attach_erasers(as_velocity_model(model), rank=4)
-    assert list(erasers) == LAYERS
+    assert list(erasers) == family.layers
+    assert {eraser.up.out_features for eraser in erasers.values()} == {family.dim}
     assert torch.equal(run(model, dtype), expected)
     assert keys < set(model.state_dict())
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {f"{layer}.erasers.default.{key}" for layer in LAYERS for key in eraser_files.PARAMETERS}
+    expected_names = {f"{layer}.erasers.default.{key}" for layer in family.layers for key in eraser_files.PARAMETERS}
+    assert trainable == expected_names
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     train_a_little(erasers)
     assert not torch.equal(run(model, dtype), expected)
     assert run(model, dtype).dtype == dtype
 
 
-def test_casting_the_model_leaves_the_erasers_in_float32():
-    model = cogvideox()
+@of_every_family
+def test_casting_the_model_leaves_the_erasers_in_float32(family):
+    model = family.make()
     erasers = attach_erasers(model, rank=4)
     train_a_little(erasers)
-    kept = {name: tensor.clone() for name, tensor in erasers[LAYERS[0]].state_dict().items()}
+    first = erasers[family.layers[0]]
+    kept = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     model.to(torch.bfloat16)
     model.half()
     assert model.dtype == torch.float16
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in erasers[LAYERS[0]].state_dict().items())
-    as_velocity_model(model)(*inputs(dtype=torch.float16)).float().sum().backward()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in first.state_dict().items())
+    as_velocity_model(model)(*family.inputs(dtype=torch.float16)).float().sum().backward()
     assert {p.grad.dtype for eraser in erasers.values() for p in eraser.parameters()} == {torch.float32}
     assert AdapterEraser(4, 2).double().up.weight.dtype == torch.float64
 
 
-def test_erasers_add_up_each_from_the_attention_s_own_output():
-    model = cogvideox()
+def attention_outputs(model, layer):
+    """What the attention returned in the last run: (video tokens, text tokens or None)."""
+    seen = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda _, args, output: seen.append(output))
+    run(model)
+    handle.remove()
+    return seen[0] if isinstance(seen[0], tuple) else (seen[0], None)
+
+
+@of_every_family
+def test_erasers_add_up_each_from_the_attention_s_own_output(family):
+    model, layer = family.make(), family.layers[0]
     a = attach_erasers(model, rank=4, name="a")
     b = attach_erasers(model, rank=3, name="b")
     train_a_little(a, seed=3)
     train_a_little(b, seed=4)
-    seen = []
-    handle = model.get_submodule(LAYERS[0]).register_forward_hook(lambda _, args, output: seen.append(output))
     with erasers_disabled(model):
-        run(model)
-    run(model)
-    handle.remove()
-    (plain, text), (video, text_after) = seen
+        plain, text = attention_outputs(model, layer)
+    video, text_after = attention_outputs(model, layer)
+    assert video.shape == (2, VIDEO, family.dim)
     with torch.no_grad():
-        assert torch.equal(video, plain + a[LAYERS[0]](plain) + b[LAYERS[0]](plain))
-    assert torch.equal(text, text_after)
+        assert torch.equal(video, plain + a[layer](plain) + b[layer](plain))
+    if text is None:
+        assert text_after is None
+    else:
+        assert torch.equal(text, text_after)
+
+
+def test_a_scale_multiplies_what_an_eraser_adds():
+    model, layer = cogvideox(), LAYERS[0]
+    a = attach_erasers(model, rank=4, name="a")
+    b = attach_erasers(model, rank=3, name="b")
+    train_a_little(a, seed=3)
+    train_a_little(b, seed=4)
+    as_trained = run(model)
+    with erasers_disabled(model):
+        plain, _ = attention_outputs(model, layer)
+    with erasers_disabled(model, "b"):
+        only_a = run(model)
+    set_eraser_scale(as_velocity_model(model), "b", 0.3)
+    with torch.no_grad():
+        assert torch.equal(attention_outputs(model, layer)[0], plain + a[layer](plain) + b[layer](plain) * 0.3)
+    clone = copy.deepcopy(model)
+    set_eraser_scale(model, "b", 0)
+    assert torch.equal(run(model), only_a)
+    assert not torch.equal(run(clone), only_a)
+    set_eraser_scale(model, "b", 1.0)
+    assert torch.equal(run(model), as_trained)
+    set_eraser_scale(model, "b", 0.3)
+    detach_erasers(model, "b")
+    train_a_little(attach_erasers(model, rank=3, name="b"), seed=4)
+    assert torch.equal(run(model), as_trained), "a scale leaves with its erasers"
+    for name, scale, error, message in (
+        ("c", 1.0, ValueError, "no erasers are called 'c'"),
+        ("b", torch.nan, ValueError, "scale.*nan"),
+        ("b", torch.ones(()), TypeError, "scale.*Tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            set_eraser_scale(model, name, scale)
+    assert torch.equal(run(model), as_trained)
 
 
 def test_names():
@@ -139,8 +191,9 @@ def test_names():
     assert same(before, fingerprint(model))
 
 
-def test_detaching_restores_the_model():
-    model = cogvideox()
+@of_every_family
+def test_detaching_restores_the_model(family):
+    model = family.make()
     model.proj_out.requires_grad_(False)
     before, expected = fingerprint(model), run(model)
     detach_erasers(model)
@@ -150,7 +203,7 @@ def test_detaching_restores_the_model():
     detach_erasers(model, "a")
     assert not torch.equal(run(model), with_both)
     assert not any("erasers.a" in name for name in model.state_dict())
-    assert not model.patch_embed.proj.weight.requires_grad
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "erasers.b" not in name)
     detach_erasers(model, "b")
     assert same(before, fingerprint(model))
     assert torch.equal(run(model), expected)
@@ -163,8 +216,9 @@ def test_detaching_restores_the_model():
     assert same(before, fingerprint(model))
 
 
-def test_disabling_nests_and_ends_with_exceptions():
-    model = cogvideox()
+@of_every_family
+def test_disabling_nests_and_ends_with_exceptions(family):
+    model = family.make()
     plain = run(model)
     train_a_little(attach_erasers(model, rank=4, name="a"))
     only_a = run(model)
@@ -194,8 +248,9 @@ def clones(model):
     yield pickle.loads(pickle.dumps(model))
 
 
-def test_copies_are_independent():
-    model = cogvideox()
+@of_every_family
+def test_copies_are_independent(family):
+    model = family.make()
     plain = run(model)
     train_a_little(attach_erasers(model, rank=4))
     erased = run(model)
@@ -215,19 +270,27 @@ def test_copies_are_independent():
         assert clone.save_pretrained.__self__ is clone
 
 
-def test_fused_projections_and_checkpointing_keep_the_erasers():
-    results = []
-    for change in (lambda m: None, lambda m: m.enable_gradient_checkpointing(), lambda m: m.fuse_qkv_projections()):
-        model = cogvideox(rope=True)
-        erasers = attach_erasers(model, rank=4)
-        train_a_little(erasers)
-        with torch.no_grad():
-            change(model)
-        velocity = as_velocity_model(model)(*inputs())
-        velocity.square().mean().backward()
-        results.append([velocity, *(p.grad for eraser in erasers.values() for p in eraser.parameters())])
-    plain, checkpointed, fused = results
+def velocity_and_gradients(model, change):
+    erasers = attach_erasers(model, rank=4)
+    train_a_little(erasers)
+    with torch.no_grad():
+        change(model)
+    velocity = as_velocity_model(model)(*family_of(model).inputs())
+    velocity.square().mean().backward()
+    return [velocity, *(p.grad for eraser in erasers.values() for p in eraser.parameters())]
+
+
+@of_every_family
+def test_checkpointing_keeps_the_erasers(family):
+    plain = velocity_and_gradients(family.make(), lambda m: None)
+    checkpointed = velocity_and_gradients(family.make(), lambda m: m.enable_gradient_checkpointing())
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != "hunyuan_video"], ids=str)  # has no fused form
+def test_fused_projections_keep_the_erasers(family):
+    plain = velocity_and_gradients(family.make(), lambda m: None)
+    fused = velocity_and_gradients(family.make(), lambda m: m.fuse_qkv_projections())
     for a, b in zip(plain, fused, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
@@ -269,9 +332,25 @@ def test_saved_erasers_come_back(trained):
         load_erasers(model, folder)
 
 
-def upstream(folder, model, **config):
+@of_every_family
+def test_saved_erasers_of_every_family_come_back(family, tmp_path):
+    model = family.make()
+    train_a_little(attach_erasers(model, rank=4))
+    save_erasers(model, tmp_path / "erasers")
+    other = family.make()
+    erasers = load_erasers(other, tmp_path / "erasers")
+    assert list(erasers) == family.layers
+    assert torch.equal(run(other), run(model))
+    stranger = next(f for f in FAMILIES if f.name != family.name).make()
+    before = fingerprint(stranger)
+    with pytest.raises(ValueError, match=f"erasers for {family.name}, but the model is {family_of(stranger)}"):
+        load_erasers(stranger, tmp_path / "erasers")
+    assert same(before, fingerprint(stranger))
+
+
+def upstream(folder, model, layers=LAYERS, **config):
     folder.mkdir()
-    states = {f"{layer}.adapter": model.get_submodule(f"{layer}.erasers.default").state_dict() for layer in LAYERS}
+    states = {f"{layer}.adapter": model.get_submodule(f"{layer}.erasers.default").state_dict() for layer in layers}
     torch.save(states, folder / "eraser_weights.pt")
     (folder / "eraser_config.json").write_text(json.dumps({"eraser_type": "adapter", "eraser_rank": 4} | config))
     return states
@@ -283,6 +362,118 @@ def test_upstream_checkpoints_are_read(trained, tmp_path):
     other = cogvideox(rope=True)
     load_erasers(other, tmp_path / "upstream")
     assert torch.equal(run(other), expected)
+
+
+def test_upstream_checkpoints_of_hunyuan_video_are_read_whether_of_all_blocks_or_single_ones(tmp_path):
+    model = hunyuan()
+    erasers = attach_erasers(model, rank=4)
+    train_a_little(erasers)
+    layers = list(erasers)
+    upstream(tmp_path / "all", model, layers)
+    upstream(tmp_path / "single", model, layers[1:])
+    upstream(tmp_path / "one missing", model, layers[2:])
+    other = hunyuan()
+    plain, before = run(other), fingerprint(other)
+    load_erasers(other, tmp_path / "all")
+    assert torch.equal(run(other), run(model))
+    detach_erasers(other)
+    with pytest.raises(ValueError, match=r"missing for layers \['single_transformer_blocks\.0\.attn'\]"):
+        load_erasers(other, tmp_path / "one missing")
+    assert list(load_erasers(other, tmp_path / "single", "single")) == layers[1:]
+    only_single = run(other)
+    with torch.no_grad():
+        for parameter in erasers[layers[0]].up.parameters():
+            parameter.zero_()
+    assert torch.equal(only_single, run(model))
+    assert not torch.equal(only_single, plain)
+    attach_erasers(other, rank=2, name="everywhere")
+    set_eraser_scale(other, "single", 0)
+    assert torch.equal(run(other), plain)
+    set_eraser_scale(other, "single", 1)
+    save_erasers(other, tmp_path / "saved", "single")
+    detach_erasers(other, "single")
+    assert list(load_erasers(other, tmp_path / "saved", "again")) == layers[1:]
+    assert torch.equal(run(other), only_single)
+    detach_erasers(other)
+    assert same(before, fingerprint(other))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two concepts' erasers, trained apart, of different ranks."""
+    for seed, concept in enumerate(("nudity", "car"), 3):
+        model = cogvideox()
+        train_a_little(attach_erasers(model, rank=seed), seed=seed)
+        save_erasers(model, tmp_path / concept)
+    return [tmp_path / "nudity", str(tmp_path / "car")]
+
+
+def test_erasers_of_several_folders_are_stacked(folders):
+    model, one_by_one = cogvideox(), cogvideox()
+    plain, before = run(model), fingerprint(model)
+    erasers = load_erasers(model, folders, names=["nudity", "car"], scales=[1.0, 0.5])
+    assert list(erasers) == ["nudity", "car"]
+    assert [list(by_layer) for by_layer in erasers.values()] == [LAYERS, LAYERS]
+    assert [by_layer[LAYERS[0]].up.in_features for by_layer in erasers.values()] == [3, 4]
+    load_erasers(one_by_one, folders[0], "nudity")
+    load_erasers(one_by_one, folders[1], "car", scale=0.5)
+    assert torch.equal(run(model), run(one_by_one))
+    set_eraser_scale(one_by_one, "car", 1.0)
+    assert not torch.equal(run(model), run(one_by_one))
+    with erasers_disabled(model):
+        assert torch.equal(run(model), plain)
+    detach_erasers(model)
+    assert load_erasers(model, [], names=[]) == {}
+    assert same(before, fingerprint(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "names: expected a name .* each of 2 folders, got None"),
+        ({"names": ["a"]}, ValueError, r"names.*2 folders, got \['a'\]"),
+        ({"names": ["a", "a"]}, ValueError, "names.*of its own"),
+        ({"names": "ab"}, ValueError, "names.*got 'ab'"),
+        ({"names": ["a", "b.c"]}, ValueError, "name: expected letters.*'b.c'"),
+        ({"names": ["a", "taken"]}, ValueError, "'taken' already"),
+        ({"names": ["a", "b"], "scales": [1.0]}, ValueError, r"scales.*2 folders, got \[1.0\]"),
+        ({"names": ["a", "b"], "scales": [1.0, "2"]}, TypeError, "scale.*number.*str"),
+        ({"names": ["a", "b"], "scales": [1.0, torch.inf]}, ValueError, "scale.*finite.*inf"),
+        ({"names": ["a", "b"], "scale": 2.0}, TypeError, "scale: is for one folder, got 2.0"),
+        ({"names": ["a", "b"], "name": "c"}, TypeError, "name: is for one folder, got 'c'"),
+        ({"names": ["a", "b"], "damage": True}, ValueError, "checksum"),
+        ({"one": True, "names": ["a"]}, TypeError, "names: is for several folders"),
+        ({"one": True, "scales": [1.0]}, TypeError, "scales: is for several folders"),
+        ({"one": True, "scale": torch.nan}, ValueError, "scale.*nan"),
+    ],
+)
+def test_nothing_is_stacked_unless_everything_fits(folders, options, error, message):
+    options = dict(options)
+    model = cogvideox()
+    attach_erasers(model, rank=2, name="taken")
+    before = fingerprint(model)
+    if options.pop("damage", False):
+        cut(weights_of(Path(folders[1])))
+    folder = folders[0] if options.pop("one", False) else folders
+    with pytest.raises(error, match=message):
+        load_erasers(model, folder, **options)
+    assert same(before, fingerprint(model))
+
+
+def test_nothing_is_stacked_on_a_full_device(folders, monkeypatch):
+    model = cogvideox()
+    before, moves = fingerprint(model), []
+
+    def full(self, *args):
+        moves.append(args)
+        if len(moves) == 2 * len(LAYERS):
+            raise torch.OutOfMemoryError("full")
+        return self
+
+    monkeypatch.setattr(AdapterEraser, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_erasers(model, folders, names=["a", "b"])
+    assert same(before, fingerprint(model))
 
 
 @pytest.mark.parametrize("crash_at", [1, 2, 3, 4])

@@ -5,10 +5,13 @@ CogVideoX stands alone where a test is about no family in particular; `FAMILIES`
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+
+from fastunlearn.backbones import backbone_of
 
 LAYERS = ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
 TEXT, VIDEO, HEADS, DIM = 16, 48, 4, 64
@@ -139,7 +142,7 @@ class Family:
 
 
 FAMILIES = [
-    Family("cogvideox", cogvideox, inputs, LAYERS, DIM),
+    Family("cogvideox", partial(cogvideox, rope=True), inputs, LAYERS, DIM),
     Family(
         "hunyuan_video",
         hunyuan,
@@ -149,6 +152,10 @@ FAMILIES = [
     ),
     Family("wan", wan, wan_inputs, ["blocks.0.attn2", "blocks.1.attn2"], 48),
 ]
+
+
+def family_of(model):
+    return next(family for family in FAMILIES if family.name == backbone_of(model).name)
 
 
 def train_a_little(erasers, seed=2):
