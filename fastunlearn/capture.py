@@ -77,8 +77,9 @@ class EraserOutputsCapture(_Capture):
         with EraserOutputsCapture(model, erasers, eraser_outputs):
             velocity = model(x_t, t, cond)
 
-    Outputs are (B, N, D) by layer, in the computation's dtype and with their graph. Another call of the model replaces
-    them; the recomputation of gradient checkpointing does not.
+    Outputs are (B, N, D) by layer, in the computation's dtype and with their graph, and without the scale that
+    `set_eraser_scale` gave the erasers. Another call of the model replaces them; the recomputation of gradient
+    checkpointing does not.
 
     With `low_rank`, which is the form to prefer, each is a `LowRankOutput` instead, which `localization_loss` takes as
     well: what the eraser's last layer reads, r of D numbers a token (128 of 3072 in CogVideoX-5B), and its parameters

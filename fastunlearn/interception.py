@@ -103,18 +103,20 @@ class Interception(TorchFunctionMode):
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
-        **rest: Any,
+        enable_gqa: bool = False,
     ) -> Tensor:
         if is_causal:
             raise ValueError("attention maps of causal attention are not supported")
+        if query.shape[1] != key.shape[1]:
+            raise ValueError("attention maps of grouped queries are not supported")
         device = query.device.type
         if torch.is_autocast_enabled(device):  # the attention casts its inputs, so the probabilities are of cast ones
             query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
         found = None
-        if not dropout_p and not rest and not _intercepted_further_out():
+        if not dropout_p and not _intercepted_further_out():
             found = _attention_and_lse(query, key, value, attn_mask, scale)
         output = (
-            F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, **rest)
+            F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
             if found is None
             else found[0]
         )
