@@ -187,9 +187,8 @@ def _read_gif(path: Path) -> np.ndarray:
 
 def _read_with_ffmpeg(path: Path) -> np.ndarray:
     # A stream of portable pixmaps tells the frames' size by itself, turned upright as the file says.
-    # Files alone: a playlist must not make ffmpeg fetch what it names.
     decode = ["-an", "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
-    done = _ffmpeg(["-protocol_whitelist", "file", "-i", f"file:{path}", *decode])
+    done = _ffmpeg(["-i", f"file:{path}", *decode])
     if done.returncode or not done.stdout:
         raise ValueError(f"{path}: not a readable video ({_reason(done)})")
     header, size, depth, _ = done.stdout.split(b"\n", 3)
