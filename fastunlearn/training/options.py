@@ -4,3 +4,111 @@ A field's name is the option's, its metadata the help. Nothing heavy is imported
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def _option(help: str, default: Any = MISSING) -> Any:
+    """A field that the command line shows with `help`; required without a default."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TargetGroup:
+    """Points of the cache that the erasers learn to turn away from.
+
+    Attributes:
+        name: of the group in the cache.
+        guidance_scale: eta, how far beyond `v_uncond` the target lies, seen from `v_cond`.
+        share: of the steps, relative to the other groups' shares.
+    """
+
+    name: str = "target"
+    guidance_scale: float = 7.5
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < math.inf:
+            raise ValueError(f"share: expected a positive number, got {self.share!r}")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale!r}")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Trains erasers from a teacher cache; under `accelerate launch` or `torchrun`, on many processes."""
+
+    pretrained_model_name_or_path: str = _option(
+        "the pipeline that the cache was made with: a folder, or a name on the Hub"
+    )
+    cache_dir: Path = _option("what prepare wrote")
+    output_dir: Path = _option("where checkpoints, logs and, in erasers/, the result go")
+    rank: int = _option("inner width of the erasers", 128)
+    max_train_steps: int = _option("steps of the optimizer", 500)
+    train_batch_size: int = _option(
+        "target points, and as many kept ones, that a process takes through the model at a time", 1
+    )
+    gradient_accumulation_steps: int = _option("such batches a step", 1)
+    learning_rate: float = _option("peak learning rate", 1e-4)
+    bias_learning_rate: float | None = _option("the biases' own; the same if left out", None)
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = _option("shape of the learning rate", "constant_with_warmup")
+    lr_warmup_steps: int = _option("steps in which it rises from 0", 20)
+    lr_num_cycles: int = _option("restarts of cosine_with_restarts", 1)
+    lr_power: float = _option("power of polynomial", 1.0)
+    optimizer: Literal["adamw", "muon"] = _option("muon is for matrices; biases then have AdamW", "adamw")
+    adam_beta1: float = _option("AdamW's", 0.9)
+    adam_beta2: float = _option("AdamW's", 0.95)
+    adam_weight_decay: float = _option("AdamW's, and Muon's", 1e-4)
+    adam_epsilon: float = _option("AdamW's", 1e-8)
+    max_grad_norm: float = _option("gradients are clipped to this norm; 0: not at all", 1.0)
+    unlearning_weight: float = _option("of the loss that turns target points away from the concept", 1.0)
+    preservation_weight: float = _option("of the loss that keeps the kept points as they were", 0.5)
+    localization_weight: float = _option("of the mean square of what erasers change outside the mask", 1.0)
+    negative_guidance_scale: float = _option("how far beyond the velocity without the concept the target lies", 7.5)
+    loss_type: Literal["l2", "l1"] = _option("squared errors or absolute ones", "l2")
+    mask_unlearning: bool = _option("turn away inside the mask only, not in the whole video", False)
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option(
+        "what the frozen model computes in; erasers stay float32", "bf16"
+    )
+    gradient_checkpointing: bool = _option(
+        "compute activations again in the backward pass: less memory, more time", False
+    )
+    sequential_terms: bool = _option("target points backward before kept ones forward: half the activations", False)
+    fsdp: bool = _option("divide the frozen model over the processes; as accelerate launch --use_fsdp does", False)
+    seed: int = _option("of the erasers and of the order of the points", 0)
+    checkpointing_steps: int = _option("steps between checkpoints", 100)
+    checkpoints_total_limit: int | None = _option("how many to keep; all if left out", None)
+    resume_from_checkpoint: str | None = _option('a checkpoint, or "latest": the newest in output_dir, if any', None)
+    report_to: Literal["tensorboard", "wandb", "all"] | None = _option(
+        "where metrics go besides the progress bar", None
+    )
+    logging_dir: Path | None = _option("for TensorBoard; output_dir/logs if left out", None)
+    device: str | None = _option("as torch names it; Accelerate's choice if left out", None)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rank",
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+        ):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("seed", "lr_warmup_steps", "max_grad_norm", "adam_weight_decay", "lr_num_cycles"):
+            _check_at_least(name, getattr(self, name), 0)
+        for name in ("unlearning_weight", "preservation_weight", "localization_weight", "learning_rate"):
+            _check_at_least(name, getattr(self, name), 0)
+        if self.checkpoints_total_limit is not None:
+            _check_at_least("checkpoints_total_limit", self.checkpoints_total_limit, 1)
+        if not math.isfinite(self.negative_guidance_scale):
+            raise ValueError(f"negative_guidance_scale: expected a finite number, got {self.negative_guidance_scale!r}")
+
+
+def _check_at_least(name: str, value: float, least: int) -> None:
+    if not least <= value < math.inf:
+        raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
