@@ -2,7 +2,19 @@ import contextlib
 
 import pytest
 import torch
-from tiny_models import GRID, HEADS, LAYERS, TEXT, VIDEO, cogvideox, inputs, train_a_little
+from tiny_models import (
+    FAMILIES,
+    GRID,
+    HEADS,
+    LAYERS,
+    TEXT,
+    VIDEO,
+    cogvideox,
+    hunyuan,
+    hunyuan_inputs,
+    inputs,
+    train_a_little,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -10,10 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastunlearn import backbones, interception, localization_loss
 from fastunlearn.backbones import Backbone, as_velocity_model
 from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
-from fastunlearn.erasers import attach_erasers, erasers_disabled
+from fastunlearn.erasers import attach_erasers, erasers_disabled, set_eraser_scale
 from fastunlearn.masks import get_mask
 
 WORDS = [3, 7]
+
+of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 @contextlib.contextmanager
@@ -47,27 +61,58 @@ def assert_close(actual, exact, eager):
     assert (actual.double() - exact).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("rope", [False, True], ids=["sincos", "rope"])
+# Where the video stands among the queries and the text among the keys, in an attention that reads text.
+VIDEO_AND_TEXT = {
+    "cogvideox": (slice(TEXT, None), slice(0, TEXT)),
+    "hunyuan_video": (slice(0, VIDEO), slice(VIDEO, None)),
+    "wan": (slice(None), slice(None)),
+}
+
+
+def text_attentions(family, calls):
+    """Those of `calls` that the maps are of: not HunyuanVideo's refiner, nor Wan's self-attention."""
+    keys = TEXT if family.name == "wan" else TEXT + VIDEO
+    return [call for call in calls if call[1].shape[2] == keys]
+
+
+@of_every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_maps_are_the_attention_that_runs(rope, dtype, monkeypatch):
-    model = as_velocity_model(cogvideox(rope).to(dtype))
-    x_t, t, cond = inputs(dtype=dtype)
+@pytest.mark.filterwarnings("error:the attention that runs")
+def test_maps_are_the_attention_that_runs(family, dtype, monkeypatch):
+    words = [3, 7, 12]  # HunyuanVideo's last text has ten tokens, then padding
+    model = as_velocity_model(family.make().to(dtype))
+    x_t, t, cond = family.inputs(dtype=dtype)
     maps, concept_maps = {}, {}
     with torch.no_grad():
         with recorded_attention(monkeypatch) as calls:
             expected = model(x_t, t, cond)
         with AttnMapsCapture(model, maps):
             assert torch.equal(model(x_t, t, cond), expected)
-        with AttnMapsCapture(model, concept_maps, token_indices=WORDS):
+        with AttnMapsCapture(model, concept_maps, token_indices=words):
             assert torch.equal(model(x_t, t, cond), expected)
-    assert list(maps) == list(concept_maps) == LAYERS
+    assert list(maps) == list(concept_maps) == family.layers
     # The attention itself computes in the model's dtype, so that is what eager means for half precision.
     eager_dtype = torch.float32 if dtype == torch.float64 else dtype
-    for name, (query, key, _) in zip(LAYERS, calls, strict=True):
-        exact = softmax(query, key)[:, :, TEXT:, :TEXT]
-        eager = softmax(query, key, dtype=eager_dtype)[:, :, TEXT:, :TEXT]
+    video, text = VIDEO_AND_TEXT[family.name]
+    for name, call in zip(family.layers, text_attentions(family, calls), strict=True):
+        exact = softmax(*call)[:, :, video, text]
+        eager = softmax(*call, dtype=eager_dtype)[:, :, video, text]
+        assert exact.shape == (2, HEADS, VIDEO, TEXT)
         assert_close(maps[name], exact, eager)
-        assert_close(concept_maps[name], exact[..., WORDS].sum(-1).mean(1), eager[..., WORDS].float().sum(-1).mean(1))
+        assert_close(concept_maps[name], exact[..., words].sum(-1).mean(1), eager[..., words].float().sum(-1).mean(1))
+        if family.name == "hunyuan_video":
+            assert not maps[name][1, ..., 10:].any()
+            assert maps[name][0, ..., 10:].any()
+
+
+def test_a_padded_word_is_nowhere():
+    model, maps = as_velocity_model(hunyuan()), {}
+    with torch.no_grad(), AttnMapsCapture(model, maps, token_indices=[12]):
+        model(*hunyuan_inputs())
+    assert len(maps) == 3
+    for name in maps:
+        assert maps[name][0].all()
+        assert not maps[name][1].any()
 
 
 class ToyAttention(nn.Module):
@@ -207,11 +252,12 @@ def gradients(erasers):
     return [p.grad.clone() for eraser in erasers.values() for p in eraser.parameters()]
 
 
+@of_every_family
 @pytest.mark.parametrize("backward_inside", [True, False])
-def test_gradient_checkpointing_changes_nothing(backward_inside):
+def test_gradient_checkpointing_changes_nothing(family, backward_inside):
     results = []
     for checkpointing in (False, True):
-        transformer = cogvideox(rope=True)
+        transformer = family.make()
         erasers = attach_erasers(transformer, rank=4)
         train_a_little(erasers)
         if checkpointing:
@@ -220,14 +266,14 @@ def test_gradient_checkpointing_changes_nothing(backward_inside):
         with contextlib.ExitStack() as captures:
             captures.enter_context(AttnMapsCapture(model, maps, token_indices=WORDS))
             captures.enter_context(EraserOutputsCapture(model, erasers, outputs))
-            velocity = model(*inputs())
+            velocity = model(*family.inputs())
             loss = velocity.square().mean() + sum(o.square().sum() for o in outputs.values())
             kept = dict(outputs)
             if backward_inside:
                 loss.backward()
         if not backward_inside:
             loss.backward()
-        assert all(outputs[name] is kept[name] for name in LAYERS), "recomputation must not replace outputs"
+        assert all(outputs[name] is kept[name] for name in family.layers), "recomputation must not replace outputs"
         results.append((velocity, *maps.values(), *outputs.values(), *gradients(erasers)))
     assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
     assert results[0][-1].any()
@@ -247,22 +293,23 @@ def test_reentrant_checkpointing_is_refused(low_rank):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_low_rank_outputs_give_the_localization_loss_of_the_outputs(dtype, checkpointing):
+@of_every_family
+def test_low_rank_outputs_give_the_localization_loss_of_the_outputs(family, dtype, checkpointing):
     results = []
     for low_rank in (False, True):
-        transformer = cogvideox(rope=True).to(dtype)
+        transformer = family.make().to(dtype)
         erasers = attach_erasers(transformer, rank=4)
         train_a_little(erasers)
         if checkpointing:
             transformer.enable_gradient_checkpointing()
         model, outputs = as_velocity_model(transformer), {}
         with EraserOutputsCapture(model, erasers, outputs, low_rank=low_rank):
-            velocity = model(*(x.to(dtype) if x.is_floating_point() else x for x in inputs()))
+            velocity = model(*family.inputs(dtype=dtype))
         if low_rank:
-            kept = outputs[LAYERS[0]]
+            kept = outputs[family.layers[0]]
             assert kept.hidden.shape == (2, VIDEO, 4)
             assert kept.hidden.dtype == dtype
-            assert kept.weight is erasers[LAYERS[0]].up.weight
+            assert kept.weight is erasers[family.layers[0]].up.weight
         mask = torch.rand(2, VIDEO, generator=torch.Generator().manual_seed(0))
         loss = localization_loss(outputs, mask).loss + 0 * velocity.sum()
         loss.backward()
@@ -292,25 +339,43 @@ def test_low_rank_outputs_of_a_compiled_model():
     torch.testing.assert_close(outputs, expected)
 
 
-def test_eraser_outputs_are_what_the_attentions_gain():
-    transformer = cogvideox(rope=True)
+@of_every_family
+def test_eraser_outputs_are_what_the_attentions_gain(family):
+    transformer, layer = family.make(), family.layers[0]
     erasers = attach_erasers(transformer, rank=4)
     train_a_little(erasers)
     model, outputs, seen = as_velocity_model(transformer), {}, {}
-    for name in LAYERS:
+    for name in family.layers:
         transformer.get_submodule(name).register_forward_hook(
-            lambda _, args, out, name=name: seen.update({name: out[0]})
+            lambda _, args, out, name=name: seen.update({name: out[0] if isinstance(out, tuple) else out})
         )
     with EraserOutputsCapture(model, erasers, outputs):
-        model(*inputs(seed=5))
-        model(*inputs())
-    first, with_erasers = outputs[LAYERS[0]], seen[LAYERS[0]]
-    assert first.shape == (2, VIDEO, 64)
+        model(*family.inputs(seed=5))
+        model(*family.inputs())
+    assert list(outputs) == family.layers
+    first, with_erasers = outputs[layer], seen[layer]
+    assert first.shape == (2, VIDEO, family.dim)
     with erasers_disabled(model):
-        model(*inputs())
-    torch.testing.assert_close(first, with_erasers - seen[LAYERS[0]], rtol=1e-4, atol=1e-5)
+        model(*family.inputs())
+    torch.testing.assert_close(first, with_erasers - seen[layer], rtol=1e-4, atol=1e-5)
     first.sum().backward()
-    assert erasers[LAYERS[0]].up.weight.grad.any()
+    assert erasers[layer].up.weight.grad.any()
+
+
+def test_eraser_outputs_are_captured_unscaled():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    results = []
+    for scale in (1.0, 0.25):
+        set_eraser_scale(transformer, "default", scale)
+        outputs = {}
+        with EraserOutputsCapture(transformer, erasers, outputs):
+            velocity = as_velocity_model(transformer)(*inputs())
+        results.append((outputs[LAYERS[0]], velocity))
+    (output, velocity), (output_scaled, velocity_scaled) = results
+    assert torch.equal(output, output_scaled)
+    assert not torch.equal(velocity, velocity_scaled)
 
 
 def test_only_the_given_erasers_are_captured():
@@ -420,15 +485,16 @@ def test_autocast_is_the_model_s_and_not_the_maps(monkeypatch):
     assert_close(maps[LAYERS[0]], exact.sum(-1).mean(1), eager.float().sum(-1).mean(1))
 
 
-def test_a_model_compiled_inside_the_capture():
-    transformer = cogvideox(rope=True)
+@pytest.mark.parametrize("family", FAMILIES[:2], ids=str)  # text before and after the video
+def test_a_model_compiled_inside_the_capture(family):
+    transformer = family.make()
     erasers = attach_erasers(transformer, rank=4)
     train_a_little(erasers)
     model, results = as_velocity_model(transformer), []
     for run in (model, torch.compile(model, backend="aot_eager")):
         maps, outputs = {}, {}
         with AttnMapsCapture(run, maps, token_indices=WORDS), EraserOutputsCapture(run, erasers, outputs):
-            run(*inputs())
+            run(*family.inputs())
         results.append((*maps.values(), *outputs.values()))
     torch._dynamo.reset()
     for eager, compiled in zip(*results, strict=True):
