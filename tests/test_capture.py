@@ -203,6 +203,23 @@ def test_the_attention_itself_tells_its_log_sum_exp_or_a_warning_says_so_once(ki
     torch.testing.assert_close(told, computed)
 
 
+@pytest.mark.parametrize("enable_gqa", [False, True])
+def test_saying_that_no_queries_are_grouped_costs_no_log_sum_exp(enable_gqa):
+    query, key, kept = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 8), []
+    with interception.Interception(kept.append):
+        output = F.scaled_dot_product_attention(query, key, key, enable_gqa=enable_gqa)
+    assert torch.equal(output, F.scaled_dot_product_attention(query, key, key))
+    exact = (query.double() @ key.double().mT * 8**-0.5).logsumexp(3)
+    torch.testing.assert_close(kept[0].lse, exact.float())
+
+
+@pytest.mark.parametrize(("options", "message"), [({"enable_gqa": True}, "grouped"), ({"is_causal": True}, "causal")])
+def test_attentions_of_other_kinds_are_refused(options, message):
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=message), interception.Interception(lambda attention: None):
+        F.scaled_dot_product_attention(query, key, key, **options)
+
+
 def test_several_forwards_are_averaged_and_a_new_with_starts_afresh():
     model = as_velocity_model(cogvideox())
     runs = [inputs(seed=seed) for seed in range(3)]
