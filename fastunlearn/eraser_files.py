@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastunlearn.atomic import replace_file
+
 CONFIG = "config.json"
 FORMAT, FORMAT_VERSION = "fastunlearn-erasers", 1
 UPSTREAM_CONFIG, UPSTREAM_WEIGHTS = "eraser_config.json", "eraser_weights.pt"
@@ -57,8 +59,8 @@ def write(folder: str | os.PathLike[str], states: States, facts: Mapping[str, An
     file = f"erasers-{digest[:12]}.safetensors"
     config = {"format": FORMAT, "format_version": FORMAT_VERSION, **facts, "layers": list(states)}
     config |= {"weights": file, "sha256": digest}
-    _replace(folder / file, weights)
-    _replace(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    replace_file(folder / file, weights)
+    replace_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     for stale in folder.iterdir():
         if re.fullmatch(r"erasers-[0-9a-f]{12}\.safetensors(\.partial)?", stale.name) and stale.name != file:
             stale.unlink()
@@ -152,16 +154,6 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     return path
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes beside, makes sure it is on the disk, renames."""
-    beside = path.with_name(path.name + ".partial")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _safetensors() -> ModuleType:
