@@ -62,12 +62,6 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def check_no_group(group: object) -> None:
-    """Raise if a process group was passed."""
-    if group is not None:
-        raise NotImplementedError("group must be None: losses over a process group are not implemented yet")
-
-
 def velocity_arguments(
     prediction: Tensor,
     target: Tensor,

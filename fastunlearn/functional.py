@@ -3,21 +3,38 @@
 What each operation computes is defined in `fastunlearn.reference`. All arithmetic is float32, or float64 if any tensor
 passed is float64, whatever the inputs' dtypes, which may differ. Gradients come back in their input's dtype. The
 operations are once-differentiable: a second derivative raises RuntimeError.
+
+With a `group`, a `torch.distributed` process group, a loss is that of tensors whose shards its processes hold, as in
+context parallelism. A shard is of the batch, or of any dim of positions; it may be empty, and shards need not be equal.
+Every process of the group
+
+* passes its own shard of every tensor, the mask of those positions among them, and the same options;
+* gets the same loss, norms and layers' terms, those of the whole (to the bit where the backend's all-reduce gives all
+  processes the same bits, as gloo and NCCL do). Only the elements of `reduction="none"` are each process's own;
+* gets, in its backward pass, the gradient of the whole with respect to its own shard, provided that all processes
+  multiply their losses by the same upstream gradient. Nothing is communicated then, and nothing need be averaged;
+* gets, for a tensor that all share (`LowRankOutput.weight` and `bias`, and any parameter that the shards were computed
+  with), its own positions' part of the gradient. The caller adds the parts up: all-reduce with SUM, not with the mean
+  that DistributedDataParallel takes.
+
+A call is one all-reduce of a few float64 scalars, on the tensors' device, in the forward pass. It waits for no device.
+All processes of the group have to make the same calls in the same order.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastunlearn.arguments import (
     check_choice,
     check_low_rank,
-    check_no_group,
     check_number,
     check_shape,
     check_tensor,
@@ -27,6 +44,13 @@ from fastunlearn.arguments import (
     velocity_arguments,
 )
 from fastunlearn.dispatch import Backend, BackendChoice, choose_backend, implementation
+from fastunlearn.groups import (
+    LocalizationPart,
+    background_sum,
+    check_group,
+    localization_loss_over_group,
+    velocity_loss_over_group,
+)
 
 __all__ = [
     "BackendChoice",
@@ -111,7 +135,7 @@ def negatively_guided_velocity_loss(
     mask_normalization: MaskNormalization = "all",
     weight: float = 1.0,
     backend: Backend | None = None,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
 ) -> VelocityLoss:
     """The unlearning loss: weight * reduce(mask * sample_weight * rho(prediction - target)).
 
@@ -133,7 +157,9 @@ def negatively_guided_velocity_loss(
         mask_normalization: what "mean" divides by: "all" elements, or the sum of the "mask" over all of them.
         weight: multiplies the loss.
         backend: "torch", "compile", "triton" or None; see `choose_backend`.
-        group: reserved.
+        group: over whose processes the batch or the positions are sharded. "mean" then divides by the elements, or the
+            mask's sum, of all shards together, and the norms are over all of them. For gradients see the module's
+            docstring.
 
     Returns:
         The loss, a scalar or of `prediction`'s shape, and the norms of prediction and target: float32, or float64 if
@@ -141,7 +167,7 @@ def negatively_guided_velocity_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument of the wrong shape, device or value.
+        ValueError: an argument of the wrong shape, device or value, or a group that this process is not in.
     """
     check_tensor("prediction", prediction)
     check_tensor("cond", cond, like=prediction)
@@ -150,9 +176,12 @@ def negatively_guided_velocity_loss(
     common = velocity_arguments(
         prediction, uncond, "uncond", mask, sample_weight, channel_dim, loss_type, reduction, mask_normalization, weight
     )
-    check_no_group(group)
-    compute = implementation("negatively_guided_velocity_loss", backend, prediction)
-    return VelocityLoss(*compute(prediction, uncond, cond, guidance_scale=guidance_scale, **common))
+    check_group(group)
+    op = implementation("negatively_guided_velocity_loss", backend, prediction)
+    compute = functools.partial(op, prediction, uncond, cond, guidance_scale=guidance_scale)
+    if group is not None:
+        return VelocityLoss(*velocity_loss_over_group(compute, prediction, common, group))
+    return VelocityLoss(*compute(**common))
 
 
 def velocity_loss(
@@ -167,7 +196,7 @@ def velocity_loss(
     mask_normalization: MaskNormalization = "all",
     weight: float = 1.0,
     backend: Backend | None = None,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
 ) -> VelocityLoss:
     """The preservation loss: weight * reduce(mask * sample_weight * rho(prediction - target)).
 
@@ -184,22 +213,24 @@ def velocity_loss(
         mask_normalization: "all" or "mask".
         weight: multiplies the loss.
         backend: "torch", "compile", "triton" or None.
-        group: reserved.
+        group: over whose processes the tensors are sharded.
 
     Returns:
         The loss, and the norms of prediction and target, as `negatively_guided_velocity_loss` returns them.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument of the wrong shape, device or value.
+        ValueError: an argument of the wrong shape, device or value, or a group that this process is not in.
     """
     check_tensor("prediction", prediction)
     common = velocity_arguments(
         prediction, target, "target", mask, sample_weight, channel_dim, loss_type, reduction, mask_normalization, weight
     )
-    check_no_group(group)
-    compute = implementation("velocity_loss", backend, prediction)
-    return VelocityLoss(*compute(prediction, target, **common))
+    check_group(group)
+    compute = functools.partial(implementation("velocity_loss", backend, prediction), prediction, target)
+    if group is not None:
+        return VelocityLoss(*velocity_loss_over_group(compute, prediction, common, group))
+    return VelocityLoss(*compute(**common))
 
 
 def localization_loss(
@@ -210,7 +241,7 @@ def localization_loss(
     normalization: LocalizationNormalization = "sum",
     weight: float = 1.0,
     backend: Backend | None = None,
-    group: Any = None,
+    group: dist.ProcessGroup | None = None,
 ) -> LocalizationLoss:
     """What erasers change outside the concept: weight * mean over layers of sum(rho(output * (1 - mask))) / normalizer.
 
@@ -233,7 +264,11 @@ def localization_loss(
         normalization: "sum" divides a layer's sum by B; "background_mean", Receler's, by D times the sum of 1 - mask.
         weight: multiplies the loss.
         backend: "torch", "compile", "triton" or None; see `choose_backend`.
-        group: reserved.
+        group: over whose processes the positions are sharded, the same for all layers. "sum" then divides the sum over
+            all shards by a shard's B, which is that of the whole; "background_mean" divides it by the background of all
+            shards together. With shards of the batch instead, "background_mean" is right as well, and "sum" divides
+            each shard's sum by the shard's own B: divide `weight` by the number of (equal) shards. See the
+            module's docstring, also for gradients.
 
     Returns:
         The loss, a scalar, and every layer's term (L,): float32, or float64 if any tensor passed is. No layers, an
@@ -241,12 +276,13 @@ def localization_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument of the wrong shape, device or value, or a layer without a mask.
+        ValueError: an argument of the wrong shape, device or value, a layer without a mask, or a group that this
+            process is not in.
     """
     check_choice("loss_type", loss_type, ("l2", "l1"))
     check_choice("normalization", normalization, ("sum", "background_mean"))
     check_number("weight", weight)
-    check_no_group(group)
+    check_group(group)
     layers = named_layers(eraser_outputs)
     if isinstance(mask, Mapping) and not isinstance(eraser_outputs, Mapping):
         raise TypeError("mask must be a tensor where eraser_outputs is a sequence, got a mapping")
@@ -277,25 +313,45 @@ def localization_loss(
         zeros = torch.zeros(1, device=mask.device if isinstance(mask, Tensor) else None)
         return LocalizationLoss(zeros.sum(), zeros[:0])
 
-    # The two kinds apart, then together in the layers' order.
-    low_rank = [i for i, output in enumerate(outputs) if isinstance(output, LowRankOutput)]
-    dense = [i for i in range(len(outputs)) if i not in set(low_rank)]
+    # The two kinds apart, then together in the layers' order. Over a group, what a background mean divides by is a
+    # factor of a whole call, so that layers differing in it are apart too.
+    calls: dict[tuple[Any, ...], list[int]] = {}
+    for i, output in enumerate(outputs):
+        likeness: tuple[Any, ...] = (isinstance(output, LowRankOutput),)
+        if group is not None and normalization == "background_mean":
+            likeness += (id(masks[i]), _output_shape(output))
+        calls.setdefault(likeness, []).append(i)
     parts = []
-    for op, index in (("localization_loss", dense), ("low_rank_localization_loss", low_rank)):
-        if index:
-            of_op: list[Any] = [outputs[i] for i in index]
-            arguments = [of_op] if index is dense else [list(column) for column in zip(*of_op, strict=True)]
-            options: dict[str, Any] = {"loss_type": loss_type} if index is dense else {}
-            share = weight * len(index) / len(outputs)
-            of_masks = [masks[i] for i in index]
-            compute = implementation(op, backend, *itertools.chain(*arguments), *of_masks)
-            parts.append(compute(*arguments, of_masks, normalization=normalization, weight=share, **options))
+    for (is_low_rank, *_), index in calls.items():
+        of_op: list[Any] = [outputs[i] for i in index]
+        op = "low_rank_localization_loss" if is_low_rank else "localization_loss"
+        arguments = [list(column) for column in zip(*of_op, strict=True)] if is_low_rank else [of_op]
+        options: dict[str, Any] = {} if is_low_rank else {"loss_type": loss_type}
+        options["normalization"] = normalization if group is None else "sum"
+        options["weight"] = weight * len(index) / len(outputs)
+        of_masks = [masks[i] for i in index]
+        loss, terms = implementation(op, backend, *itertools.chain(*arguments), *of_masks)(
+            *arguments, of_masks, **options
+        )
+        shape = _output_shape(of_op[0])
+        background = None
+        if group is not None and normalization == "background_mean":
+            background = background_sum(of_masks[0], shape)
+        parts.append(LocalizationPart(loss, terms, max(shape[0], 1), background))
+    called = list(itertools.chain(*calls.values()))
+    order = sorted(range(len(called)), key=called.__getitem__)
+    if group is not None:
+        return LocalizationLoss(*localization_loss_over_group(parts, order, weight, group))
     if len(parts) == 1:
-        return LocalizationLoss(*parts[0])
-    (dense_loss, dense_terms), (low_rank_loss, low_rank_terms) = parts
-    terms = torch.cat([dense_terms, low_rank_terms])
-    back = sorted(range(len(outputs)), key=(dense + low_rank).__getitem__)
-    return LocalizationLoss(dense_loss + low_rank_loss, torch.stack([terms[i] for i in back]))
+        return LocalizationLoss(parts[0].loss, parts[0].terms)
+    terms = torch.cat([part.terms for part in parts])
+    return LocalizationLoss(parts[0].loss + parts[1].loss, torch.stack([terms[i] for i in order]))
+
+
+def _output_shape(output: Tensor | LowRankOutput) -> tuple[int, ...]:
+    if isinstance(output, LowRankOutput):
+        return (*output.hidden.shape[:2], output.weight.shape[0])
+    return tuple(output.shape)
 
 
 def _dense(output: LowRankOutput, mask: Tensor) -> Tensor:
