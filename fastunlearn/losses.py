@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastunlearn.arguments import check_choice, check_number, check_tensor
@@ -35,6 +36,7 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
+from fastunlearn.groups import check_group
 from fastunlearn.schedule import PREDICTION_TYPES, PredictionType, velocity_error_weight
 
 VelocityModelLike = Callable[[Tensor, Tensor, Any], Tensor]
@@ -82,12 +84,14 @@ class _VelocityErrorLoss(nn.Module):
         mask_normalization: MaskNormalization,
         prediction_type: PredictionType,
         backend: Backend | None,
+        group: dist.ProcessGroup | None,
     ) -> None:
         super().__init__()
         check_choice("loss_type", loss_type, ("l2", "l1"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("mask_normalization", mask_normalization, ("all", "mask"))
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_group(group)
         if alphas_cumprod is not None:
             check_tensor("alphas_cumprod", alphas_cumprod)
             if alphas_cumprod.dim() != 1:
@@ -102,6 +106,7 @@ class _VelocityErrorLoss(nn.Module):
         self.mask_normalization = mask_normalization
         self.prediction_type = prediction_type
         self.backend = backend
+        self.group = group
         self._warned: set[str] = set()
 
     def _warn_once(self, message: str) -> None:
@@ -151,6 +156,7 @@ class _VelocityErrorLoss(nn.Module):
             "mask_normalization": self.mask_normalization,
             "weight": weight,
             "backend": self.backend,
+            "group": self.group,
         }
 
 
@@ -169,6 +175,7 @@ class NegativelyGuidedVelocityLoss(_VelocityErrorLoss):
         mask_normalization: whether "mean" divides by "all" elements or by the "mask"'s weight.
         prediction_type: "v_prediction", "epsilon" or "sample" (x0). Flow matching counts as "v_prediction".
         backend: "torch", "compile", "triton" or None for the best available.
+        group: a process group whose processes each hold a shard of the tensors; see `fastunlearn.functional`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -185,9 +192,10 @@ class NegativelyGuidedVelocityLoss(_VelocityErrorLoss):
         mask_normalization: MaskNormalization = "all",
         prediction_type: PredictionType = "v_prediction",
         backend: Backend | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            alphas_cumprod, loss_type, reduction, channel_dim, mask_normalization, prediction_type, backend
+            alphas_cumprod, loss_type, reduction, channel_dim, mask_normalization, prediction_type, backend, group
         )
         check_number("guidance_scale", guidance_scale)
         self.guidance_scale = guidance_scale
@@ -284,6 +292,7 @@ class ConceptPreservationLoss(_VelocityErrorLoss):
         prediction_type: "v_prediction", "epsilon" or "sample" (x0); the latter two need `alphas_cumprod`.
         alphas_cumprod: (timesteps,). Only read where `prediction_type` is not "v_prediction".
         backend: "torch", "compile", "triton" or None for the best available.
+        group: a process group whose processes each hold a shard of the tensors; see `fastunlearn.functional`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -299,9 +308,10 @@ class ConceptPreservationLoss(_VelocityErrorLoss):
         prediction_type: PredictionType = "v_prediction",
         alphas_cumprod: Tensor | None = None,
         backend: Backend | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            alphas_cumprod, loss_type, reduction, channel_dim, mask_normalization, prediction_type, backend
+            alphas_cumprod, loss_type, reduction, channel_dim, mask_normalization, prediction_type, backend, group
         )
 
     def forward(
@@ -356,6 +366,7 @@ class MaskLocalizationLoss(nn.Module):
         normalization: of a layer's loss: "sum" over tokens and features, as above, or "background_mean", the mean over
             the background's elements (Receler, arXiv:2311.17717).
         backend: "torch", "compile", "triton" or None for the best available.
+        group: a process group whose processes each hold a shard of the tensors; see `fastunlearn.functional`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -368,15 +379,18 @@ class MaskLocalizationLoss(nn.Module):
         *,
         normalization: LocalizationNormalization = "sum",
         backend: Backend | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_choice("loss_type", loss_type, ("l2", "l1"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("normalization", normalization, ("sum", "background_mean"))
+        check_group(group)
         self.loss_type = loss_type
         self.reduction = reduction
         self.normalization = normalization
         self.backend = backend
+        self.group = group
 
     def forward(
         self, eraser_outputs: Mapping[str, Tensor | LowRankOutput], mask: Tensor | Mapping[str, Tensor]
@@ -412,6 +426,7 @@ class MaskLocalizationLoss(nn.Module):
             normalization=self.normalization,
             weight=weight,
             backend=self.backend,
+            group=self.group,
         )
 
     @staticmethod
@@ -441,6 +456,7 @@ class T2VUnlearningLoss(nn.Module):
         normalization: of the localization term, "sum" or "background_mean".
         prediction_type: "v_prediction", "epsilon" or "sample" (x0). Flow matching counts as "v_prediction".
         backend: "torch", "compile", "triton" or None for the best available.
+        group: a process group whose processes each hold a shard of the tensors; see `fastunlearn.functional`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -460,6 +476,7 @@ class T2VUnlearningLoss(nn.Module):
         normalization: LocalizationNormalization = "sum",
         prediction_type: PredictionType = "v_prediction",
         backend: Backend | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         for name, weight in (
@@ -479,6 +496,7 @@ class T2VUnlearningLoss(nn.Module):
             mask_normalization=mask_normalization,
             prediction_type=prediction_type,
             backend=backend,
+            group=group,
         )
         self.preservation_loss = ConceptPreservationLoss(
             loss_type,
@@ -487,8 +505,11 @@ class T2VUnlearningLoss(nn.Module):
             prediction_type=prediction_type,
             alphas_cumprod=alphas_cumprod,
             backend=backend,
+            group=group,
         )
-        self.localization_loss = MaskLocalizationLoss(loss_type, normalization=normalization, backend=backend)
+        self.localization_loss = MaskLocalizationLoss(
+            loss_type, normalization=normalization, backend=backend, group=group
+        )
 
     def forward(
         self,
