@@ -109,6 +109,82 @@ class TrainingOptions:
             raise ValueError(f"negative_guidance_scale: expected a finite number, got {self.negative_guidance_scale!r}")
 
 
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measures erasers in velocity space, on prompts and seeds that they were not trained with."""
+
+    pretrained_model_name_or_path: str = _option("the pipeline: a folder, or a name on the Hub")
+    erasers: tuple[Path, ...] = _option("folders of erasers, to measure together")
+    output_dir: Path = _option("where evaluation.json, evaluation.png and the cache go")
+    concept: str | None = _option("what they erase, as target prompts have it; needed without cache_dir", None)
+    target_prompts: Path | None = _option("held-out prompts with the concept, one a line", None)
+    kept_prompts: Path | None = _option("held-out prompts without it", None)
+    cache_dir: Path | None = _option("what prepare wrote for such prompts; made in output_dir if left out", None)
+    eraser_scales: tuple[float, ...] = _option("strength of each folder's erasers; 1 if left out", ())
+    negative_prompt: str = _option("what the concept's absence is measured by", "")
+    num_trajectories: int = _option("sampled for the target prompts, and for the kept ones", 8)
+    timesteps_per_trajectory: int = _option("points taken of each", 10)
+    num_inference_steps: int = _option("of sampling", 50)
+    guidance_scale: float | None = _option("of sampling; the pipeline's default if left out", None)
+    height: int | None = _option("in pixels; the pipeline's default if left out", None)
+    width: int | None = _option("in pixels; the pipeline's default if left out", None)
+    num_frames: int | None = _option("the pipeline's default if left out", None)
+    batch_size: int = _option("points, or trajectories, that go through the model at a time", 1)
+    seed: int = _option("of the trajectories; another than prepare's", 1000)
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option("what the model computes in", "bf16")
+    device: str | None = _option("as torch names it; a GPU if there is one", None)
+
+    def __post_init__(self) -> None:
+        _check_scales(self.erasers, self.eraser_scales)
+        for name in ("num_trajectories", "timesteps_per_trajectory", "num_inference_steps", "batch_size"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("seed", self.seed, 0)
+        if self.cache_dir is None:
+            for name in ("concept", "target_prompts", "kept_prompts"):
+                if not getattr(self, name):
+                    raise ValueError(f"{name}: expected where there is no cache_dir")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Makes videos without and with erasers, from the same noise."""
+
+    pretrained_model_name_or_path: str = _option("the pipeline: a folder, or a name on the Hub")
+    output_dir: Path = _option("where the videos go")
+    erasers: tuple[Path, ...] = _option("folders of erasers, to use together")
+    prompt: tuple[str, ...] = _option("what to show; a video each", ())
+    prompts: Path | None = _option("more of them, one a line of a file", None)
+    eraser_scales: tuple[float, ...] = _option("strength of each folder's erasers; 1 if left out", ())
+    before: bool = _option("leave out the videos without erasers", True)
+    negative_prompt: str = _option("what to lead away from", "")
+    num_inference_steps: int = _option("of sampling", 50)
+    guidance_scale: float | None = _option("of the prompt over the negative one; the pipeline's if left out", None)
+    height: int | None = _option("in pixels; the pipeline's default if left out", None)
+    width: int | None = _option("in pixels; the pipeline's default if left out", None)
+    num_frames: int | None = _option("the pipeline's default if left out", None)
+    seed: int = _option("of the noise; the same for every prompt", 0)
+    fps: int | None = _option("frames a second; the pipeline's default if left out", None)
+    format: Literal["mp4", "gif"] = _option("of the videos", "mp4")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option("what the model computes in", "bf16")
+    device: str | None = _option("as torch names it; a GPU if there is one", None)
+
+    def __post_init__(self) -> None:
+        _check_scales(self.erasers, self.eraser_scales)
+        if not self.prompt and self.prompts is None:
+            raise ValueError("prompt: expected a prompt, or a file of prompts as prompts")
+        _check_at_least("num_inference_steps", self.num_inference_steps, 1)
+        _check_at_least("seed", self.seed, 0)
+        if self.fps is not None:
+            _check_at_least("fps", self.fps, 1)
+
+
+def _check_scales(erasers: tuple[Path, ...], scales: tuple[float, ...]) -> None:
+    if not erasers:
+        raise ValueError("erasers: expected at least one folder")
+    if scales and len(scales) != len(erasers):
+        raise ValueError(f"eraser_scales: expected one for each of {len(erasers)} folders, got {len(scales)}")
+
+
 def _check_at_least(name: str, value: float, least: int) -> None:
     if not least <= value < math.inf:
         raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
