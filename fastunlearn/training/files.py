@@ -1,14 +1,14 @@
-"""Writing files that are whole or not there."""
+"""Folders and files that a phase leaves."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fastunlearn.atomic import replace_file
 
 
 def writable(folder: str | os.PathLike[str]) -> Path:
@@ -20,23 +20,6 @@ def writable(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; renames it to `path` in the end, or removes it after an error.
-
-    A crash leaves what was at `path` before.
-    """
-    beside = path.with_name(path.name + ".partial")
-    try:
-        yield beside
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

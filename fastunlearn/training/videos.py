@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
-from fastunlearn.training.files import replacing
+from fastunlearn.atomic import replace_file
 
 FORMATS = ("mp4", "gif")
 
@@ -79,11 +81,13 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
     _, height, width, _ = pixels.shape
     rate = str(Fraction(fps).limit_denominator(1001))
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate, "-i", "-"]
-    with replacing(path) as beside:
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, "video")
         encoding = _MP4 if path.suffix == ".mp4" else _GIF
-        done = _ffmpeg([*source, *encoding, "-y", f"file:{beside}"], pixels.tobytes())
+        done = _ffmpeg([*source, *encoding, str(written)], pixels.tobytes())
         if done.returncode:
             raise OSError(f"{path}: cannot be written: {_reason(done)}")
+        replace_file(path, written.read_bytes())
 
 
 def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
@@ -146,8 +150,9 @@ def write_strip(
         for column, frame in enumerate(_pixels(video[chosen.to(video.device)])):
             thumbnail = Image.fromarray(frame).resize((shown_width, shown_height), resample)
             picture.paste(thumbnail, (left + column * (shown_width + _GAP), y))
-    with replacing(Path(path)) as beside:
-        picture.save(beside, format="PNG", optimize=True)
+    content = io.BytesIO()
+    picture.save(content, format="PNG", optimize=True)
+    replace_file(Path(path), content.getvalue())
 
 
 def _check_frames(name: str, frames: object) -> None:
