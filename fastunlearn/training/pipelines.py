@@ -1,0 +1,304 @@
+"""Saved text-to-video pipelines, a phase's part of each at a time: the text encoders, or what denoises.
+
+`encode_prompts` has only tokenizers and text encoders in memory and frees them; `load_model` has all but those.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from fastunlearn.backbones import backbone_of
+from fastunlearn.training.prompts import concept_tokens, occurrences
+from fastunlearn.training.video_model import Defaults, LatentSpace, VideoModel
+
+__all__ = ["Condition", "EncodedPrompt", "VideoModel", "encode_prompts", "load_model"]
+
+Condition = dict[str, Tensor]
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as the transformer takes it.
+
+    Attributes:
+        prompt: the text.
+        condition: tensors by the keyword of the transformer's forward method, without a batch dimension.
+        token_indices: the positions of the concept's tokens among the text tokens that the transformer attends to;
+            empty where the concept is not in the prompt.
+    """
+
+    prompt: str
+    condition: Condition
+    token_indices: list[int]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A prompt as the tokenizer gets it."""
+
+    prompt: str
+    template: str = "{}"
+    crop_start: int = 0
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What is known of a pipeline class beyond `fastunlearn.backbones`.
+
+    Attributes:
+        transformers: its components that denoise.
+        text: its components that encode prompts.
+        encode: (pipeline, prompt, max_sequence_length) to the condition, with a batch of 1.
+        tokenized: a prompt as the tokenizer gets it.
+        fps: of its videos.
+        vae: the class of its VAE.
+        vae_dtype: what the VAE needs to be right; None for the model's.
+        latent_space: from the VAE's configuration.
+    """
+
+    transformers: tuple[str, ...]
+    text: tuple[str, ...]
+    encode: Callable[[Any, str, int], dict[str, Tensor]]
+    tokenized: Callable[[str], _Text]
+    fps: int
+    vae: str
+    vae_dtype: torch.dtype | None
+    latent_space: Callable[[Mapping[str, Any]], LatentSpace]
+
+
+def _encode_t5(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
+    embeddings, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeddings}
+
+
+def _encode_hunyuan_video(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
+    embeddings, pooled, mask = pipeline.encode_prompt(prompt, max_sequence_length=length)
+    return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask, "pooled_projections": pooled}
+
+
+def _hunyuan_video_text(prompt: str) -> _Text:
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as DEFAULT
+
+    return _Text(prompt, DEFAULT["template"], DEFAULT["crop_start"])
+
+
+def _wan_text(prompt: str) -> _Text:
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return _Text(prompt_clean(prompt))
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "CogVideoXPipeline": _Family(
+        transformers=("transformer",),
+        text=("tokenizer", "text_encoder"),
+        encode=_encode_t5,
+        tokenized=_Text,
+        fps=8,
+        vae="AutoencoderKLCogVideoX",
+        vae_dtype=None,
+        latent_space=lambda config: LatentSpace(
+            frames=int(config["temporal_compression_ratio"]),
+            pixels=2 ** (len(config["block_out_channels"]) - 1),
+            std=1 / config["scaling_factor"],
+        ),
+    ),
+    "HunyuanVideoPipeline": _Family(
+        transformers=("transformer",),
+        text=("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+        encode=_encode_hunyuan_video,
+        tokenized=_hunyuan_video_text,
+        fps=15,
+        vae="AutoencoderKLHunyuanVideo",
+        vae_dtype=None,
+        latent_space=lambda config: LatentSpace(
+            frames=config["temporal_compression_ratio"],
+            pixels=config["spatial_compression_ratio"],
+            std=1 / config["scaling_factor"],
+        ),
+    ),
+    "WanPipeline": _Family(
+        transformers=("transformer", "transformer_2"),
+        text=("tokenizer", "text_encoder"),
+        encode=_encode_t5,
+        tokenized=_wan_text,
+        fps=16,
+        vae="AutoencoderKLWan",
+        vae_dtype=torch.float32,
+        latent_space=lambda config: LatentSpace(
+            frames=config["scale_factor_temporal"],
+            pixels=config["scale_factor_spatial"],
+            mean=tuple(config["latents_mean"]),
+            std=tuple(config["latents_std"]),
+        ),
+    ),
+}
+
+
+def _pipeline_class(path: str | os.PathLike[str]) -> tuple[Any, _Family]:
+    """The diffusers class of the saved pipeline; looks at its model_index.json only."""
+    import diffusers
+
+    name = os.fspath(path)
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
+        raise FileNotFoundError(f"pretrained_model_name_or_path: no folder {name!r}, which is no id on the Hub either")
+    try:
+        index = diffusers.DiffusionPipeline.load_config(name)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileNotFoundError(
+            f"pretrained_model_name_or_path: expected a saved diffusers pipeline, got {name!r} ({reason})"
+        ) from error
+    class_name = index.get("_class_name")
+    if not isinstance(class_name, str) or class_name not in _FAMILIES:
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a {' or '.join(_FAMILIES)}, but {name!r} holds a {class_name}"
+        )
+    return getattr(diffusers, class_name), _FAMILIES[class_name]
+
+
+def encode_prompts(
+    path: str | os.PathLike[str],
+    prompts: Sequence[str],
+    concept: str | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    must_contain: Collection[str] = (),
+) -> dict[str, EncodedPrompt]:
+    """Encodes prompts by the pipeline's own `encode_prompt`: the tensors are those that the pipeline would use.
+
+    Args:
+        path: a folder that `save_pretrained` made, or a Hub id.
+        prompts: each distinct one is encoded once.
+        concept: whose tokens to look for, whole words in any case; None for no search.
+        dtype: of the text encoders and the embeddings.
+        device: where to encode, and where the conditions stay.
+        must_contain: prompts that make no sense without the concept.
+
+    Returns:
+        The encoded prompts by their text.
+
+    Raises:
+        FileNotFoundError: there is no pipeline at `path`.
+        ValueError: its class is not supported, the concept is not in one of `must_contain`, or a prompt is so long that
+            the concept in it is cut off; the message shows the prompt's tokens.
+    """
+    cls, family = _pipeline_class(path)
+    without = (*family.transformers, "vae")
+    pipeline = _load(cls, path, dtype, without).to(device)
+    length = _text_length(cls, path)
+    encoded = {}
+    with torch.no_grad():
+        for prompt in dict.fromkeys(prompts):
+            text = family.tokenized(prompt)
+            indices = []
+            if concept is not None and (prompt in must_contain or occurrences(text.prompt, concept)):
+                indices = concept_tokens(
+                    pipeline.tokenizer,
+                    text.prompt,
+                    concept,
+                    max_length=length,
+                    template=text.template,
+                    crop_start=text.crop_start,
+                )
+            condition = family.encode(pipeline, prompt, length)
+            encoded[prompt] = EncodedPrompt(prompt, {key: value[0] for key, value in condition.items()}, indices)
+    del pipeline
+    _free_memory()
+    return encoded
+
+
+def _text_length(cls: Any, path: str | os.PathLike[str]) -> int:
+    """How many text tokens the transformer gets: what its configuration says, or else its pipeline."""
+    import diffusers
+
+    if cls is diffusers.CogVideoXPipeline:
+        config = diffusers.CogVideoXTransformer3DModel.load_config(path, subfolder="transformer")
+        return int(config["max_text_seq_length"])
+    return int(inspect.signature(cls.__call__).parameters["max_sequence_length"].default)
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype, device: torch.device | str, vae: bool = False
+) -> VideoModel:
+    """Loads the transformers and the scheduler of a saved pipeline, and its VAE if asked to. No text encoder.
+
+    Args:
+        path: a folder that `save_pretrained` made, or a Hub id.
+        dtype: of the transformers, but for the modules that their family keeps in float32. The VAE's too, but Wan's
+            VAE is always float32.
+        device: where to.
+        vae: whether to load the VAE, which only `decode` and `encode_video` need.
+
+    Raises:
+        FileNotFoundError: there is no pipeline at `path`.
+        ValueError: its class, or the variant of its transformer, is not supported.
+    """
+    cls, family = _pipeline_class(path)
+    without = family.text if vae else (*family.text, "vae")
+    dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
+    pipeline = _load(cls, path, dtypes, without).to(device)
+    # A pipeline may come with a second transformer that it is not configured to use.
+    ratio = pipeline.config.get("boundary_ratio")
+    transformers = [getattr(pipeline, name) for name in family.transformers[: 1 if ratio is None else None]]
+    if None in transformers:
+        expected = " and ".join(family.transformers)
+        raise ValueError(f"{path}: expected {expected} in a pipeline with boundary_ratio {ratio}")
+    if vae:
+        pipeline.vae.enable_tiling()  # else it takes more memory than the transformer; small videos are one tile
+    return VideoModel(
+        transformers,
+        pipeline.scheduler,
+        latent_space=family.latent_space(_vae_config(path, family)),
+        defaults=_defaults(cls, transformers[0], family),
+        vae=pipeline.vae if vae else None,
+        boundary=None if ratio is None else ratio * pipeline.scheduler.config.num_train_timesteps,
+        path=os.fspath(path),
+    )
+
+
+def _load(
+    cls: Any, path: str | os.PathLike[str], dtype: torch.dtype | dict[str, torch.dtype], without: Sequence[str]
+) -> Any:
+    """The pipeline without some of its components. No pickles are read."""
+    import diffusers
+
+    # Before 0.42 it had only the older name, and ignored the newer one.
+    keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+    return cls.from_pretrained(path, use_safetensors=True, **{keyword: dtype}, **dict.fromkeys(without))
+
+
+def _vae_config(path: str | os.PathLike[str], family: _Family) -> dict[str, Any]:
+    """With the defaults of entries that were not there yet when it was saved. No weights are loaded."""
+    import diffusers
+
+    cls = getattr(diffusers, family.vae)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
+    return defaults | cls.load_config(path, subfolder="vae")
+
+
+def _defaults(cls: Any, transformer: Any, family: _Family) -> Defaults:
+    """What the pipeline's call has as defaults, or computes from the transformer's configuration."""
+    call = inspect.signature(cls.__call__).parameters
+    if call["height"].default is None:
+        config = transformer.config
+        height, width, num_frames = 8 * config.sample_height, 8 * config.sample_width, config.sample_frames
+    else:
+        height, width, num_frames = (call[name].default for name in ("height", "width", "num_frames"))
+    return Defaults(backbone_of(transformer).guidance_scale, height, width, num_frames, family.fps)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
