@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastunlearn.arguments import MASK, check_tensor, integer_tensor
+from fastunlearn.arguments import MASK, check_choice, check_tensor, integer_tensor
 from fastunlearn.spatial_masks import match_resolution
 
 WordIndices = Sequence[int] | Tensor | None
+NormalizePer = Literal["sample", "frame"]
 _HEAD_NUM, _TEXT_LEN = 30, 226  # CogVideoX-2B's, the defaults of the original signature
 
 
@@ -25,12 +27,13 @@ def get_mask(
     text_len: int = _TEXT_LEN,
     *,
     patch_size: int = 1,
+    normalize_per: NormalizePer = "sample",
 ) -> dict[str, Tensor]:
     """Where the concept is: a binary mask a layer, and one from the average of all layers.
 
     A layer's map is averaged over heads, summed over the words, and normalised to [0, 1] by each sample's minimum and
-    maximum; the mask is 1 where it reaches `thres`. The average mask comes from the mean of the normalised maps, itself
-    normalised once more.
+    maximum, or each frame's; the mask is 1 where it reaches `thres`. The average mask comes from the mean of the
+    normalised maps, itself normalised once more.
 
     Args:
         attn_maps: what `AttnMapsCapture` filled: probabilities (B, heads, N, text_len), or concept maps (B, N) if it
@@ -43,6 +46,8 @@ def get_mask(
         head_num: heads in a (B * heads, N, text_len) map. A (B, heads, N, text_len) map tells it by itself.
         text_len: text tokens in the map, which tells them by itself.
         patch_size: pixels of the latent a token covers, in height and in width.
+        normalize_per: "sample", so that a frame without the concept may stay empty, or "frame", so that every frame has
+            a place where the concept is likeliest.
 
     Returns:
         `{layer: mask}` and `"average_mask"`, each (B, F, h, w) float32 of zeros and ones on the token grid, with
@@ -56,9 +61,9 @@ def get_mask(
     """
     if not isinstance(thres, Real) or not 0 <= thres <= 1:
         raise ValueError(f"thres: expected a number from 0 to 1, got {thres!r}")
-    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size)
+    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size, normalize_per)
     masks = {name: (concept >= thres).float() for name, concept in maps.items()}
-    masks["average_mask"] = (_average(maps) >= thres).float()
+    masks["average_mask"] = (_average(maps, normalize_per) >= thres).float()
     return masks
 
 
@@ -71,9 +76,11 @@ def average_map(
     text_len: int = _TEXT_LEN,
     *,
     patch_size: int = 1,
+    normalize_per: NormalizePer = "sample",
 ) -> Tensor:
     """The soft mask behind `get_mask`'s average mask: (B, F, h, w) float32 in [0, 1]. Arguments as there."""
-    return _average(_concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size))
+    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size, normalize_per)
+    return _average(maps, normalize_per)
 
 
 def overlay(frames: Tensor, mask: Tensor) -> Tensor:
@@ -113,8 +120,10 @@ def _concept_maps(
     head_num: int,
     text_len: int,
     patch_size: int,
+    normalize_per: NormalizePer,
 ) -> dict[str, Tensor]:
     """Every layer's normalised map, (B, F, h, w)."""
+    check_choice("normalize_per", normalize_per, ("sample", "frame"))
     if not isinstance(attn_maps, Mapping):
         raise TypeError(f"attn_maps: expected a mapping of a tensor a layer, got {type(attn_maps).__name__}")
     if not attn_maps:
@@ -138,7 +147,7 @@ def _concept_maps(
                 + _patch_size_hint(tokens, height, width)
             )
         frames = tokens // (grid[0] * grid[1])
-        maps[name] = _normalise(concept.detach().float().reshape(concept.shape[0], frames, *grid))
+        maps[name] = _normalise(concept.detach().float().reshape(concept.shape[0], frames, *grid), normalize_per)
     shapes = {name: tuple(concept.shape) for name, concept in maps.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"attn_maps: expected maps of one batch and one number of tokens, got (B, F, h, w) {shapes}")
@@ -175,15 +184,16 @@ def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int
     return chosen.masked_fill(index < 0, 0).sum(3).mean(1)
 
 
-def _normalise(concept: Tensor) -> Tensor:
-    """To [0, 1] by each sample's minimum and maximum; a constant sample becomes zeros."""
-    low, high = concept.amin((1, 2, 3), keepdim=True), concept.amax((1, 2, 3), keepdim=True)
+def _normalise(concept: Tensor, per: NormalizePer) -> Tensor:
+    """To [0, 1] by each sample's or frame's minimum and maximum; where that is constant, zeros."""
+    dims = (1, 2, 3) if per == "sample" else (2, 3)
+    low, high = concept.amin(dims, keepdim=True), concept.amax(dims, keepdim=True)
     spread = high - low
     return (concept - low) / spread.masked_fill(spread == 0, 1)
 
 
-def _average(maps: Mapping[str, Tensor]) -> Tensor:
-    return _normalise(torch.stack(list(maps.values())).mean(0))
+def _average(maps: Mapping[str, Tensor], per: NormalizePer) -> Tensor:
+    return _normalise(torch.stack(list(maps.values())).mean(0), per)
 
 
 def _patch_size_hint(tokens: int, height: int, width: int) -> str:

@@ -63,6 +63,31 @@ def test_samples_do_not_influence_each_other():
     assert all(torch.equal(masks[name], expected[name]) for name in expected)
 
 
+def test_frames_do_not_influence_each_other_where_each_is_normalised():
+    attn_maps = maps()
+    loudness = torch.tensor([1.0, 64.0]).repeat_interleave(H * W)[:, None]
+    loud = {name: attn_map * loudness for name, attn_map in attn_maps.items()}
+    arguments = ([1], 0.5, H, W)
+    quiet, masks = (get_mask(x, *arguments, normalize_per="frame") for x in (attn_maps, loud))
+    assert all(torch.equal(masks[name], quiet[name]) for name in quiet)
+    assert not torch.equal(masks["layer0"], get_mask(loud, *arguments)["layer0"])
+    # A frame alone is a sample of one frame.
+    alone = {name: attn_map.unflatten(2, (F, H * W))[:, :, 1] for name, attn_map in attn_maps.items()}
+    expected = get_mask(alone, *arguments)
+    assert all(torch.equal(masks[name][:, 1:], expected[name]) for name in expected)
+    soft = average_map(loud, [1], H, W, normalize_per="frame")
+    assert torch.equal(soft.amin((2, 3)), torch.zeros(2, F))
+    assert torch.equal(soft.amax((2, 3)), torch.ones(2, F))
+
+
+def test_a_constant_frame_is_empty_and_spoils_no_other():
+    concept = torch.rand(1, N)
+    concept[:, : H * W] = 0.3
+    mask = get_mask({"layer": concept}, None, 0.5, H, W, normalize_per="frame")["layer"]
+    assert not mask[:, 0].any()
+    assert mask[:, 1].any()
+
+
 def test_the_average_mask_is_a_tensor_of_its_own():
     masks = get_mask(maps(layers=1), [1], 0.5, H, W)
     kept = masks["layer0"].clone()
@@ -102,6 +127,7 @@ def test_a_latent_size_is_met_with_the_patch_size_to_pass():
         (([1], 0.5, H, W), {"head_num": 7}, "head_num.*has 5, got 7"),
         (([1], 0.5, H, W), {"patch_size": 2}, "multiples of patch_size=2, got 3, 4"),
         (([1], 0.5, 5, 5), {}, "5 x 5 tokens"),
+        (([1], 0.5, H, W), {"normalize_per": "video"}, "normalize_per.*'sample', 'frame'.*'video'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, options, message):
