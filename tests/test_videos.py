@@ -171,3 +171,15 @@ def test_an_unwritable_folder_is_found_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         writable(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["a red circle " * 40, "红圆圈和蓝方块" * 60, "w" * 700])
+def test_a_title_of_any_script_stays_inside_its_lines(text: str) -> None:
+    font = videos._font(16, text)
+    lines = videos._wrapped(text, font, 500)
+    assert len(lines) == 3
+    assert all(0 < font.getlength(line) <= 500 for line in lines)
+    assert lines[-1].endswith(" …")
+    assert text.startswith(lines[0])
+    assert videos._wrapped("short", font, 500) == ["short"]
+    assert videos._wrapped("", font, 500) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ _GIF = (
     *("-loop", "0", "-f", "gif"),
 )
 
+_FONTS = (
+    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "PingFang SC"),
+    *("Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Arial Unicode MS"),
+)
 _GAP = 4  # pixels between frames and between videos
 _MARGIN = 14
 _INK, _PALE_INK, _PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
@@ -98,7 +103,7 @@ def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
     """
     _check_same_size(videos, labels)
     count, _, height, width = videos[0].shape
-    font = _font(max(10, min(22, height // 12)))
+    font = _font(max(10, min(22, height // 12)), "".join(labels))
     top = round(1.6 * font.size)
     size = (len(videos) * (width + _GAP) - _GAP, top + height)
     picture = Image.new("RGB", size, _PAPER)
@@ -133,7 +138,7 @@ def write_strip(
     count, _, height, width = rows[0].shape
     chosen = torch.linspace(0, count - 1, min(frames, count)).round().long()
     shown_width, shown_height = _shown_size(width, height)
-    font, title_font = _font(15), _font(16)
+    font, title_font = _font(15, "".join(labels)), _font(16, title)
     left = _MARGIN + round(max(font.getlength(label) for label in labels)) + _MARGIN
     right = left + len(chosen) * (shown_width + _GAP) - _GAP
     lines = _wrapped(title, title_font, right - _MARGIN)
@@ -216,23 +221,38 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     return lines[-1] if lines else f"ffmpeg ended with {done.returncode} and no frames"
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """The first of the fonts that has all letters of `text`; DejaVu, which is always there, if none has."""
     from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
 
-    return ImageFont.truetype(findfont("DejaVu Sans"), size)
+    letters = {ord(letter) for letter in text if not letter.isspace()}
+    for family in _FONTS:
+        try:
+            file = findfont(family, fallback_to_default=False)
+        except ValueError:
+            continue
+        if letters <= FT2Font(file).get_charmap().keys():
+            return ImageFont.truetype(file, size)
+    return ImageFont.truetype(findfont(_FONTS[0]), size)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 3) -> list[str]:
-    """`text` in lines of at most `width` pixels; what does not fit in `most` lines ends in an ellipsis."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+    """`text` in lines of at most `width` pixels, broken between words; what `most` lines do not hold is left out."""
+    lines = [""]
+    for piece in re.findall(r"\s*\S+", text):
+        if font.getlength((lines[-1] + piece).strip()) > width and lines[-1]:
+            lines.append("")
+        for letter in piece:  # of scripts without spaces a line may be one word
+            if font.getlength((lines[-1] + letter).strip()) > width:
+                lines.append("")
+            lines[-1] += letter
+    lines = [line.strip() for line in lines if line.strip()]
     if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1] + " …"]
+        last = lines[most - 1]
+        while font.getlength(last + " …") > width:
+            last = last[:-1].rstrip()
+        lines = [*lines[: most - 1], last + " …"]
     return lines
 
 
