@@ -17,6 +17,49 @@ def _option(help: str, default: Any = MISSING) -> Any:
 
 
 @dataclass(frozen=True)
+class PrepareOptions:
+    """Asks the frozen model, at points of trajectories, what training wants to know, and keeps it in a cache."""
+
+    pretrained_model_name_or_path: str = _option("the pipeline: a folder, or a name on the Hub")
+    output_dir: Path = _option("the cache: a new folder, or one to go on with")
+    concept: str = _option("what to erase, as the target prompts have it")
+    target_prompts: Path | None = _option("prompts with the concept, one a line; after a tab, one without it", None)
+    kept_prompts: Path | None = _option("prompts for what is to stay as it is, one a line", None)
+    data: Path | None = _option(
+        "take points from these videos instead: NAME.txt beside NAME.mp4, .gif or .safetensors", None
+    )
+    negative_prompt: str = _option("what sampling leads away from, and stands for the concept's absence", "")
+    num_trajectories: int = _option("sampled for the target prompts, and as many for the kept ones", 32)
+    timesteps_per_trajectory: int = _option("points taken of each", 5)
+    num_inference_steps: int = _option("of sampling", 50)
+    guidance_scale: float | None = _option("of sampling; the pipeline's default if left out", None)
+    height: int | None = _option("in pixels; the pipeline's default if left out", None)
+    width: int | None = _option("in pixels; the pipeline's default if left out", None)
+    num_frames: int | None = _option("the pipeline's default if left out", None)
+    batch_size: int = _option("trajectories that go through the model at a time", 1)
+    mask_threshold: float = _option("of the concept's attention map, from 0 to 1, for a token to be in the mask", 0.5)
+    mask_layers: tuple[int, ...] = _option("attention layers that make the map, counted from 0; all if left out", ())
+    mask_start: float = _option("part of the steps, from 0 to 1, after which attention is looked at", 0.5)
+    seed: int = _option("of the trajectories", 0)
+    mixed_precision: Literal["no", "fp16", "bf16"] = _option("what the model computes in, and the cache holds", "bf16")
+    device: str | None = _option("as torch names it; a GPU if there is one", None)
+    estimate: bool = _option("print size, forward passes and memory, and do nothing", False)
+
+    def __post_init__(self) -> None:
+        for name in ("num_trajectories", "timesteps_per_trajectory", "num_inference_steps", "batch_size"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("seed", self.seed, 0)
+        if not 0 <= self.mask_threshold <= 1:
+            raise ValueError(f"mask_threshold: expected a number from 0 to 1, got {self.mask_threshold!r}")
+        if not 0 <= self.mask_start < 1:
+            raise ValueError(f"mask_start: expected a number from 0 to below 1, got {self.mask_start!r}")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale!r}")
+        if not self.concept.strip():
+            raise ValueError(f"concept: expected one or more words, got {self.concept!r}")
+
+
+@dataclass(frozen=True)
 class TargetGroup:
     """Points of the cache that the erasers learn to turn away from.
 
