@@ -31,7 +31,7 @@ from fastunlearn import (
     concept_attention,
     localization_loss,
 )
-from fastunlearn.bench.cases import MIB, Disagreement, seed_localization_loss
+from fastunlearn.bench.cases import MIB, Disagreement, seed_localization_loss, seed_maps
 from fastunlearn.bench.kernels import provenance, save
 
 
@@ -222,7 +222,7 @@ def attention(model: str, dtype: torch.dtype, meter: Meter) -> dict[str, Any]:
         blocks = (query[:, :, i : i + 256].float() @ key.float().mT for i in range(0, size, 256))
         lse = torch.cat([(block * channels**-0.5).logsumexp(-1) for block in blocks], 2)
         peers: dict[str, Callable[[], Tensor]] = {
-            "softmax, eager": functools.partial(_softmax, query, key, tokens),
+            "softmax, eager": functools.partial(seed_maps, query, key, tokens),
             "without lse": functools.partial(concept_attention, query, key, tokens),
             "with lse": functools.partial(concept_attention, query, key, tokens, lse=lse),
         }
@@ -241,12 +241,6 @@ def attention(model: str, dtype: torch.dtype, meter: Meter) -> dict[str, Any]:
             )
             rows.append({"tokens": size, "peer": name, "seconds": seconds[name], "peak_bytes": peaks[name]})
     return {"table": "concept attention", "name": f"{heads} heads x {channels}", "rows": rows}
-
-
-def _softmax(query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
-    """Concept maps as the original takes them: from the probabilities of all keys."""
-    probabilities = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
-    return probabilities[..., tokens].sum(-1).mean(1)
 
 
 def captured_forward(meter: Meter, *, layers: int = 4, heads: int = 8, side: int = 64) -> dict[str, Any]:

@@ -110,6 +110,12 @@ def seed_localization_loss(outputs: Sequence[Tensor], mask: Tensor) -> Tensor:
     return sum(losses[1:], losses[0]) / len(losses)
 
 
+def seed_maps(query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
+    """Concept maps (B, Sq) as T2VUnlearning-style loops take them: from probabilities (B, H, Sq, Sk) of all keys."""
+    probabilities = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+    return probabilities[..., tokens].sum(-1).mean(1)
+
+
 @functools.cache
 def _compiled(function: Any) -> Any:
     return torch.compile(function)

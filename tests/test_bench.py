@@ -164,7 +164,7 @@ def test_every_byte_is_the_floor_s() -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     _, *rows = result.stdout.splitlines()
-    assert len(rows) == 10
+    assert len(rows) == 16
     for row in rows:
         moved, floor, ratio = re.findall(r" ([\d,]+) +([\d,]+) +(\d\.\d\d) ", row)[0]
         assert moved == floor

@@ -200,7 +200,10 @@ def main() -> None:
         launches = velocity_launches((dtype,) * 3, velocity) + localization_launches(dtype, localization)
         if dtype != torch.float64:
             launches += low_rank_launches(dtype, low_rank) + attention_launches(dtype, attention)
-        for launch in {launch.kernel.__name__: launch for launch in launches}.values():
+        firsts: dict[str, Launch] = {}
+        for launch in launches:
+            firsts.setdefault(launch.kernel.__name__, launch)
+        for launch in firsts.values():
             for target in TARGETS:
                 binary = compile_launch(launch, target)
                 wide = binary.wide_accesses
