@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastunlearn.functional import localization_loss, velocity_loss
+from fastunlearn.functional import LowRankOutput, localization_loss, velocity_loss
 from fastunlearn.testing import cases
 from fastunlearn.testing.cases import Case
 
@@ -35,7 +35,13 @@ def localization(x: Tensor) -> Tensor:
     return localization_loss([x, 2 * x], mask).loss
 
 
-@pytest.mark.parametrize("loss", [velocity, localization])
+def low_rank_localization(x: Tensor) -> Tensor:
+    mask = (torch.arange(x.shape[1], device=x.device) % 2 == 0).expand(x.shape[0], -1)
+    weight = torch.ones(2 * x.shape[2], x.shape[2], device=x.device)
+    return localization_loss([LowRankOutput(x, weight, weight[:, 0])] * 2, mask).loss
+
+
+@pytest.mark.parametrize("loss", [velocity, localization, low_rank_localization])
 def test_cuda_graphs(loss: object) -> None:
     """A captured step, replayed on other values, gives what the step gives."""
     x = torch.randn(2, 256, 64, device="cuda", requires_grad=True)
@@ -56,7 +62,7 @@ def test_cuda_graphs(loss: object) -> None:
     assert torch.equal(gradient, torch.autograd.grad(expected, x)[0])
 
 
-@pytest.mark.parametrize("loss", [velocity, localization])
+@pytest.mark.parametrize("loss", [velocity, localization, low_rank_localization])
 def test_the_same_bits_and_no_host_sync(loss: object) -> None:
     x = torch.randn(4, 4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     loss(x).backward()
@@ -70,7 +76,7 @@ def test_the_same_bits_and_no_host_sync(loss: object) -> None:
     assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
 
 
-@pytest.mark.parametrize("loss", [velocity, localization])
+@pytest.mark.parametrize("loss", [velocity, localization, low_rank_localization])
 def test_compiled(loss: object) -> None:
     x = torch.randn(2, 256, 64, device="cuda", requires_grad=True)
     value = torch.compile(loss, fullgraph=True)(x)
@@ -99,7 +105,8 @@ def test_memcheck(tmp_path: Path) -> None:
     script.write_text(
         "import torch\n"
         "from fastunlearn.testing import cases\n"
-        "for case in cases(['velocity_loss', 'localization_loss'], [torch.bfloat16]):\n"
+        "ops = ['velocity_loss', 'localization_loss', 'low_rank_localization_loss', 'concept_attention']\n"
+        "for case in cases(ops, [torch.bfloat16]):\n"
         "    case.run(torch.device('cuda'), 'triton')\n"
     )
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", sys.executable, str(script)]
