@@ -100,13 +100,17 @@ def test_a_ratio_divides_sums_in_total_and_at_each_timestep() -> None:
     ratio.add(torch.tensor([900, 100]), Sums(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 8.0])))
     ratio.add(torch.tensor([100.0]), Sums(torch.tensor([6.0]), torch.tensor([8.0])))
     ratio.add(torch.tensor(500.5), Sums(torch.zeros(2), torch.zeros(2)))
-    assert ratio.by_timestep() == [(900.0, 0.5, 1), (500.5, None, 2), (100.0, 0.5, 2)]
+    assert ratio.timesteps == [900, 500.5, 100]
+    assert [ratio.between(t, t) for t in ratio.timesteps] == [0.5, None, 0.5]
+    assert [ratio.points_between(t, t) for t in ratio.timesteps] == [1, 2, 2]
+    assert ratio.between(900, 300) == pytest.approx(1 / 2)
+    assert ratio.between(99, 0) is None and ratio.points_between(99, 0) == 0
     assert ratio.total == pytest.approx(9 / 18)
     assert ratio.points == 5
     assert Ratio().total is None
     root = Ratio(root=True)
     root.add(torch.tensor(1), Sums(torch.tensor([4.0]), torch.tensor([16.0])))
-    assert root.total == root.by_timestep()[0].value == 0.5
+    assert root.total == root.between(1, 1) == 0.5
 
 
 def test_batches_of_any_size_give_the_same() -> None:
@@ -118,7 +122,7 @@ def test_batches_of_any_size_give_the_same() -> None:
         row = slice(index, index + 1)
         apart.add(t[row], erasure(velocity[row], v_uncond[row], v_cond[row]))
     assert whole.total == pytest.approx(apart.total, rel=1e-14)
-    assert whole.by_timestep()[0].value == pytest.approx(apart.by_timestep()[0].value, rel=1e-14)
+    assert whole.between(3, 3) == pytest.approx(apart.between(3, 3), rel=1e-14)
 
 
 def test_velocities_that_are_not_finite_are_refused() -> None:
@@ -130,7 +134,7 @@ def test_velocities_that_are_not_finite_are_refused() -> None:
 
 def test_the_summary_of_masks() -> None:
     shares = mask_share(torch.tensor([[[0, 0, 0, 1]], [[0, 0, 0, 0]], [[1, 1, 1, 1]]], dtype=torch.bool))
-    assert summarize_masks(shares.tolist()) == MaskSummary(pytest.approx(1.25 / 3), 0.0, 1.0, 1, 3)
+    assert summarize_masks(shares.tolist()) == MaskSummary(pytest.approx(1.25 / 3), 0.0, 1.0, pytest.approx(1 / 3))
     assert summarize_masks([]) is None
 
 

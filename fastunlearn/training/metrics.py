@@ -88,14 +88,6 @@ def mask_share(mask: Tensor) -> Tensor:
     return mask.flatten(1).float().mean(1)
 
 
-class TimestepRatio(NamedTuple):
-    """A ratio at one timestep; None where the denominator is 0, as where there is no change to be localized."""
-
-    t: float
-    value: float | None
-    points: int
-
-
 class Ratio:
     """Adds samples up: sum of numerators / sum of denominators, in total and at each timestep. Sums are float64."""
 
@@ -123,21 +115,28 @@ class Ratio:
                 entry[index] += part
 
     @property
-    def total(self) -> float | None:
-        """Over all samples; None without any, or where their denominators sum to 0."""
-        return self._divided(*(sum(entry[index] for entry in self._sums.values()) for index in (0, 1)))
+    def timesteps(self) -> list[float]:
+        """All there are, in the order of sampling: from noise, the largest, to the video."""
+        return sorted(self._sums, reverse=True)
 
     @property
     def points(self) -> int:
         """How many samples were added."""
-        return int(sum(entry[2] for entry in self._sums.values()))
+        return self.points_between(math.inf, -math.inf)
 
-    def by_timestep(self) -> list[TimestepRatio]:
-        """A row a timestep, in the order of sampling: from noise, the largest, to the video."""
-        return [
-            TimestepRatio(t, self._divided(numerator, denominator), int(points))
-            for t, (numerator, denominator, points) in sorted(self._sums.items(), reverse=True)
-        ]
+    @property
+    def total(self) -> float | None:
+        """Over all samples. None without any, or if denominators sum to 0, as where there is no change to localize."""
+        return self.between(math.inf, -math.inf)
+
+    def between(self, first: float, last: float) -> float | None:
+        """Over the samples whose timesteps are from `first`, the larger, to `last`; None as for `total`."""
+        entries = [entry for t, entry in self._sums.items() if last <= t <= first]
+        return self._divided(*(math.fsum(entry[index] for entry in entries) for index in (0, 1)))
+
+    def points_between(self, first: float, last: float) -> int:
+        """How many samples have timesteps from `first`, the larger, to `last`."""
+        return int(sum(entry[2] for t, entry in self._sums.items() if last <= t <= first))
 
     def _divided(self, numerator: float, denominator: float) -> float | None:
         if denominator == 0:
@@ -147,22 +146,25 @@ class Ratio:
 
 
 class MaskSummary(NamedTuple):
-    """Shares of tokens inside masks, over trajectories: how much they cover, and how many found nothing."""
+    """What part of the tokens masks cover: the mean, the least and the most; and what part of the masks cover none."""
 
     mean: float
     least: float
     most: float
-    empty: int
-    masks: int
+    empty: float
 
 
 def summarize_masks(shares: Iterable[float]) -> MaskSummary | None:
-    """What `mask_share` said of several masks; None if there were none."""
+    """What `mask_share` said of several masks; None if there were none.
+
+    Points of a trajectory share its mask. Where every trajectory has as many points, the summary over points is that
+    over trajectories.
+    """
     values = list(shares)
     if not values:
         return None
     empty = sum(value == 0 for value in values)
-    return MaskSummary(math.fsum(values) / len(values), min(values), max(values), empty, len(values))
+    return MaskSummary(math.fsum(values) / len(values), min(values), max(values), empty / len(values))
 
 
 def _check_velocities(velocity: Tensor, **others: Tensor) -> None:
