@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastunlearn.cli import main
+from fastunlearn.cli import PHASES, main
 from fastunlearn.dispatch import OPS
+from fastunlearn.training.options import TrainingOptions
 
 
 def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -68,3 +69,46 @@ def test_a_missing_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "diffusers", None)
     text = one_line_error(capsys, "demo")
     assert "fastunlearn[train]" in text and "diffusers" in text
+
+
+@pytest.mark.parametrize("command", PHASES)
+def test_a_command_s_help_is_one_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 132
+    assert sum(line.lstrip().startswith("--") for line in lines) >= 15
+    for name in ("--pretrained-model-name-or-path", "--output-dir", "--seed", "--mixed-precision"):
+        assert any(line.split()[:1] == [name] for line in lines)
+
+
+@pytest.mark.parametrize("spelling", ["--max-train-steps", "--max_train_steps"])
+def test_options_may_be_spelt_as_in_diffusers_scripts(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastunlearn.training import trainer
+
+    seen = []
+    monkeypatch.setattr(trainer, "run", seen.append)
+    main(
+        ["train", "--pretrained_model_name_or_path=a_b", "--cache_dir", "cache_dir", "--output-dir", "out"]
+        + [spelling, "7", "--sequential-terms"]
+    )
+    (options,) = seen
+    assert options == TrainingOptions("a_b", Path("cache_dir"), Path("out"), max_train_steps=7, sequential_terms=True)
+
+
+def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    train = ("train", "--pretrained-model-name-or-path", "model", "--output-dir", str(tmp_path / "out"))
+    assert "--cache-dir" in one_line_error(capsys, *train)
+    assert "rank" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path), "--rank", "0")
+    assert "fp15" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path), "--mixed-precision", "fp15")
+    assert "no teacher cache" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path))
+
+
+def test_a_benchmark_is_a_command_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fastunlearn"])
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", "kernels", "--help"])
+    assert exit_info.value.code == 0
+    assert "fastunlearn.bench.kernels" in capsys.readouterr().out
