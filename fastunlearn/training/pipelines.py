@@ -190,32 +190,36 @@ def encode_prompts(
 
     Raises:
         FileNotFoundError: there is no pipeline at `path`.
-        ValueError: its class is not supported, the concept is not in one of `must_contain`, or a prompt is so long that
-            the concept in it is cut off; the message shows the prompt's tokens.
+        ValueError: its class is not supported, the concept is blank or not in one of `must_contain`, or a prompt is so
+            long that the concept in it is cut off; the message shows the prompt's tokens.
+        TypeError: `prompts` is a single string.
     """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: expected a sequence of strings, got the string {prompts!r}")
     cls, family = _pipeline_class(path)
-    without = (*family.transformers, "vae")
-    pipeline = _load(cls, path, dtype, without).to(device)
+    pipeline = _load(cls, path, dtype, without=(*family.transformers, "vae")).to(device)
     length = _text_length(cls, path)
+    # Every mistake in the prompts is found before the first is encoded.
+    indices = {
+        prompt: _token_indices(pipeline.tokenizer, family.tokenized(prompt), concept, length, prompt in must_contain)
+        for prompt in prompts
+    }
     encoded = {}
     with torch.no_grad():
-        for prompt in dict.fromkeys(prompts):
-            text = family.tokenized(prompt)
-            indices = []
-            if concept is not None and (prompt in must_contain or occurrences(text.prompt, concept)):
-                indices = concept_tokens(
-                    pipeline.tokenizer,
-                    text.prompt,
-                    concept,
-                    max_length=length,
-                    template=text.template,
-                    crop_start=text.crop_start,
-                )
-            condition = family.encode(pipeline, prompt, length)
-            encoded[prompt] = EncodedPrompt(prompt, {key: value[0] for key, value in condition.items()}, indices)
+        for prompt, positions in indices.items():
+            condition = {key: value[0] for key, value in family.encode(pipeline, prompt, length).items()}
+            encoded[prompt] = EncodedPrompt(prompt, condition, positions)
     del pipeline
     _free_memory()
     return encoded
+
+
+def _token_indices(tokenizer: Any, text: _Text, concept: str | None, length: int, must_contain: bool) -> list[int]:
+    if concept is None or not (must_contain or occurrences(text.prompt, concept)):
+        return []
+    return concept_tokens(
+        tokenizer, text.prompt, concept, max_length=length, template=text.template, crop_start=text.crop_start
+    )
 
 
 def _text_length(cls: Any, path: str | os.PathLike[str]) -> int:
@@ -245,9 +249,8 @@ def load_model(
         ValueError: its class, or the variant of its transformer, is not supported.
     """
     cls, family = _pipeline_class(path)
-    without = family.text if vae else (*family.text, "vae")
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
-    pipeline = _load(cls, path, dtypes, without).to(device)
+    pipeline = _load(cls, path, dtypes, without=family.text if vae else (*family.text, "vae")).to(device)
     # A pipeline may come with a second transformer that it is not configured to use.
     ratio = pipeline.config.get("boundary_ratio")
     transformers = [getattr(pipeline, name) for name in family.transformers[: 1 if ratio is None else None]]
@@ -256,11 +259,12 @@ def load_model(
         raise ValueError(f"{path}: expected {expected} in a pipeline with boundary_ratio {ratio}")
     if vae:
         pipeline.vae.enable_tiling()  # else it takes more memory than the transformer; small videos are one tile
+    latent_space = family.latent_space(_vae_config(path, family))
     return VideoModel(
         transformers,
         pipeline.scheduler,
-        latent_space=family.latent_space(_vae_config(path, family)),
-        defaults=_defaults(cls, transformers[0], family),
+        latent_space=latent_space,
+        defaults=_defaults(cls, transformers[0], latent_space, family.fps),
         vae=pipeline.vae if vae else None,
         boundary=None if ratio is None else ratio * pipeline.scheduler.config.num_train_timesteps,
         path=os.fspath(path),
@@ -287,18 +291,18 @@ def _vae_config(path: str | os.PathLike[str], family: _Family) -> dict[str, Any]
     return defaults | cls.load_config(path, subfolder="vae")
 
 
-def _defaults(cls: Any, transformer: Any, family: _Family) -> Defaults:
+def _defaults(cls: Any, transformer: Any, latent_space: LatentSpace, fps: int) -> Defaults:
     """What the pipeline's call has as defaults, or computes from the transformer's configuration."""
     call = inspect.signature(cls.__call__).parameters
     if call["height"].default is None:
-        config = transformer.config
-        height, width, num_frames = 8 * config.sample_height, 8 * config.sample_width, config.sample_frames
+        config, pixels = transformer.config, latent_space.pixels
+        height, width, num_frames = pixels * config.sample_height, pixels * config.sample_width, config.sample_frames
     else:
         height, width, num_frames = (call[name].default for name in ("height", "width", "num_frames"))
-    return Defaults(backbone_of(transformer).guidance_scale, height, width, num_frames, family.fps)
+    return Defaults(backbone_of(transformer).guidance_scale, height, width, num_frames, fps)
 
 
 def _free_memory() -> None:
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

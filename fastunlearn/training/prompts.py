@@ -98,14 +98,16 @@ def concept_tokens(
         found = set(_by_offsets(text, encoding["offset_mapping"], places))
     elif places:
         found = set(_by_prefixes(tokenizer, text, ids, places))
-    positions = sorted(position - crop_start for position in found)
-    kept = [position for position in positions if max_length is None or position < max_length]
+    padding = 0
+    if max_length is not None and tokenizer.padding_side == "left":
+        padding = max(0, crop_start + max_length - len(ids))
+    positions = sorted(position + padding - crop_start for position in found)
+    kept = [position for position in positions if 0 <= position < (max_length or len(ids))]
     if not kept:
-        shown = " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[crop_start:])))
+        why = f"is not in the prompt {prompt!r} as a word of its own"
         if positions:
-            why = f"stands after the {max_length} tokens that are used of the prompt {prompt!r}"
-        else:
-            why = f"is not in the prompt {prompt!r} as a word of its own"
+            why = f"is cut off: {max_length} tokens are used of the prompt {prompt!r}, and it stands behind them"
+        shown = " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[crop_start:])))
         raise ValueError(f"concept: {concept!r} {why}; the prompt's tokens: {shown}")
     return kept
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,14 +192,17 @@ class VideoModel:
             ValueError: the frames have a shape that does not fit.
         """
         vae = self._loaded_vae()
-        if frames.dim() != 5 or frames.shape[2] != 3:
-            raise ValueError(f"frames: expected (B, F, 3, H, W), got shape {tuple(frames.shape)}")
+        if frames.dim() != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
+            raise ValueError(
+                f"frames: expected (B, F, 3, H, W) in [0, 1], got shape {tuple(frames.shape)} of {frames.dtype}"
+            )
         batch, count, _, height, width = frames.shape
         shape = self.latent_shape(height, width, count)
         dtype, device = _dtype_and_device(vae, like=frames)
         encoded = []
         for one in frames.split(1):
-            distribution = vae.encode((one.to(device, dtype) * 2 - 1).movedim(1, 2)).latent_dist
+            video = one.to(device, torch.float32).movedim(1, 2) * 2 - 1
+            distribution = vae.encode(video.to(dtype)).latent_dist
             z = distribution.sample(generator) if sample else distribution.mode()
             z = (z.float() - self._per_channel("mean", device)) / self._per_channel("std", device)
             encoded.append(z)
@@ -258,7 +261,7 @@ class VideoModel:
         Args:
             folders: one or several.
             names: what to call them; "default" for one folder, the folders' own names for several.
-            scales: by how much their outputs are multiplied, for good; 1 each by default.
+            scales: by how much their outputs are multiplied; 1 each by default.
 
         Returns:
             By name: the erasers by layer, for each expert.
@@ -270,29 +273,28 @@ class VideoModel:
         chosen = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
         if names is None:
             names = ["default"] if len(chosen) == 1 else [Path(folder).resolve().name for folder in chosen]
-        if scales is None:
-            scales = [1.0] * len(chosen)
-        for argument, given in (("names", names), ("scales", scales)):
-            if len(given) != len(chosen):
-                raise ValueError(f"{argument}: expected one for each of {len(chosen)} folders, got {list(given)}")
-        loaded: dict[str, list[Erasers]] = {}
-        attached: list[tuple[nn.Module, str]] = []
+        for part in (part for folder in chosen for part in self._parts(folder)):
+            if not part.is_dir():
+                raise FileNotFoundError(f"{part}: no such folder; erasers of {self._described()} were expected")
+        loaded: list[dict[str, Erasers]] = []
         try:
-            for folder, name, scale in zip(chosen, names, scales, strict=True):
-                loaded[name] = []
-                for expert, part in zip(self.experts, self._parts(folder), strict=True):
-                    loaded[name].append(erasers.load_erasers(expert, part, name))
-                    attached.append((expert, name))
-                _scale(loaded[name], scale)
+            for index, expert in enumerate(self.experts):
+                parts = [self._parts(folder)[index] for folder in chosen]
+                loaded.append(erasers.load_erasers(expert, parts, names=names, scales=scales))
         except Exception:
-            for model, name in attached:
-                erasers.detach_erasers(model, name)
+            for expert, _ in zip(self.experts, loaded, strict=False):  # those that went well
+                for name in names:
+                    erasers.detach_erasers(expert, name)
             raise
-        return loaded
+        return {name: [sets[name] for sets in loaded] for name in names}
 
     def _parts(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Where in `folder` each expert's erasers are."""
+        """Where in `folder` each expert's erasers belong."""
         return [Path(folder)] if len(self.experts) == 1 else [Path(folder) / name for name in _EXPERTS]
+
+    def _described(self) -> str:
+        many = "one transformer" if len(self.experts) == 1 else "two transformers, in folders of these names,"
+        return f"{self.backbone.name} with {many}"
 
     def _latent_frames(self, num_frames: int) -> int:
         return (num_frames - 1) // self.latent_space.frames + 1
@@ -313,11 +315,3 @@ def _dtype_and_device(vae: Any, like: Tensor) -> tuple[torch.dtype, torch.device
     """Of the VAE's parameters; of `like` where it has none."""
     parameter = next(iter(vae.parameters()), like) if isinstance(vae, nn.Module) else like
     return parameter.dtype, parameter.device
-
-
-def _scale(experts: Sequence[Mapping[str, AdapterEraser]], scale: float) -> None:
-    with torch.no_grad():
-        for layers in experts:
-            for eraser in layers.values():
-                eraser.up.weight.mul_(scale)
-                eraser.up.bias.mul_(scale)
