@@ -315,10 +315,11 @@ def localization_loss(
 
     # The two kinds apart, then together in the layers' order. Over a group, what a background mean divides by is a
     # factor of a whole call, so that layers differing in it are apart too.
+    over_backgrounds = group is not None and normalization == "background_mean"
     calls: dict[tuple[Any, ...], list[int]] = {}
     for i, output in enumerate(outputs):
         likeness: tuple[Any, ...] = (isinstance(output, LowRankOutput),)
-        if group is not None and normalization == "background_mean":
+        if over_backgrounds:
             likeness += (id(masks[i]), _output_shape(output))
         calls.setdefault(likeness, []).append(i)
     parts = []
@@ -334,9 +335,7 @@ def localization_loss(
             *arguments, of_masks, **options
         )
         shape = _output_shape(of_op[0])
-        background = None
-        if group is not None and normalization == "background_mean":
-            background = background_sum(of_masks[0], shape)
+        background = background_sum(of_masks[0], shape) if over_backgrounds else None
         parts.append(LocalizationPart(loss, terms, max(shape[0], 1), background))
     called = list(itertools.chain(*calls.values()))
     order = sorted(range(len(called)), key=called.__getitem__)

@@ -279,14 +279,19 @@ def localization_cases() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{layout} shards, {normalization}", {"sizes": sizes, "normalization": normalization, "upstream": 3.0}
         yield (
             f"a mask a layer, {normalization}",
-            {"masks": [hard, soft, soft, first], "normalization": normalization, "weight": 2.0},
+            {
+                "masks": [hard, soft, soft, first],
+                "features": (3, 5, 3, 3),
+                "normalization": normalization,
+                "weight": 2.0,
+            },
         )
         yield (
             f"all masked on the first process, {normalization}",
             {"masks": [first] * 4, "normalization": normalization},
         )
     yield "all masked", {"masks": [torch.ones(1, LENGTH, 2)] * 4, "normalization": "background_mean"}
-    yield "low rank alone", {"kinds": ["low rank"] * 2, "features": [5, 5], "normalization": "background_mean"}
+    yield "low rank alone", {"kinds": ["low rank"] * 2, "features": [5, 6], "normalization": "background_mean"}
 
 
 def check_nan() -> None:

@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 WORKER = Path(__file__).with_name("sharded.py")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+@pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo to reduce with"
+)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_losses_over_a_group_are_those_of_the_whole(processes: int, tmp_path: Path) -> None:
     # Kernels too, in Triton's interpreter, where it is cheapest.
