@@ -6,8 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
 from fastunlearn.eraser_files import CONFIG, UPSTREAM_CONFIG
 from fastunlearn.erasers import erasers_disabled
+from fastunlearn.training.options import EvaluateOptions, SampleOptions
+from fastunlearn.training.pipelines import load_model
 from fastunlearn.training.video_model import VideoModel
 
 
@@ -21,20 +25,19 @@ def check_folders(folders: Sequence[Path]) -> None:
             raise FileNotFoundError(f"erasers: {folder} holds none; expected {CONFIG} in it, as train writes it")
 
 
-def load_onto(model: VideoModel, folders: Sequence[Path], scales: Sequence[float] = ()) -> None:
-    """Attaches the erasers of all folders, whatever these are called.
-
-    Args:
-        model: the model.
-        folders: what train, or `fastunlearn.save_erasers`, wrote.
-        scales: one a folder; none for 1 each.
+def load_erased_model(
+    options: EvaluateOptions | SampleOptions, *, dtype: torch.dtype, device: torch.device, vae: bool = False
+) -> VideoModel:
+    """The model that `options` name, with all erasers that they name attached, whatever their folders are called.
 
     Raises:
-        FileNotFoundError: a folder holds no erasers.
-        ValueError: erasers are damaged, or of another model; or scales and folders differ in number.
+        FileNotFoundError: there is no such pipeline, or a folder holds no erasers.
+        ValueError: the pipeline is not supported, or the erasers are damaged or of another model.
     """
-    names = [f"erasers-{number}" for number in range(1, len(folders) + 1)]
-    model.load_erasers(folders, names, scales or None)
+    model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=vae)
+    names = [f"erasers-{number}" for number in range(1, len(options.erasers) + 1)]
+    model.load_erasers(options.erasers, names, options.eraser_scales or None)
+    return model
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fastunlearn.training import erased
 from fastunlearn.training.files import writable
 from fastunlearn.training.options import SampleOptions
-from fastunlearn.training.pipelines import Condition, encode_prompts, load_model
+from fastunlearn.training.pipelines import Condition, encode_prompts
 from fastunlearn.training.placement import model_dtype, usable_device
 from fastunlearn.training.prompts import read_prompts
 from fastunlearn.training.sampling import denoise, stack_conditions
@@ -55,10 +55,9 @@ def run(options: SampleOptions) -> list[Path]:
     prompts = _prompts(options)
     names = file_names(prompts)
     device, dtype = usable_device(options.device), model_dtype(options.mixed_precision)
-    path = options.pretrained_model_name_or_path
-    encoded = encode_prompts(path, [options.negative_prompt, *prompts], None, dtype=dtype, device=device)
-    model = load_model(path, dtype=dtype, device=device, vae=True)
-    erased.load_onto(model, options.erasers, options.eraser_scales)
+    texts = [options.negative_prompt, *prompts]
+    encoded = encode_prompts(options.pretrained_model_name_or_path, texts, None, dtype=dtype, device=device)
+    model = erased.load_erased_model(options, dtype=dtype, device=device, vae=True)
     defaults = model.defaults
     size = Size(
         options.height or defaults.height, options.width or defaults.width, options.num_frames or defaults.num_frames
