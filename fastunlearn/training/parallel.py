@@ -7,6 +7,7 @@ capture sees of an eraser's weights is always the whole.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def shard(model: nn.Module, eraser_parameters: Sequence[nn.Parameter], plugin: A
         "offload_policy": plugin.cpu_offload,
         "ignored_params": set(eraser_parameters),
     }
+    # FSDP fears that a view may be changed in place. None is.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for blocks in dict.fromkeys(blocks for blocks, _ in (*backbone.erased, *backbone.text_attended)):
         for block in getattr(transformer, blocks):
             fully_shard(block, **options)
