@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from fastunlearn.training.cache_index import (
     read_index,
     shown,
 )
+
+_SHOWN_CHANGES = 20
 
 
 class CacheWriter:
@@ -111,14 +113,12 @@ class CacheWriter:
             self._store_index(self._index)
 
     def _compare(self, existing: Mapping[str, Any]) -> None:
-        old, new = existing["facts"], self._facts
-        missing = object()
-        changed = [name for name in {**old, **new} if old.get(name, missing) != new.get(name, missing)]
-        if changed:
-            lines = [f"  {name}: {shown(old.get(name))} -> {shown(new.get(name))}" for name in changed]
+        changes = list(_changes(existing["facts"], self._facts))
+        if changes:
+            more = f"\n  and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
             raise ValueError(
                 f"{self.folder}: was begun with other arguments; pass those, or choose another folder "
-                "(in the cache -> now):\n" + "\n".join(lines)
+                "(in the cache -> now):\n  " + "\n  ".join(changes[:_SHOWN_CHANGES]) + more
             )
 
     def has(self, unit: int) -> bool:
@@ -178,13 +178,21 @@ class CacheWriter:
             tensors["mask"] = mask != 0
         self._store(shards.file_name(unit), shards.serialize(tensors, self._label(unit)))
 
+    def is_complete(self) -> bool:
+        """Whether every unit's shard is there."""
+        return not self._missing()
+
+    def _missing(self) -> list[int]:
+        units = range(len(self._groups))
+        return [unit for unit in units if not (self.folder / shards.file_name(unit)).exists()]
+
     def finish(self) -> None:
         """Writes the index, once every unit's shard is there, and takes away what interrupted writing left.
 
         Raises:
             ValueError: shards are missing, or not of this run.
         """
-        missing = [unit for unit in range(len(self._groups)) if not (self.folder / shards.file_name(unit)).exists()]
+        missing = self._missing()
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} of {len(self._groups)} shards are missing, the first is "
@@ -220,6 +228,23 @@ class CacheWriter:
                 "same again to go on",
                 str(path),
             ) from error
+
+
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Lines that name what differs, as deep inside as it is still clear."""
+    if old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(x, dict | list) for x in old + new):
+        if len(old) != len(new):
+            yield f"{name}: {len(old)} of them -> {len(new)} of them"
+            return
+        for index, (before, now) in enumerate(zip(old, new, strict=True)):
+            yield from _changes(before, now, f"{name}[{index}]")
+    else:
+        yield f"{name}: {shown(old)} -> {shown(new)}"
 
 
 def _serialized(conditions: Mapping[str, Mapping[str, Tensor]]) -> bytes:

@@ -7,7 +7,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ Conditions = Mapping[str, Mapping[str, Tensor]]
 Watch = Callable[[VelocityModel, Sequence[str]], AbstractContextManager[None]]
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """One step of sampling.
 
     Attributes:
@@ -126,7 +128,7 @@ def denoise(
     num_inference_steps: int = 50,
     generators: Sequence[torch.Generator] | None = None,
     one_at_a_time: bool = False,
-    watch: Watch | None = None,
+    watch: Callable[[int], Watch | None] | None = None,
 ) -> Iterator[Step]:
     """Samples with classifier-free guidance: the last step's `x_next` are the latents that the pipeline would give.
 
@@ -144,7 +146,7 @@ def denoise(
         generators: one a sample, for schedulers that add noise on the way (CogVideoX's DPM). By default they are seeded
             with the samples' numbers.
         one_at_a_time: see `velocities`.
-        watch: see `velocities`.
+        watch: from the number of a step to what watches its forward passes, see `velocities`.
 
     Raises:
         ValueError: `follow` or `guide_from` is not among the conditions, or the number of steps is not positive.
@@ -157,7 +159,8 @@ def denoise(
     advance = _advance(scheduler, generators or [random_generator(sample) for sample in range(len(noise))])
     x_t = noise.to(model.device, torch.float32 if model.backbone.flow_matching else model.dtype)
     for index, t in enumerate(scheduler.timesteps):
-        said = velocities(model, x_t, t, conditions, one_at_a_time=one_at_a_time, watch=watch)
+        watched = watch(index) if watch else None
+        said = velocities(model, x_t, t, conditions, one_at_a_time=one_at_a_time, watch=watched)
         guided = said[follow].float()
         if guidance_scale != 1 and guide_from is not None:
             away = said[guide_from].float()

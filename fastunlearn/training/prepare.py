@@ -1,0 +1,293 @@
+"""The teacher cache's making: trajectories of the frozen model, and what it says at points of them.
+
+`prepare` works with a loaded model, `run` with the options of the command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastunlearn.backbones import find_transformer
+from fastunlearn.training import shards
+from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, read_index
+from fastunlearn.training.cache_writer import CacheWriter
+from fastunlearn.training.data import LATENTS, read_data
+from fastunlearn.training.options import PrepareOptions
+from fastunlearn.training.pipelines import EncodedPrompt, encode_prompts, load_model
+from fastunlearn.training.plan import Request
+from fastunlearn.training.prompts import PromptLine, occurrences, read_prompts
+from fastunlearn.training.teacher import Teacher
+from fastunlearn.training.video_model import VideoModel
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "safetensors")
+_VALUES_OF_A_WEIGHT = 16  # that tell one model from another
+_CONTENT_OPTIONS = (
+    "concept",
+    "negative_prompt",
+    "timesteps_per_trajectory",
+    "num_inference_steps",
+    "batch_size",
+    "mask_threshold",
+    "mask_start",
+    "seed",
+)
+
+
+def prepare(
+    model: VideoModel,
+    encoded: Mapping[str, EncodedPrompt],
+    requests: Sequence[Request],
+    folder: str | os.PathLike[str],
+    options: PrepareOptions,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    barrier: Callable[[], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Makes a teacher cache, or goes on with one. Units of work that are done already are left as they are.
+
+    Unit i is for process i % num_processes. All processes together write what one alone would, byte for byte, on the
+    same kind of device.
+
+    Args:
+        model: the frozen model; its erasers, if it has any, are off meanwhile.
+        encoded: every prompt of the requests, and the negative prompt.
+        requests: the trajectories.
+        folder: of the cache.
+        options: those that name prompts, paths and precision are not read.
+        process_index: of this process.
+        num_processes: that work on this cache.
+        barrier: waits for all processes. The first one then writes the index; without a barrier the one that finds
+            everything done.
+        progress: called with the number of this process's units done, and of all its units, at first with 0.
+
+    Raises:
+        ValueError: a prompt is not encoded, of a group with the concept in it not all prompts have it, the cache is
+            another run's or damaged, or the model's outputs are not finite.
+        FileExistsError: the folder holds something else.
+        OSError: a file cannot be written.
+        torch.OutOfMemoryError: naming the options that help.
+    """
+    teacher = Teacher(model, encoded, requests, options)
+    writer = CacheWriter(
+        folder,
+        _facts(teacher),
+        {prompt: encoded[prompt].condition for prompt in teacher.prompts},
+        [unit.kind.group for unit in teacher.plan.units],
+        origin={"model": model.path, "versions": _versions()},
+        process_index=process_index,
+    )
+    own = range(process_index, len(teacher.plan.units), num_processes)
+    for done, index in enumerate(own):
+        if progress:
+            progress(done, len(own))
+        if not writer.has(index):
+            try:
+                points = teacher.points(teacher.plan.units[index])
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"out of memory with {teacher.size} and batch_size {options.batch_size}: lower batch_size, height, "
+                    "width or num_frames, or mixed_precision to 'bf16'; what was written stays, but another batch_size "
+                    f"or size needs another folder ({error})"
+                ) from error
+            writer.write(index, **points)
+    if progress:
+        progress(len(own), len(own))
+    if barrier is not None:
+        barrier()
+    if process_index == 0 if barrier is not None else writer.is_complete():
+        writer.finish()
+
+
+def _facts(teacher: Teacher) -> dict[str, Any]:
+    """What determines a cache's content, as JSON."""
+    options, model = teacher.options, teacher.model
+    return {
+        "backbone": model.backbone.name,
+        "weights": _digest_of_weights(model),
+        "transformer": _config(find_transformer(model.experts[0])[0]),
+        "scheduler": _config(model.scheduler),
+        "latent_shape": list(teacher.latent_shape),
+        "token_grid": list(teacher.token_grid),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "boundary": model.boundary,
+        **teacher.size,
+        **{name: getattr(options, name) for name in _CONTENT_OPTIONS},
+        "mask_layers": list(options.mask_layers),
+        "guidance_scale": teacher.plan.guidance_scale,
+        "token_indices": [list(teacher.encoded[prompt].token_indices) for prompt in teacher.prompts],
+        "requests": [_facts_of(request) for request in teacher.plan.requests],
+    }
+
+
+def _config(part: Any) -> dict[str, str]:
+    """The configuration of a part of a pipeline."""
+    config = {key: repr(value) for key, value in sorted(part.config.items()) if not key.startswith("_")}
+    return {"class": type(part).__name__, **config}
+
+
+def _facts_of(request: Request) -> dict[str, Any]:
+    facts: dict[str, Any] = {name: getattr(request, name) for name in ("prompt", "group", "instead", "follow")}
+    facts["steps"] = list(request.steps)
+    if request.source is not None:
+        entry = file_entry(request.source)
+        facts["source"] = {"file": entry["file"], "sha256": entry["sha256"]}
+    return facts
+
+
+def _digest_of_weights(model: VideoModel) -> str:
+    """Tells models apart by a few values of each weight, without reading all of them."""
+    digest = hashlib.sha256()
+    for expert in model.experts:
+        for name, weight in find_transformer(expert)[0].named_parameters():
+            if ".erasers." in name:
+                continue
+            values = weight.detach().flatten()
+            values = values[:: max(1, len(values) // _VALUES_OF_A_WEIGHT)].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from the sources
+            found[package] = "unknown"
+    return found
+
+
+def requests_of(options: PrepareOptions) -> list[Request]:
+    """The trajectories that options ask for.
+
+    `num_trajectories` for each file of prompts, which take turns; or one for each video of `data`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not as it should be, there is none, or the concept is missing where it belongs or stands
+            where it does not.
+    """
+    if options.data is not None:
+        if options.target_prompts is not None or options.kept_prompts is not None:
+            raise ValueError("data: expected no target_prompts and kept_prompts beside it: its videos have their own")
+        return read_data(options.data, options.concept)
+    requests: list[Request] = []
+    for group, path in (("target", options.target_prompts), ("kept", options.kept_prompts)):
+        if path is None:
+            continue
+        lines = read_prompts(path)
+        for number in range(options.num_trajectories):
+            line = lines[number % len(lines)]
+            _check_concept(options.concept, group, path, line)
+            requests.append(Request(line.prompt, group, line.instead))
+    if not requests:
+        raise ValueError("target_prompts: expected a file of prompts here or as kept_prompts, or videos as data")
+    return requests
+
+
+def _check_concept(concept: str, group: str, path: Path, line: PromptLine) -> None:
+    """Of target prompts the tokenizer tells better what is wrong."""
+    for text in (line.prompt if group == "kept" else "", line.instead or ""):
+        if occurrences(text, concept):
+            raise ValueError(f"{path}: expected a prompt without {concept!r}, got {text!r}")
+
+
+def run(options: PrepareOptions) -> None:
+    """Makes the cache that `options` describe; on every process that Accelerate or torchrun started, its part.
+
+    Raises: as `prepare`, `requests_of`, `encode_prompts` and `load_model` do.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+    from tqdm import tqdm
+
+    if options.estimate:
+        from fastunlearn.training.estimate import estimate
+
+        print(estimate(options))
+        return
+    state = PartialState(cpu=options.device == "cpu")
+    device = torch.device(options.device or state.device)
+    dtype = DTYPES[options.mixed_precision]
+    requests = requests_of(options)
+    # One process encodes: others might round otherwise, and a cache has one condition a prompt.
+    shared: list[Any] = [encoded_prompts(options, requests, dtype, device) if state.is_main_process else None]
+    encoded = (broadcast_object_list(shared) if state.num_processes > 1 else shared)[0]
+    needs_vae = any(request.source is not None and request.source.suffix != LATENTS for request in requests)
+    model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=needs_vae)
+    with tqdm(desc="prepare", unit="batch", disable=not state.is_main_process) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        prepare(
+            model,
+            encoded,
+            requests,
+            options.output_dir,
+            options,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            barrier=state.wait_for_everyone,
+            progress=progress,
+        )
+
+
+def encoded_prompts(
+    options: PrepareOptions, requests: Sequence[Request], dtype: torch.dtype, device: torch.device
+) -> dict[str, EncodedPrompt]:
+    """All prompts: from a cache that was begun with the same ones, or else from the text encoders. On the CPU."""
+    wanted = [p for request in requests for p in (request.prompt, request.instead) if p is not None]
+    wanted = list(dict.fromkeys([*wanted, options.negative_prompt]))
+    stored = _stored_prompts(options.output_dir, options.concept, dtype)
+    if stored is not None and list(stored) == wanted:
+        return stored
+    encoded = encode_prompts(
+        options.pretrained_model_name_or_path,
+        wanted,
+        options.concept,
+        dtype=dtype,
+        device=device,
+        must_contain={request.prompt for request in requests if request.group == "target"},
+    )
+    return {
+        prompt: one._replace(condition={key: value.cpu() for key, value in one.condition.items()})
+        for prompt, one in encoded.items()
+    }
+
+
+def _stored_prompts(folder: Path, concept: str, dtype: torch.dtype) -> dict[str, EncodedPrompt] | None:
+    """The prompts of a cache that was begun with these arguments; None if it was not, or holds no whole ones."""
+    index_path, path = Path(folder) / INDEX, Path(folder) / PROMPTS
+    if not index_path.is_file() or not path.is_file():
+        return None
+    index = read_index(index_path)
+    facts = index["facts"]
+    if (
+        facts.get("concept") != concept
+        or facts.get("dtype") != str(dtype).removeprefix("torch.")
+        or file_entry(path)["sha256"] != index["conditions"]["sha256"]
+    ):
+        return None
+    conditions: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(len(facts["prompts"]))}
+    with shards.opened(path) as file:
+        for name in shards.names(file):
+            number, _, keyword = name.partition(".")
+            conditions[number][keyword] = file.get_tensor(name).clone()
+    return {
+        prompt: EncodedPrompt(prompt, conditions[str(number)], tokens)
+        for number, (prompt, tokens) in enumerate(zip(facts["prompts"], facts["token_indices"], strict=True))
+    }
