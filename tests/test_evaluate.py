@@ -207,6 +207,17 @@ def test_what_is_missing_is_told_before_anything_is_loaded(
         options(pipeline, tmp_path, erasers, kept_prompts=None)
 
 
+def test_too_little_memory_is_told(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, "measure", fails)
+    with pytest.raises(MemoryError, match="What helps: --batch-size 1; --mixed-precision bf16; a smaller --height"):
+        run(evaluated[0])
+
+
 def test_timesteps_are_put_together() -> None:
     assert parts([], 10) == []
     assert parts([3.0, 2.0, 1.0], 10) == [[3.0], [2.0], [1.0]]

@@ -158,6 +158,22 @@ def test_what_is_missing_is_told_before_anything_is_loaded(
         options(pipeline, empty, tmp_path, eraser_scales=(1.0, 2.0))
 
 
+def test_a_size_that_does_not_divide_and_too_little_memory_are_told(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    pipeline, folder = tiny_pipeline("wan"), erasers("wan")
+    with pytest.raises(ValueError, match="height: expected a positive multiple of 16, got 40"):
+        run(options(pipeline, folder, tmp_path, height=40))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")
+
+    monkeypatch.setattr(sample, "video", fails)
+    helps = r"Tried to allocate 20 GiB.\). What helps: --mixed-precision bf16; a smaller --height, --width or --num-f"
+    with pytest.raises(MemoryError, match=helps):
+        run(options(pipeline, folder, tmp_path))
+
+
 def test_names_of_files_are_safe_and_distinct() -> None:
     prompts = [
         "A red circle!",

@@ -22,6 +22,7 @@ from fastunlearn.training import erased, prepare
 from fastunlearn.training.cache import Points, PointSet, TeacherCache
 from fastunlearn.training.evaluation_report import draw, table
 from fastunlearn.training.files import writable, write_json
+from fastunlearn.training.memory import explained_out_of_memory
 from fastunlearn.training.metrics import Ratio, drift, erasure, localization, mask_share, summarize_masks
 from fastunlearn.training.options import EvaluateOptions, PrepareOptions
 from fastunlearn.training.placement import model_dtype, usable_device
@@ -56,7 +57,8 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         with tqdm(desc="sampling held-out trajectories", unit="batch") as bar:
             prepare.prepare(model, encoded, requests, asked.output_dir, asked, progress=partial(_advance, bar))
         cache = TeacherCache.open(asked.output_dir)
-    with tqdm(total=sum(map(len, cache.groups.values())), desc="evaluating", unit="point") as bar:
+    points = sum(map(len, cache.groups.values()))
+    with explained_out_of_memory(options), tqdm(total=points, desc="evaluating", unit="point") as bar:
         measurement = measure(model, cache, options.batch_size, bar)
     report = _facts(options, cache) | measurement.report()
     write_json(output / "evaluation.json", report)

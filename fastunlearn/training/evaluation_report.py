@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from fastunlearn.atomic import replace_file
@@ -110,13 +111,14 @@ def _panel(axes: Axes, report: Report, name: str, colour: str, title: str, form:
     if boundary is not None:
         axes.axvline(boundary, color=_REFERENCE, linestyle=":", linewidth=1)
     axes.set_xlim(1000, 0)
-    axes.set_xlabel("timestep")
+    axes.set_xlabel("timestep" if boundary is None else "timestep (dotted: where the second transformer takes over)")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _note(axes: Axes, y: float, text: str) -> None:
-    axes.annotate(text, (0, y), xytext=(-2, 3), textcoords="offset points", ha="right", color="0.4", fontsize=9)
+    note = axes.annotate(text, (0, y), xytext=(-2, 4), textcoords="offset points", ha="right", color="0.4", fontsize=9)
+    note.set_path_effects([withStroke(linewidth=3, foreground="white")])
 
 
 def _shown(value: float | None, form: str) -> str:

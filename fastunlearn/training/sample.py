@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fastunlearn.training import erased
 from fastunlearn.training.files import writable
+from fastunlearn.training.memory import explained_out_of_memory
 from fastunlearn.training.options import SampleOptions
 from fastunlearn.training.pipelines import Condition, encode_prompts
 from fastunlearn.training.placement import model_dtype, usable_device
@@ -63,9 +64,11 @@ def run(options: SampleOptions) -> list[Path]:
         options.height or defaults.height, options.width or defaults.width, options.num_frames or defaults.num_frames
     )
     guidance_scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    model.latent_shape(*size)  # raises if they do not divide
     written = []
     kinds = _KINDS if options.before else _KINDS[1:]
-    with tqdm(total=len(prompts) * len(kinds) * options.num_inference_steps, desc="sampling", unit="step") as bar:
+    steps = len(prompts) * len(kinds) * options.num_inference_steps
+    with explained_out_of_memory(options), tqdm(total=steps, desc="sampling", unit="step") as bar:
         for prompt, name in zip(prompts, names, strict=True):
             conditions = {_PROMPT: encoded[prompt].condition, _NEGATIVE: encoded[options.negative_prompt].condition}
             videos = {}
