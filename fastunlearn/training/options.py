@@ -165,7 +165,7 @@ class EvaluateOptions:
     cache_dir: Path | None = _option("what prepare wrote for such prompts; made in output_dir if left out", None)
     eraser_scales: tuple[float, ...] = _option("strength of each folder's erasers; 1 if left out", ())
     negative_prompt: str = _option("what the concept's absence is measured by", "")
-    num_trajectories: int = _option("sampled for the target prompts, and for the kept ones", 8)
+    num_trajectories: int = _option("sampled for the target prompts, and as many for the kept ones", 8)
     timesteps_per_trajectory: int = _option("points taken of each", 10)
     num_inference_steps: int = _option("of sampling", 50)
     guidance_scale: float | None = _option("of sampling; the pipeline's default if left out", None)
