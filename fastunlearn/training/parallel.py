@@ -36,16 +36,31 @@ def fsdp_plugin(options: TrainingOptions) -> Any | None:
     return FullyShardedDataParallelPlugin(fsdp_version=2) if options.fsdp else None
 
 
+def is_cpu(device: str | None) -> bool:
+    """Whether a phase runs on the CPU: it was told to, or there is nothing else.
+
+    Accelerate has to be told. Else it takes processes on a machine without a GPU for strangers to each other.
+    """
+    return not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
+
+
 def accelerator_of(options: TrainingOptions, logging_dir: Path, *, cpu: bool) -> Any:
     """This process's Accelerator, with the trackers that the options ask for.
 
     Raises:
         ValueError: none of these is installed.
+        RuntimeError: a launcher started several processes, and Accelerate did not connect them.
     """
     from accelerate import Accelerator
 
     # Accelerate's own mixed precision is autocast: it is not used, since the base model has its dtype already.
     accelerator = Accelerator(cpu=cpu, log_with=options.report_to, project_dir=logging_dir)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched, but Accelerate knows of {accelerator.num_processes}: it was set up "
+            "for another device before training began"
+        )
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(f"report_to: {options.report_to} is not installed")
     return accelerator

@@ -56,7 +56,7 @@ def run(options: TrainingOptions) -> TrainingSummary:
     """
     output_dir = writable(Path(options.output_dir))
     cache = TeacherCache.open(options.cache_dir)
-    accelerator = parallel.accelerator_of(options, output_dir, cpu=options.device == "cpu")
+    accelerator = parallel.accelerator_of(options, output_dir, cpu=parallel.is_cpu(options.device))
     device = accelerator.device
     if options.device is not None and accelerator.num_processes == 1:
         device = usable_device(options.device)
@@ -119,7 +119,7 @@ def train(
     output_dir = writable(Path(output_dir))
     logging_dir = output_dir / "logs" if options.logging_dir is None else Path(options.logging_dir)
     plugin = parallel.fsdp_plugin(options)
-    on_cpu = model.device.type == "cpu" and (plugin is None or options.device == "cpu")
+    on_cpu = parallel.is_cpu(options.device) or (plugin is None and model.device.type == "cpu")
     accelerator = parallel.accelerator_of(options, logging_dir, cpu=on_cpu)
     trainer = _Trainer(
         model=model,
