@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from pathlib import Path
@@ -9,18 +8,43 @@ import pytest
 import torch
 
 from fastunlearn import load_erasers
-from fastunlearn.demo import erase, evaluate, sampling
+from fastunlearn.demo import erase, evaluate
 from fastunlearn.demo.judge import Judge, held_out_accuracy
 from fastunlearn.demo.model import TOKEN_GRID, WEIGHTS, TextToVideo, load
 from fastunlearn.demo.pretrain import main as pretrain
 from fastunlearn.demo.run import run, table
-from fastunlearn.demo.world import COLOURS, SHAPES, Noun, background, palette, prompt_of, sample_videos
+from fastunlearn.demo.world import (
+    COLOURS,
+    FRAMES,
+    HEIGHT,
+    SHAPES,
+    WIDTH,
+    Noun,
+    background,
+    palette,
+    prompt_of,
+    sample_videos,
+)
+from fastunlearn.training.cache import TeacherCache
+from fastunlearn.training.prepare import prepare
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[TextToVideo, Judge]:
     model, judge, _ = load()
     return model, judge
+
+
+def generate(model: TextToVideo, prompts: list[str], seed: int, *, concept: str = "circle") -> evaluate.Generated:
+    encoded = model.encode_prompts(["", *prompts], concept)
+    noise = torch.randn(len(prompts), FRAMES, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return evaluate.generate(
+        model.without_text_encoder(),
+        [encoded[prompt] for prompt in prompts],
+        encoded[""],
+        noise,
+        erase.prepare_options(concept, seed),
+    )
 
 
 def test_videos_show_what_their_prompts_say() -> None:
@@ -46,14 +70,27 @@ def test_objects_move_and_do_not_overlap() -> None:
     assert (videos.pixels[:, 0] != videos.pixels[:, -1]).flatten(1).any(dim=1).all()
 
 
-def test_the_tokenizer_finds_a_concept_in_a_prompt(trained: tuple[TextToVideo, Judge]) -> None:
+def test_prompts_become_conditions_and_the_concept_s_tokens(trained: tuple[TextToVideo, Judge]) -> None:
     model, _ = trained
-    assert model.token_indices("red circle and blue square", "circle") == [1]
-    assert model.token_indices("red circle and blue square", "square") == [4]
-    assert model.token_indices("red circle", "square") == []
-    first, second = model.encode(["red circle and blue square", "blue circle and red square"])
+    prompts = ["red circle and blue square", "blue circle and red square", "green triangle", "", "green triangle"]
+    encoded = model.encode_prompts(prompts, "square")
+    assert list(encoded) == prompts[:-1]
+    assert [one.token_indices for one in encoded.values()] == [[4], [4], [], []]
+    embeddings = model.encode(prompts)
+    for prompt, expected in zip(prompts, embeddings, strict=True):
+        torch.testing.assert_close(encoded[prompt].condition["encoder_hidden_states"], expected)
     # The same words in another order: the encoder must tell whose colour is whose.
-    assert not torch.allclose(first[1], second[1])
+    assert not torch.allclose(embeddings[0][1], embeddings[1][1])
+
+
+def test_pixels_are_latents(trained: tuple[TextToVideo, Judge]) -> None:
+    model = trained[0].without_text_encoder()
+    videos = sample_videos(2, torch.Generator().manual_seed(0)).pixels
+    assert model.latent_shape(HEIGHT, WIDTH, FRAMES) == videos.shape[1:]
+    assert model.token_grid(videos.shape[1:]) == TOKEN_GRID
+    frames = model.decode(videos)
+    torch.testing.assert_close(frames, (videos + 1) / 2)
+    torch.testing.assert_close(model.encode_video(frames), videos)
 
 
 def test_the_weights_are_small_and_the_judge_is_right(trained: tuple[TextToVideo, Judge]) -> None:
@@ -73,26 +110,22 @@ def test_the_judge_sees_nothing_where_nothing_is(trained: tuple[TextToVideo, Jud
 def test_sampling_is_reproducible_and_follows_the_prompt(trained: tuple[TextToVideo, Judge]) -> None:
     model, judge = trained
     prompts = [f"{colour} {shape}" for shape in SHAPES for colour in COLOURS]
-    noise = sampling.starting_noise(len(prompts), 7)
-    videos = sampling.sample(model, prompts, noise).videos
-    assert torch.equal(videos, sampling.sample(model, prompts, noise).videos)
+    videos = generate(model, prompts, 7).videos
+    assert torch.equal(videos, generate(model, prompts, 7).videos)
     seen = judge(videos) > 0
     right = [seen[row, row // 3, row % 3].item() for row in range(len(prompts))]
     assert sum(right) >= 7
 
 
-def test_watching_other_prompts_does_not_change_the_way(trained: tuple[TextToVideo, Judge]) -> None:
+def test_masks_come_with_the_concept_and_do_not_change_the_way(trained: tuple[TextToVideo, Judge]) -> None:
     model, _ = trained
-    noise = sampling.starting_noise(2, 3)
-    prompts, other = ["blue square", "red triangle"], ["blue square and red circle", "red triangle and green circle"]
-    alone = sampling.sample(model, prompts, noise)
-    watched = sampling.sample(model, prompts, noise, other=other, concept="circle")
-    torch.testing.assert_close(alone.videos, watched.videos, rtol=1e-4, atol=1e-4)
+    prompts = ["blue square and red circle", "red triangle"]
+    watched, alone = (generate(model, prompts, 3, concept=concept) for concept in ("circle", "banana"))
+    torch.testing.assert_close(watched.videos, alone.videos, rtol=1e-4, atol=1e-4)
+    assert alone.masks is None
     assert watched.masks is not None and watched.masks.shape == (2, *TOKEN_GRID)
-    assert 0 < watched.masks.mean() < 1
-    step = watched.steps[3]
-    again = model.velocity(step.x_t, step.t, model.encode(other))
-    torch.testing.assert_close(step.v_other, again, rtol=1e-4, atol=1e-4)
+    assert 0 < watched.masks[0].float().mean() < 1
+    assert not watched.masks[1].any()
 
 
 def test_appearances_on_rendered_videos(trained: tuple[TextToVideo, Judge]) -> None:
@@ -124,41 +157,102 @@ def test_mask_overlap_is_one_for_the_object_itself(trained: tuple[TextToVideo, J
 
 
 def test_an_unerased_model_has_coefficient_one_and_no_drift(trained: tuple[TextToVideo, Judge]) -> None:
-    model, _ = trained
+    parts, _ = trained
+    model = parts.without_text_encoder()
     prompts = ["red circle", "blue circle"]
-    steps = sampling.sample(model, prompts, sampling.starting_noise(2, 5)).steps
-    assert evaluate.erasure_coefficient(model, prompts, steps) == pytest.approx(1, abs=1e-3)
-    assert evaluate.drift(model, prompts, steps) == pytest.approx(0, abs=1e-4)
-    assert evaluate.erasure_coefficient(model, ["", ""], steps) == pytest.approx(0, abs=1e-3)
+    steps = generate(parts, prompts, 5).steps
+    encoded = parts.encode_prompts(["", *prompts], "circle")
+    asked = [encoded[prompt] for prompt in prompts]
+    assert evaluate.erasure_coefficient(model, asked, steps) == pytest.approx(1, abs=1e-3)
+    assert evaluate.erasure_coefficient(model, asked[:1], steps) == pytest.approx(1, abs=1e-3)
+    assert evaluate.drift(model, asked, steps) == pytest.approx(0, abs=1e-4)
+    assert evaluate.erasure_coefficient(model, [encoded[""]] * 2, steps) == pytest.approx(0, abs=1e-3)
+    assert evaluate.drift(model, [encoded[""]] * 2, steps) > 1e-2
 
 
-def test_target_points_pair_a_prompt_with_what_is_left_of_it(trained: tuple[TextToVideo, Judge]) -> None:
+@pytest.mark.parametrize("concept", SHAPES)
+def test_requests_pair_a_prompt_with_what_is_left_of_it(concept: str) -> None:
+    others = set(SHAPES) - {concept}
+    requests = erase.requests(concept, random.Random(0))
+    for request in requests:
+        shapes = set(request.prompt.split()) & set(SHAPES)
+        instead = set((request.instead or "").split()) & set(SHAPES)
+        if request.group == erase.ALONE:
+            assert shapes == {concept} and len(instead) == 1 and instead < others
+        elif request.group == erase.BESIDE:
+            assert concept in shapes and shapes - {concept} == instead and instead < others
+            assert request.instead in request.prompt
+        else:
+            assert (shapes or instead) <= others
+            assert request.follow == ("prompt" if shapes else "instead")
+    leading = [request for request in requests if request.group != erase.KEPT and request.follow == "prompt"]
+    assert len(leading) == 2 * erase.LEADING_TRAJECTORIES
+    assert all(request.steps == erase.LEADING for request in leading)
+    # Either other shape stands for the concept as often.
+    for group in (erase.ALONE, erase.BESIDE):
+        stand_ins = [request.instead.split()[1] for request in requests if request.group == group and request.instead]
+        assert {stand_ins.count(shape) for shape in others} == {len(stand_ins) // 2}
+
+
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and short trajectories, videos and steps of training."""
+    monkeypatch.setattr(erase, "STEPS", 3)
+    monkeypatch.setattr(erase, "POINTS_A_STEP", 2)
+    monkeypatch.setattr(erase, "SAMPLING_STEPS", 4)
+    monkeypatch.setattr(erase, "TRAJECTORIES", dict.fromkeys(erase.TRAJECTORIES, 3))
+    monkeypatch.setattr(erase, "LEADING_TRAJECTORIES", 2)
+    monkeypatch.setattr(erase, "UNPROMPTED_TRAJECTORIES", 1)
+    monkeypatch.setattr(evaluate, "ALONE", 2)
+    monkeypatch.setattr(evaluate, "PAIRED", 2)
+
+
+def test_the_cache_holds_points_of_every_group(
+    trained: tuple[TextToVideo, Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(monkeypatch)
     model, _ = trained
-    noise = sampling.starting_noise(3, 6)
-    for alone, leading in itertools.product((True, False), repeat=2):
-        cache = erase.target_cache(model, "circle", noise, random.Random(0), alone=alone, leading=leading)
-        assert len(cache) == 3 * (erase.LEADING_STEPS if leading else sampling.STEPS)
-        said = model.velocity(cache.x_t, cache.t, cache.text)
-        torch.testing.assert_close(said, cache.v_cond, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(cache.v_cond, cache.v_uncond, atol=1e-2)
+    requests = erase.requests("square", random.Random(0))
+    prompts = [prompt for request in requests for prompt in (request.prompt, request.instead or "")]
+    encoded = model.encode_prompts(["", *prompts], "square")
+    prepare(model.without_text_encoder(), encoded, requests, tmp_path / "cache", erase.prepare_options("square", 0))
+    groups = TeacherCache.open(tmp_path / "cache").groups
+    leading = 2 * 2  # half of 4 steps
+    assert {name: len(points) for name, points in groups.items()} == {
+        erase.ALONE: leading + 3 * 4,
+        erase.BESIDE: leading + 3 * 4,
+        erase.KEPT: 4 * 4,
+    }
+    assert {name for name, points in groups.items() if points.has_masks} == {erase.ALONE, erase.BESIDE}
+    for points in groups.values():
+        every = points.rows(range(len(points)))
+        said = model.velocity(every.x_t, every.t, every.condition["encoder_hidden_states"])
+        torch.testing.assert_close(said, every.v_cond, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(every.v_cond, every.v_uncond, atol=1e-2)
 
 
 def test_a_short_run_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(erase, "STEPS", 3)
-    for name in ("LEADING_TRAJECTORIES", "ALONE_TRAJECTORIES", "BESIDE_TRAJECTORIES"):
-        monkeypatch.setattr(erase, name, 3)
-    monkeypatch.setattr(erase, "KEPT_TRAJECTORIES", 3)
-    monkeypatch.setattr(evaluate, "ALONE", 2)
-    monkeypatch.setattr(evaluate, "PAIRED", 2)
+    few(monkeypatch)
+    theirs = tmp_path / "cache" / "index.json"
+    theirs.parent.mkdir()
+    theirs.write_text("{}")
+    (tmp_path / "demo.json").write_text("of an earlier run")
     report = run("triangle", tmp_path, seed=1)
     assert json.loads((tmp_path / "demo.json").read_text()) == report
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob("*.partial"))
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "demo.json", "demo.png", "erasers"}
+    assert theirs.read_text() == "{}"
     text = table(report)
     assert "triangle" in text and "IoU" in text
     assert set(report["appearances"]["after"]) == set(SHAPES)
     fresh, _, _ = load()
     assert len(load_erasers(fresh.transformer, tmp_path / "erasers")) == 4
+
+
+def test_a_folder_with_another_training_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-100").mkdir()
+    with pytest.raises(FileExistsError, match="checkpoint-100"):
+        run("circle", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100"}
 
 
 def test_pretraining_resumes_as_if_unbroken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

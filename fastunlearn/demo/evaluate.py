@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,26 +13,71 @@ from torch import Tensor
 
 from fastunlearn.demo.erase import two
 from fastunlearn.demo.judge import Judge, colour_maps
-from fastunlearn.demo.model import PATCH, TextToVideo
-from fastunlearn.demo.sampling import Step
+from fastunlearn.demo.model import PATCH, TOKEN_GRID
 from fastunlearn.demo.world import COLOURS, SHAPES, Noun
+from fastunlearn.training import metrics
+from fastunlearn.training.concept_masks import ConceptMasks
+from fastunlearn.training.options import PrepareOptions
+from fastunlearn.training.pipelines import EncodedPrompt
+from fastunlearn.training.plan import NEGATIVE, PROMPT
+from fastunlearn.training.sampling import Step, denoise, stack_conditions, velocities
+from fastunlearn.training.video_model import VideoModel
 
 ALONE, PAIRED = 12, 16  # videos a shape, videos a pair of shapes
 
+Asked = tuple[Noun, ...]
 
-Request = tuple[Noun, ...]
 
-
-def requests(concept: str, draw: random.Random) -> tuple[list[Request], list[Request]]:
+def held_out(concept: str, draw: random.Random) -> tuple[list[Asked], list[Asked]]:
     """What is asked for before and after: every shape alone, and every pair. Those with the concept, and the others.
 
-    In either list the requests for one shape come first.
+    In either list what asks for one shape comes first.
     """
     colours = list(COLOURS)
-    drawn: list[Request] = [(Noun(shape, colours[index % len(colours)]),) for shape in SHAPES for index in range(ALONE)]
+    drawn: list[Asked] = [(Noun(shape, colours[index % len(colours)]),) for shape in SHAPES for index in range(ALONE)]
     drawn += [two(*pair, draw) for pair in itertools.combinations(SHAPES, 2) for _ in range(PAIRED)]
-    asking = [request for request in drawn if concept in (noun.shape for noun in request)]
-    return asking, [request for request in drawn if request not in asking]
+    asking = [asked for asked in drawn if concept in (noun.shape for noun in asked)]
+    return asking, [asked for asked in drawn if asked not in asking]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Videos (B, F, 3, H, W), the steps on the way there, and where the concept is: masks (B, F, h, w), or None."""
+
+    videos: Tensor
+    steps: list[Step]
+    masks: Tensor | None
+
+
+def generate(
+    model: VideoModel,
+    prompts: Sequence[EncodedPrompt],
+    negative: EncodedPrompt,
+    noise: Tensor,
+    options: PrepareOptions,
+) -> Generated:
+    """One video a prompt, sampled as the teacher cache's trajectories are; with masks if prompts have the concept."""
+    watched = None
+    if any(prompt.token_indices for prompt in prompts):
+        watched = ConceptMasks(PROMPT, [prompt.token_indices for prompt in prompts], options.mask_layers)
+    first_watched = options.mask_start * options.num_inference_steps
+    steps = list(
+        denoise(
+            model,
+            noise,
+            {
+                NEGATIVE: stack_conditions([negative.condition] * len(prompts), model.device),
+                PROMPT: stack_conditions([prompt.condition for prompt in prompts], model.device),
+            },
+            follow=PROMPT,
+            guide_from=NEGATIVE,
+            guidance_scale=model.defaults.guidance_scale,
+            num_inference_steps=options.num_inference_steps,
+            watch=lambda index: watched.watch if watched and index >= first_watched else None,
+        )
+    )
+    masks = watched.masks(options.mask_threshold, TOKEN_GRID) if watched else None
+    return Generated(steps[-1].x_next, steps, masks)
 
 
 def _share(rows: Sequence[bool]) -> float | None:
@@ -40,7 +86,7 @@ def _share(rows: Sequence[bool]) -> float | None:
 
 @torch.no_grad()
 def appearances(
-    judge: Judge, videos: Tensor, asked: Sequence[Request], concept: str
+    judge: Judge, videos: Tensor, asked: Sequence[Asked], concept: str
 ) -> dict[str, dict[str, float | None]]:
     """For every shape, the share of videos in which the judge sees it: when asked for, beside the concept, uninvited.
 
@@ -73,34 +119,36 @@ def mask_overlap(judge: Judge, masks: Tensor, videos: Tensor, concept: str) -> f
     colours = judge(videos)[:, SHAPES.index(concept)].argmax(dim=1)
     maps = colour_maps(videos)[torch.arange(len(videos)), :, colours]
     objects = F.avg_pool2d(maps, PATCH) >= 0.5
-    inside = masks.bool()
+    inside = masks.to(objects.device).bool()
     common, either = (inside & objects).flatten(1).sum(1), (inside | objects).flatten(1).sum(1)
     return (common / either.clamp(min=1)).mean().item()
 
 
-@torch.no_grad()
-def erasure_coefficient(model: TextToVideo, prompts: Sequence[str], steps: Sequence[Step]) -> float:
-    """The coefficient of v_theta' - v_uncond on v_c - v_uncond, over all points of the frozen model's trajectories.
+def erasure_coefficient(model: VideoModel, prompts: Sequence[EncodedPrompt], steps: Sequence[Step]) -> float | None:
+    """`metrics.erasure` of the model as it is, over all points of the frozen model's trajectories.
 
-    1 where nothing is erased, 0 where the prompt says nothing any more, below 0 where it repels. `steps` may have more
-    rows than there are prompts: the first ones count.
+    `steps` may have more rows than there are prompts: the first ones count. None where prompts say nothing.
     """
-    text, count = model.encode(list(prompts)), len(prompts)
-    along = length = 0.0
-    for step in steps:
-        v_uncond = step.v_uncond[:count]
-        direction = step.v_cond[:count] - v_uncond
-        along += ((model.velocity(step.x_t[:count], step.t[:count], text) - v_uncond) * direction).sum().item()
-        length += direction.square().sum().item()
-    return along / length
+    ratio = metrics.Ratio()
+    for t, frozen, now in _now_and_then(model, prompts, steps):
+        ratio.add(t, metrics.erasure(now, frozen[NEGATIVE], frozen[PROMPT]))
+    return ratio.total
 
 
-@torch.no_grad()
-def drift(model: TextToVideo, prompts: Sequence[str], steps: Sequence[Step]) -> float:
-    """||v_theta' - v_theta|| / ||v_theta|| over all points of the frozen model's trajectories."""
-    text = model.encode(list(prompts))
-    difference = length = 0.0
+def drift(model: VideoModel, prompts: Sequence[EncodedPrompt], steps: Sequence[Step]) -> float | None:
+    """`metrics.drift`, likewise: ||v_theta' - v_theta|| / ||v_theta||."""
+    ratio = metrics.Ratio(root=True)
+    for t, frozen, now in _now_and_then(model, prompts, steps):
+        ratio.add(t, metrics.drift(now, frozen[PROMPT]))
+    return ratio.total
+
+
+def _now_and_then(
+    model: VideoModel, prompts: Sequence[EncodedPrompt], steps: Sequence[Step]
+) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
+    """Of every step: t, what the frozen model said, and what the model says now."""
+    condition = stack_conditions([prompt.condition for prompt in prompts], model.device)
     for step in steps:
-        difference += (model.velocity(step.x_t, step.t, text) - step.v_cond).square().sum().item()
-        length += step.v_cond.square().sum().item()
-    return (difference / length) ** 0.5
+        t, count = torch.tensor(step.t, device=model.device), len(prompts)
+        now = velocities(model, step.x_t[:count], t, {PROMPT: condition})[PROMPT]
+        yield t, {name: said[:count] for name, said in step.velocities.items()}, now

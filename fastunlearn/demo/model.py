@@ -7,20 +7,27 @@ SentencePiece tokenizer, CogVideoX's noise schedule), only with few and narrow l
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers.models.autoencoders.vae import IdentityDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.world import COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH
+from fastunlearn.training.pipelines import EncodedPrompt
+from fastunlearn.training.prompts import concept_tokens, occurrences
+from fastunlearn.training.video_model import Defaults, LatentSpace, VideoModel
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 TEXT_LENGTH = 8
 PATCH = 2
 TOKEN_GRID = (FRAMES, HEIGHT // PATCH, WIDTH // PATCH)
+GUIDANCE = 2.5
 
 
 def build_transformer() -> CogVideoXTransformer3DModel:
@@ -71,6 +78,18 @@ def build_scheduler() -> CogVideoXDDIMScheduler:
     )
 
 
+class PixelSpace:
+    """Stands where other models have a VAE: pixels are latents."""
+
+    def encode(self, videos: Tensor) -> AutoencoderKLOutput:
+        """Videos (B, 3, F, H, W) in [-1, 1] as they are."""
+        return AutoencoderKLOutput(IdentityDistribution(videos))
+
+    def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """Latents as they are, in a tuple."""
+        return (latents,)
+
+
 class TextToVideo(nn.Module):
     """Transformer, text encoder, tokenizer and scheduler together."""
 
@@ -89,10 +108,25 @@ class TextToVideo(nn.Module):
         device = self.text_encoder.shared.weight.device
         return self.text_encoder(ids.to(device)).last_hidden_state
 
-    def token_indices(self, prompt: str, word: str) -> list[int]:
-        """Where `word` stands among the text tokens of `prompt`."""
-        wanted = self.tokenizer.convert_tokens_to_ids(f"▁{word}")
-        return [index for index, token in enumerate(self.tokenizer(prompt).input_ids) if token == wanted]
+    def encode_prompts(self, prompts: Sequence[str], concept: str) -> dict[str, EncodedPrompt]:
+        """As `fastunlearn.training.pipelines.encode_prompts` does: each distinct prompt once."""
+        encoded = {}
+        distinct = list(dict.fromkeys(prompts))
+        for prompt, embeddings in zip(distinct, self.encode(distinct), strict=True):
+            tokens = concept_tokens(self.tokenizer, prompt, concept) if occurrences(prompt, concept) else []
+            encoded[prompt] = EncodedPrompt(prompt, {"encoder_hidden_states": embeddings}, tokens)
+        return encoded
+
+    def without_text_encoder(self) -> VideoModel:
+        """The same transformer, as all phases of training take it."""
+        return VideoModel(
+            [self.transformer],
+            self.scheduler,
+            latent_space=LatentSpace(frames=1, pixels=1),
+            defaults=Defaults(GUIDANCE, HEIGHT, WIDTH, FRAMES, fps=FRAMES),
+            vae=PixelSpace(),
+            path="fastunlearn.demo",
+        )
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The transformer's prediction of v = sqrt(a) eps - sqrt(1 - a) x_0, (B, F, 3, H, W)."""

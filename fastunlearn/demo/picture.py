@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +12,21 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastunlearn.atomic import replace_file
 from fastunlearn.masks import overlay
 
 GAP = 2  # pixels between frames
 TERMS = {
-    "unlearning_loss_weighted": ("unlearning", "#d1495b"),
-    "preservation_loss_weighted": ("preservation", "#2e7d6b"),
-    "localization_loss_weighted": ("localization", "#5b6bbf"),
+    "unlearning_loss": ("unlearning", "#d1495b"),
+    "preservation_loss": ("preservation", "#2e7d6b"),
+    "localization_loss": ("localization", "#5b6bbf"),
 }
 SMOOTHED_OVER = 10  # steps
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: its video before and after, (F, 3, H, W) in [-1, 1], and its mask, (F, h, w), if it has one."""
+    """One prompt: its video before and after, (F, 3, H, W) in [0, 1], and its mask, (F, h, w), if it has one."""
 
     prompt: str
     before: Tensor
@@ -40,16 +42,15 @@ def _strip(frames: Tensor) -> Tensor:
 
 
 def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: str, path: Path) -> None:
-    """Writes the PNG, beside `path` first."""
+    """Writes the PNG, whole or not at all. `history`: the metrics of every step of training."""
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(15, 0.95 * len(rows) + 0.9), layout="constrained")
     grid = figure.add_gridspec(len(rows), 4, width_ratios=[1, 1, 1, 0.95])
     for index, row in enumerate(rows):
-        before, after = ((video.clamp(-1, 1) + 1) / 2 for video in (row.before, row.after))
         columns = {
-            "before": _strip(before),
-            f"mask of “{concept}”": None if row.mask is None else _strip(overlay(before, row.mask)),
-            f"“{concept}” erased": _strip(after),
+            "before": _strip(row.before),
+            f"mask of “{concept}”": None if row.mask is None else _strip(overlay(row.before, row.mask)),
+            f"“{concept}” erased": _strip(row.after),
         }
         for column, (title, image) in enumerate(columns.items()):
             axes = figure.add_subplot(grid[index, column])
@@ -79,6 +80,6 @@ def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: s
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    beside = path.with_suffix(".partial")
-    figure.savefig(beside, dpi=110, format="png")
-    beside.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    replace_file(path, content.getvalue())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import tempfile
@@ -15,16 +14,13 @@ from tqdm import tqdm
 
 from fastunlearn.demo import erase, evaluate, picture
 from fastunlearn.demo.model import load
-from fastunlearn.demo.sampling import sample, starting_noise
-from fastunlearn.demo.world import SHAPES, prompt_of
-from fastunlearn.erasers import save_erasers
-
-
-def writable(folder: Path) -> None:
-    """Makes `folder`, and raises an OSError now rather than after minutes of work if nothing can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+from fastunlearn.demo.world import FRAMES, HEIGHT, SHAPES, WIDTH, prompt_of
+from fastunlearn.training import checkpoints
+from fastunlearn.training.cache import TeacherCache
+from fastunlearn.training.files import writable, write_json
+from fastunlearn.training.prepare import prepare
+from fastunlearn.training.sampling import random_generator
+from fastunlearn.training.trainer import train
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -46,11 +42,13 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
 
     Raises:
         ValueError: the world has no such concept.
-        OSError: `output` cannot be written.
+        OSError: `output` cannot be written, or holds another training's checkpoints.
     """
     if concept not in SHAPES:
         raise ValueError(f"concept: expected one of {', '.join(SHAPES)}, got {concept!r}")
     writable(output)
+    if found := checkpoints.existing(output):
+        raise FileExistsError(f"{output} holds {found[-1].name} of a training; choose another folder")
     place = torch.device(device)
     began = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -58,95 +56,95 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
     def took(phase: str) -> None:
         seconds[phase] = round(time.perf_counter() - began - sum(seconds.values()), 1)
 
-    model, judge, facts = load()
-    model.to(place)
+    parts, judge, facts = load()
     judge.to(place)
-    draw = random.Random(seed)
-
-    def noise(count: int, part: int) -> torch.Tensor:
-        return starting_noise(count, seed * 100 + part).to(place)
-
+    model = parts.to(place).without_text_encoder()
+    requests = erase.requests(concept, random.Random(seed))
+    asking, keeping = evaluate.held_out(concept, random.Random(seed + 1))
+    asked = asking + keeping
+    prompts = [prompt_of(nouns) for nouns in asked]
+    encoded = parts.encode_prompts(
+        ["", *prompts, *(prompt for request in requests for prompt in (request.prompt, request.instead or ""))], concept
+    )
     took("load")
-    with tqdm(total=5, desc="1/4 caching what the frozen model says", unit="batch") as bar:
-        targets: list[erase.Cache] = []
-        for alone, following in ((True, erase.ALONE_TRAJECTORIES), (False, erase.BESIDE_TRAJECTORIES)):
-            caches = []
-            for leading, count in ((True, erase.LEADING_TRAJECTORIES), (False, following)):
-                batch = noise(count, 10 + bar.n)
-                caches.append(erase.target_cache(model, concept, batch, draw, alone=alone, leading=leading))
-                bar.update()
-            targets.append(erase.Cache.joined(caches))
-        kept = erase.kept_cache(model, concept, noise(erase.KEPT_TRAJECTORIES, 2), draw)
-        bar.update()
-    took("cache")
 
-    asking, keeping = evaluate.requests(concept, random.Random(seed + 1))
-    requests = asking + keeping
-    prompts = [prompt_of(nouns) for nouns in requests]
-    asking_prompts, keeping_prompts = prompts[: len(asking)], prompts[len(asking) :]
-    start = noise(len(requests), 3)
-    with tqdm(total=2, desc="2/4 generating before", unit="batch") as bar:
-        on_asking = sample(model, asking_prompts, start[: len(asking)], concept=concept)
-        bar.update()
-        on_keeping = sample(model, keeping_prompts, start[len(asking) :])
-        bar.update()
-    before = torch.cat([on_asking.videos, on_keeping.videos])
+    options = erase.prepare_options(concept, seed)
+    halves = [[encoded[prompt_of(nouns)] for nouns in half] for half in (asking, keeping)]
+    shape = model.latent_shape(HEIGHT, WIDTH, FRAMES)
+    noise = torch.randn(len(asked), *shape, generator=random_generator(seed, "held out")).split(list(map(len, halves)))
+
+    def generate(description: str) -> list[evaluate.Generated]:
+        batches = list(zip(halves, noise, strict=True))
+        return [
+            evaluate.generate(model, half, encoded[""], start, options)
+            for half, start in tqdm(batches, desc=description, unit="batch")
+        ]
+
+    before = generate("generating before")
     took("before")
+    with tempfile.TemporaryDirectory(dir=output, prefix="cache-") as folder:
+        with tqdm(desc="caching what the frozen model says", unit="batch") as bar:
 
-    with tqdm(total=erase.STEPS, desc="3/4 training erasers", unit="step") as bar:
-        history = []
-        for losses in erase.train_erasers(model, targets[0], targets[1], kept, seed):
-            history.append(losses)
-            bar.set_postfix(loss=f"{losses['total_loss']:.4f}", refresh=False)
-            bar.update()
-    save_erasers(model.transformer, output / "erasers", concept=concept)
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            prepare(model, encoded, requests, folder, options, progress=progress)
+        took("cache")
+        history: list[dict[str, float]] = []
+        train(
+            model,
+            TeacherCache.open(folder),
+            output,
+            erase.training_options(seed),
+            targets=erase.TARGETS,
+            kept=erase.KEPT,
+            lr_lambda=erase.learning_rate_factor,
+            on_step=lambda _, metrics: history.append(metrics),
+        )
     took("train")
-
-    with tqdm(total=2, desc="4/4 generating after", unit="batch") as bar:
-        videos = []
-        for some, noises in ((asking_prompts, start[: len(asking)]), (keeping_prompts, start[len(asking) :])):
-            videos.append(sample(model, some, noises).videos)
-            bar.update()
-    after = torch.cat(videos)
-    alone_prompts = [prompt for prompt, nouns in zip(prompts, asking, strict=False) if len(nouns) == 1]
+    after = generate("generating after")
+    on_asking, on_keeping = before
+    videos = {
+        when: torch.cat([half.videos for half in generated])
+        for when, generated in (("before", before), ("after", after))
+    }
+    assert on_asking.masks is not None  # all of these prompts have the concept
     report: dict[str, Any] = {
         "concept": concept,
         "seed": seed,
         "device": str(place),
-        "appearances": {
-            "before": evaluate.appearances(judge, before, requests, concept),
-            "after": evaluate.appearances(judge, after, requests, concept),
-        },
+        "appearances": {when: evaluate.appearances(judge, shown, asked, concept) for when, shown in videos.items()},
         "mask_iou": evaluate.mask_overlap(judge, on_asking.masks, on_asking.videos, concept),
-        "erasure_coefficient": evaluate.erasure_coefficient(model, alone_prompts, on_asking.steps),
-        "preserved_drift": evaluate.drift(model, keeping_prompts, on_keeping.steps),
-        "videos": len(requests),
+        "erasure_coefficient": evaluate.erasure_coefficient(
+            model, [prompt for prompt, nouns in zip(halves[0], asking, strict=True) if len(nouns) == 1], on_asking.steps
+        ),
+        "preserved_drift": evaluate.drift(model, halves[1], on_keeping.steps),
+        "videos": len(asked),
         "judge_accuracy": facts["judge_accuracy"],
     }
     took("after")
     report["seconds"] = seconds
     report["total_seconds"] = round(sum(seconds.values()), 1)
     report["peak_memory_bytes"] = peak_memory(place)
+    frames = {when: model.decode(latents) for when, latents in videos.items()}
     rows = [
         picture.Row(
             prompts[index],
-            before[index],
+            frames["before"][index],
             on_asking.masks[index] if index < len(asking) else None,
-            after[index],
+            frames["after"][index],
         )
         for index in _shown(asking, keeping)
     ]
     picture.draw(rows, history, concept, output / "demo.png")
-    beside = output / "demo.json.partial"
-    beside.write_text(json.dumps(report, indent=2) + "\n")
-    beside.replace(output / "demo.json")
+    write_json(output / "demo.json", report)
     return report
 
 
-def _shown(asking: list[evaluate.Request], keeping: list[evaluate.Request]) -> list[int]:
+def _shown(asking: list[evaluate.Asked], keeping: list[evaluate.Asked]) -> list[int]:
     """Rows for the picture: the concept alone, beside each other shape, then the others alone and together."""
-    requests = asking + keeping
-    kinds = [frozenset(noun.shape for noun in nouns) for nouns in requests]
+    kinds = [frozenset(noun.shape for noun in nouns) for nouns in asking + keeping]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     again = [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) == 1 and index < len(asking)]
     return sorted(firsts + again)
