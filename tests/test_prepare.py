@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from fastunlearn.testing.tiny_pipelines import FAMILIES
 from fastunlearn.training import prepare as prepare_module
 from fastunlearn.training.cache import TeacherCache
 from fastunlearn.training.data import read_data
+from fastunlearn.training.estimate import estimate
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.pipelines import encode_prompts, load_model
 from fastunlearn.training.plan import Plan, Request
@@ -380,7 +383,7 @@ def test_out_of_memory_says_what_helps(loaded, tmp_path):
         raise torch.OutOfMemoryError("tried to allocate 3 GiB")
 
     hook = model.experts[0].register_forward_pre_hook(exhaust)
-    with pytest.raises(torch.OutOfMemoryError, match="batch_size 2: lower batch_size, height.*num_frames.*3 GiB"):
+    with pytest.raises(MemoryError, match="3 GiB.*--batch-size 1; --mixed-precision bf16; .*--num-frames"):
         prepare(model, encoded, REQUESTS, tmp_path, options_for())
     hook.remove()
     prepare(model, encoded, REQUESTS, tmp_path, options_for())
@@ -450,7 +453,7 @@ def test_points_of_given_videos(tiny_pipeline, tmp_path, data, family):
             close(rows.v_uncond[i], said(model, encoded, rows.x_t[i], rows.t[i], "" if number == 0 else KEPT[1]))
     assert rows.mask.any() and not rows.mask.all()
     (folder / "first.txt").write_text(TARGETS[1])
-    with pytest.raises(ValueError, match="requests: "):
+    with pytest.raises(ValueError, match=r"requests\[0\].prompt: 'a red circle in the street' -> 'a circle'"):
         run(options)
 
 
@@ -560,6 +563,72 @@ def test_run_resumes_without_the_text_encoders(tiny_pipeline, tmp_path, monkeypa
     assert contents(tmp_path / "cache") == finished
     with pytest.raises(AssertionError, match="encoded again"):
         run(dataclasses.replace(options, concept="street"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_estimate_is_what_it_takes(tiny_pipeline, tmp_path, monkeypatch, capsys, family):
+    paths = write_prompts(
+        tmp_path, target_prompts=f"{TARGETS[0]}\n{TARGETS[1]}\t{KEPT[0]}\n", kept_prompts=f"{KEPT[0]}\n{KEPT[1]}\n"
+    )
+    options = options_for(
+        tiny_pipeline(family),
+        tmp_path / "cache",
+        num_trajectories=3,
+        guidance_scale=None,
+        mixed_precision="bf16",
+        **paths,
+    )
+    told = estimate(options)
+    run(dataclasses.replace(options, estimate=True))
+    assert capsys.readouterr().out == f"{told}\n"
+    assert not options.output_dir.exists()
+    counts = {}
+
+    def counted(*args, **kwargs):
+        counts["model"] = load_model(*args, **kwargs)
+        counts["batches"], _ = count_forwards(counts["model"])
+        return counts["model"]
+
+    monkeypatch.setattr(prepare_module, "load_model", counted)
+    run(options)
+    assert told.forwards == sum(counts["batches"])
+    assert (told.trajectories, told.points) == (6, 12)
+    weights = sum(p.numel() for expert in counts["model"].experts for p in expert.parameters())
+    assert told.transformers == 2 * weights
+    sizes = {path.name: path.stat().st_size for path in options.output_dir.iterdir()}
+    tensors = sum(sizes.values()) - sizes["index.json"]
+    headers = 1200 * len(sizes)
+    assert told.disk <= tensors <= told.disk + headers
+    assert told.encoders > 0 and told.memory >= told.transformers + told.at_work > told.transformers
+
+
+def test_an_estimate_of_a_real_size(tiny_pipeline, tmp_path):
+    """CogVideoX-2B's own configuration: 64 trajectories of 50 steps, 5 points each."""
+    folder = tmp_path / "2b"
+    shutil.copytree(tiny_pipeline("cogvideox"), folder)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config |= {
+        "num_attention_heads": 30,
+        "attention_head_dim": 64,
+        "in_channels": 16,
+        "out_channels": 16,
+        "time_embed_dim": 512,
+        "text_embed_dim": 4096,
+        "num_layers": 30,
+        "sample_width": 90,
+        "sample_height": 60,
+        "sample_frames": 49,
+    }
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    paths = write_prompts(tmp_path, target_prompts=TARGETS[0], kept_prompts=KEPT[0])
+    options = PrepareOptions(str(folder), tmp_path / "cache", "circle", **paths)
+    told = estimate(options)
+    assert (told.points, told.forwards) == (320, 6400)
+    # README of the model: 1.69 B parameters.
+    assert 3.3e9 < told.transformers < 3.5e9
+    assert 320 * 3 * 13 * 16 * 60 * 90 * 2 < told.disk < 320 * 6.8e6
+    lines = str(told).splitlines()
+    assert lines[1].split() == ["points", "320"] and lines[3].split() == ["on", "disk", "2.2", "GB"]
 
 
 @pytest.fixture(scope="module")

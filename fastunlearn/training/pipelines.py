@@ -21,7 +21,15 @@ from fastunlearn.backbones import backbone_of
 from fastunlearn.training.prompts import concept_tokens, occurrences
 from fastunlearn.training.video_model import Defaults, LatentSpace, VideoModel
 
-__all__ = ["Condition", "EncodedPrompt", "VideoModel", "encode_prompts", "load_model"]
+__all__ = [
+    "Condition",
+    "EncodedPrompt",
+    "Outline",
+    "VideoModel",
+    "encode_prompts",
+    "load_model",
+    "outline_pipeline",
+]
 
 Condition = dict[str, Tensor]
 
@@ -259,14 +267,69 @@ def load_model(
         raise ValueError(f"{path}: expected {expected} in a pipeline with boundary_ratio {ratio}")
     if vae:
         pipeline.vae.enable_tiling()  # else it takes more memory than the transformer; small videos are one tile
+    return _video_model(path, transformers, pipeline.scheduler, ratio, vae=pipeline.vae if vae else None)
+
+
+class Outline(NamedTuple):
+    """A saved pipeline as far as its configurations tell it.
+
+    Attributes:
+        model: its transformers are on the meta device, so that they have sizes but no weights.
+        text_encoder_parameters: how many parameters the text encoders have.
+        text_length: how many text tokens the transformers get.
+    """
+
+    model: VideoModel
+    text_encoder_parameters: int
+    text_length: int
+
+
+def outline_pipeline(path: str | os.PathLike[str]) -> Outline:
+    """Reads configurations alone: no weights, whatever their size.
+
+    Args:
+        path: a folder that `save_pretrained` made, or a Hub id.
+
+    Raises:
+        FileNotFoundError: there is no pipeline at `path`.
+        ValueError: its class, or the variant of its transformer, is not supported.
+    """
+    import diffusers
+    import transformers
+
+    cls, family = _pipeline_class(path)
+    index = diffusers.DiffusionPipeline.load_config(path)
+    ratio = index.get("boundary_ratio")
+    experts, encoder_parameters = [], 0
+    with torch.device("meta"):
+        for name in family.transformers[: 1 if ratio is None else None]:
+            transformer_class = getattr(diffusers, index[name][1])
+            experts.append(transformer_class.from_config(transformer_class.load_config(path, subfolder=name)))
+        for name in family.text:
+            encoder_class = getattr(transformers, index[name][1])
+            if hasattr(encoder_class, "config_class"):  # a tokenizer has none
+                encoder = encoder_class(encoder_class.config_class.from_pretrained(path, subfolder=name))
+                encoder_parameters += sum(parameter.numel() for parameter in encoder.parameters())
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
+    return Outline(_video_model(path, experts, scheduler, ratio), encoder_parameters, _text_length(cls, path))
+
+
+def _video_model(
+    path: str | os.PathLike[str],
+    transformers: Sequence[Any],
+    scheduler: Any,
+    boundary_ratio: float | None,
+    vae: Any = None,
+) -> VideoModel:
+    cls, family = _pipeline_class(path)
     latent_space = family.latent_space(_vae_config(path, family))
     return VideoModel(
         transformers,
-        pipeline.scheduler,
+        scheduler,
         latent_space=latent_space,
         defaults=_defaults(cls, transformers[0], latent_space, family.fps),
-        vae=pipeline.vae if vae else None,
-        boundary=None if ratio is None else ratio * pipeline.scheduler.config.num_train_timesteps,
+        vae=vae,
+        boundary=None if boundary_ratio is None else boundary_ratio * scheduler.config.num_train_timesteps,
         path=os.fspath(path),
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.sampling import random_generator
+from fastunlearn.training.video_model import Defaults
 
 NEGATIVE, PROMPT, INSTEAD = "negative", "prompt", "instead"  # names of the conditions of a trajectory
 
@@ -151,3 +152,21 @@ class Plan:
             watched = [step for step in steps if besides == PROMPT and self.is_watched(kind, step)]
             extra = len({*chosen, *watched})
         return len(steps) * len(self.everywhere(kind)) + extra
+
+
+def prompts_of(requests: Sequence[Request], negative_prompt: str) -> list[str]:
+    """Every prompt that trajectories need the condition of, once."""
+    wanted = [prompt for request in requests for prompt in (request.prompt, request.instead) if prompt is not None]
+    return list(dict.fromkeys([*wanted, negative_prompt]))
+
+
+def video_size(options: PrepareOptions, defaults: Defaults) -> dict[str, int]:
+    """Height, width and num_frames: the options', or the model's where they leave them out."""
+    names = ("height", "width", "num_frames")
+    given = {name: getattr(options, name) for name in names}
+    return {name: getattr(defaults, name) if given[name] is None else given[name] for name in names}
+
+
+def guidance_scale_of(options: PrepareOptions, defaults: Defaults) -> float:
+    """The options', or the model's where they leave it out."""
+    return defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale

@@ -17,17 +17,18 @@ from torch import Tensor
 
 from fastunlearn.backbones import find_transformer
 from fastunlearn.training import shards
-from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, read_index
+from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, is_texts, read_index
 from fastunlearn.training.cache_writer import CacheWriter
 from fastunlearn.training.data import LATENTS, read_data
+from fastunlearn.training.memory import explained_out_of_memory
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.pipelines import EncodedPrompt, encode_prompts, load_model
-from fastunlearn.training.plan import Request
+from fastunlearn.training.placement import model_dtype, usable_device
+from fastunlearn.training.plan import Request, prompts_of
 from fastunlearn.training.prompts import PromptLine, occurrences, read_prompts
 from fastunlearn.training.teacher import Teacher
 from fastunlearn.training.video_model import VideoModel
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "safetensors")
 _VALUES_OF_A_WEIGHT = 16  # that tell one model from another
 _CONTENT_OPTIONS = (
@@ -76,7 +77,7 @@ def prepare(
             another run's or damaged, or the model's outputs are not finite.
         FileExistsError: the folder holds something else.
         OSError: a file cannot be written.
-        torch.OutOfMemoryError: naming the options that help.
+        MemoryError: naming the options that help.
     """
     teacher = Teacher(model, encoded, requests, options)
     writer = CacheWriter(
@@ -92,14 +93,8 @@ def prepare(
         if progress:
             progress(done, len(own))
         if not writer.has(index):
-            try:
+            with explained_out_of_memory(options):
                 points = teacher.points(teacher.plan.units[index])
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(
-                    f"out of memory with {teacher.size} and batch_size {options.batch_size}: lower batch_size, height, "
-                    "width or num_frames, or mixed_precision to 'bf16'; what was written stays, but another batch_size "
-                    f"or size needs another folder ({error})"
-                ) from error
             writer.write(index, **points)
     if progress:
         progress(len(own), len(own))
@@ -204,6 +199,39 @@ def _check_concept(concept: str, group: str, path: Path, line: PromptLine) -> No
             raise ValueError(f"{path}: expected a prompt without {concept!r}, got {text!r}")
 
 
+def encoded_prompts(
+    options: PrepareOptions, requests: Sequence[Request], dtype: torch.dtype, device: torch.device
+) -> dict[str, EncodedPrompt]:
+    """Every prompt that `prepare` wants: from a cache that was begun with the same ones, or else from the encoders.
+
+    They are on the CPU.
+
+    Args:
+        options: of `prepare`.
+        requests: its trajectories.
+        dtype: of the text encoders and the conditions.
+        device: where to encode.
+
+    Raises: as `encode_prompts` does.
+    """
+    wanted = prompts_of(requests, options.negative_prompt)
+    stored = _stored_prompts(options.output_dir, options.concept, dtype)
+    if stored is not None and list(stored) == wanted:
+        return stored
+    encoded = encode_prompts(
+        options.pretrained_model_name_or_path,
+        wanted,
+        options.concept,
+        dtype=dtype,
+        device=device,
+        must_contain={request.prompt for request in requests if request.group == "target"},
+    )
+    return {
+        prompt: one._replace(condition={key: value.cpu() for key, value in one.condition.items()})
+        for prompt, one in encoded.items()
+    }
+
+
 def run(options: PrepareOptions) -> None:
     """Makes the cache that `options` describe; on every process that Accelerate or torchrun started, its part.
 
@@ -218,9 +246,11 @@ def run(options: PrepareOptions) -> None:
 
         print(estimate(options))
         return
-    state = PartialState(cpu=options.device == "cpu")
-    device = torch.device(options.device or state.device)
-    dtype = DTYPES[options.mixed_precision]
+    dtype = model_dtype(options.mixed_precision)
+    device = usable_device(options.device)
+    state = PartialState(cpu=device.type == "cpu")
+    if options.device is None and state.num_processes > 1:
+        device = state.device  # each process has its own
     requests = requests_of(options)
     # One process encodes: others might round otherwise, and a cache has one condition a prompt.
     shared: list[Any] = [encoded_prompts(options, requests, dtype, device) if state.is_main_process else None]
@@ -246,48 +276,26 @@ def run(options: PrepareOptions) -> None:
         )
 
 
-def encoded_prompts(
-    options: PrepareOptions, requests: Sequence[Request], dtype: torch.dtype, device: torch.device
-) -> dict[str, EncodedPrompt]:
-    """All prompts: from a cache that was begun with the same ones, or else from the text encoders. On the CPU."""
-    wanted = [p for request in requests for p in (request.prompt, request.instead) if p is not None]
-    wanted = list(dict.fromkeys([*wanted, options.negative_prompt]))
-    stored = _stored_prompts(options.output_dir, options.concept, dtype)
-    if stored is not None and list(stored) == wanted:
-        return stored
-    encoded = encode_prompts(
-        options.pretrained_model_name_or_path,
-        wanted,
-        options.concept,
-        dtype=dtype,
-        device=device,
-        must_contain={request.prompt for request in requests if request.group == "target"},
-    )
-    return {
-        prompt: one._replace(condition={key: value.cpu() for key, value in one.condition.items()})
-        for prompt, one in encoded.items()
-    }
-
-
 def _stored_prompts(folder: Path, concept: str, dtype: torch.dtype) -> dict[str, EncodedPrompt] | None:
     """The prompts of a cache that was begun with these arguments; None if it was not, or holds no whole ones."""
     index_path, path = Path(folder) / INDEX, Path(folder) / PROMPTS
     if not index_path.is_file() or not path.is_file():
         return None
     index = read_index(index_path)
-    facts = index["facts"]
+    facts, entry = index["facts"], file_entry(path)
+    prompts, tokens = facts.get("prompts"), facts.get("token_indices")
     if (
-        facts.get("concept") != concept
+        not is_texts(prompts)
+        or not isinstance(tokens, list)
+        or len(tokens) != len(prompts)
+        or facts.get("concept") != concept
         or facts.get("dtype") != str(dtype).removeprefix("torch.")
-        or file_entry(path)["sha256"] != index["conditions"]["sha256"]
+        or entry["sha256"] != index["conditions"]["sha256"]
     ):
         return None
-    conditions: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(len(facts["prompts"]))}
+    encoded = {prompt: EncodedPrompt(prompt, {}, list(of_it)) for prompt, of_it in zip(prompts, tokens, strict=True)}
     with shards.opened(path) as file:
         for name in shards.names(file):
             number, _, keyword = name.partition(".")
-            conditions[number][keyword] = file.get_tensor(name).clone()
-    return {
-        prompt: EncodedPrompt(prompt, conditions[str(number)], tokens)
-        for number, (prompt, tokens) in enumerate(zip(facts["prompts"], facts["token_indices"], strict=True))
-    }
+            encoded[prompts[int(number)]].condition[keyword] = file.get_tensor(name).clone()
+    return encoded

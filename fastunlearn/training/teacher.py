@@ -15,7 +15,17 @@ from fastunlearn.training.concept_masks import ConceptMasks
 from fastunlearn.training.data import read_latents
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.pipelines import EncodedPrompt
-from fastunlearn.training.plan import INSTEAD, NEGATIVE, PROMPT, Plan, Request, Unit
+from fastunlearn.training.plan import (
+    INSTEAD,
+    NEGATIVE,
+    PROMPT,
+    Plan,
+    Request,
+    Unit,
+    guidance_scale_of,
+    prompts_of,
+    video_size,
+)
 from fastunlearn.training.sampling import denoise, random_generator, scheduler_for, stack_conditions, velocities
 from fastunlearn.training.video_model import VideoModel
 
@@ -58,19 +68,14 @@ class Teacher:
         options: PrepareOptions,
     ) -> None:
         self.model, self.encoded, self.options = model, encoded, options
-        defaults = model.defaults
-        self.size = {
-            name: getattr(defaults, name) if getattr(options, name) is None else getattr(options, name)
-            for name in ("height", "width", "num_frames")
-        }
+        self.size = video_size(options, model.defaults)
         self.latent_shape = model.latent_shape(**self.size)
         self.token_grid = model.token_grid(self.latent_shape)
-        guidance_scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
-        wanted = [p for request in requests for p in (request.prompt, request.instead) if p is not None]
-        self.prompts = list(dict.fromkeys([*wanted, options.negative_prompt]))
+        self.prompts = prompts_of(requests, options.negative_prompt)
         missing = [prompt for prompt in self.prompts if prompt not in encoded]
         if missing:
             raise ValueError(f"encoded: expected every prompt and the negative prompt, {missing[0]!r} is missing")
+        guidance_scale = guidance_scale_of(options, model.defaults)
         self.plan = Plan(requests, options, guidance_scale, self._masked_groups(requests))
         layers = len(attentions(find_transformer(model.experts[0])[0], model.backbone.text_attended))
         wrong = [layer for layer in options.mask_layers if not 0 <= layer < layers]
