@@ -2,7 +2,10 @@
 
 import pytest
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from transformers import AutoTokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastunlearn.training.prompts import PromptLine, concept_tokens, occurrences, read_prompts
 
@@ -62,6 +65,24 @@ def test_whole_words_in_any_case_everywhere(tokenizer, prompt, concept, found):
     positions = concept_tokens(tokenizer, prompt, concept)
     assert words_at(tokenizer, prompt, positions).replace(" ", "") == found
     assert positions == sorted(set(positions))
+
+
+@pytest.fixture(params=["offsets", "no offsets"])
+def spaced(request):
+    """Words come with the space before them, and further spaces are a token: as in byte-level BPE."""
+    words = ["<unk>", "a", " nude", " person", " ", "  "]
+    backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex(r" ?\w+|\s+(?= )|\s+"), behavior="isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    return tokenizer if request.param == "offsets" else WithoutOffsets(tokenizer)
+
+
+def test_words_with_a_space_before_them(spaced):
+    assert spaced.convert_ids_to_tokens(spaced("a nude   person")["input_ids"]) == ["a", " nude", "  ", " person"]
+    assert concept_tokens(spaced, "a nude   person", "nude") == [1]
+    assert concept_tokens(spaced, "a nude   person", "person") == ([3] if spaced.is_fast else [2, 3])
+    if spaced.is_fast:  # a space alone is no part of the concept
+        assert concept_tokens(spaced, "a nude   person", "nude person") == [1, 3]
 
 
 @pytest.mark.parametrize(
