@@ -296,7 +296,7 @@ def captured_forward(meter: Meter, *, layers: int = 4, heads: int = 8, side: int
 
 def demo_step(meter: Meter) -> dict[str, Any]:
     """The demo's training step, forward and backward, with the erasers' outputs captured and with low-rank ones."""
-    from fastunlearn.demo.erase import KEPT_A_STEP, RANK, TARGETS_A_STEP
+    from fastunlearn.demo.erase import POINTS_A_STEP, RANK
     from fastunlearn.demo.model import TEXT_LENGTH, TOKEN_GRID, load
     from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH
 
@@ -313,11 +313,11 @@ def demo_step(meter: Meter) -> dict[str, Any]:
         return torch.randn(count, *shape, device=meter.device)
 
     video = (FRAMES, 3, HEIGHT, WIDTH)
-    x_t, v_uncond, v_cond = (random(TARGETS_A_STEP, *video) for _ in range(3))
-    kept, v_kept = (random(KEPT_A_STEP, *video) for _ in range(2))
-    text, kept_text = random(TARGETS_A_STEP, TEXT_LENGTH, width), random(KEPT_A_STEP, TEXT_LENGTH, width)
-    t, t_kept = (torch.full((count,), 500, device=meter.device) for count in (TARGETS_A_STEP, KEPT_A_STEP))
-    mask = (torch.rand(TARGETS_A_STEP, *TOKEN_GRID, device=meter.device) > 0.7).float()
+    x_t, v_uncond, v_cond = (random(POINTS_A_STEP, *video) for _ in range(3))
+    kept, v_kept = (random(POINTS_A_STEP, *video) for _ in range(2))
+    text, kept_text = (random(POINTS_A_STEP, TEXT_LENGTH, width) for _ in range(2))
+    t = torch.full((POINTS_A_STEP,), 500, device=meter.device)
+    mask = (torch.rand(POINTS_A_STEP, *TOKEN_GRID, device=meter.device) > 0.7).float()
     parameters = [p for eraser in erasers.values() for p in eraser.parameters()]
 
     def step(is_low_rank: bool) -> tuple[Tensor, ...]:
@@ -336,7 +336,7 @@ def demo_step(meter: Meter) -> dict[str, Any]:
                 v_cond=v_cond,
                 v_preserve=v_kept,
                 x_t_preserve=kept,
-                t_preserve=t_kept,
+                t_preserve=t,
             )
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
