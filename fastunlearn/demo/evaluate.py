@@ -55,10 +55,12 @@ def generate(
     negative: EncodedPrompt,
     noise: Tensor,
     options: PrepareOptions,
+    *,
+    with_masks: bool = True,
 ) -> Generated:
     """One video a prompt, sampled as the teacher cache's trajectories are; with masks if prompts have the concept."""
     watched = None
-    if any(prompt.token_indices for prompt in prompts):
+    if with_masks and any(prompt.token_indices for prompt in prompts):
         watched = ConceptMasks(PROMPT, [prompt.token_indices for prompt in prompts], options.mask_layers)
     first_watched = options.mask_start * options.num_inference_steps
     steps = list(

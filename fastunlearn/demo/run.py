@@ -6,6 +6,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from fastunlearn.demo.world import FRAMES, HEIGHT, SHAPES, WIDTH, prompt_of
 from fastunlearn.training import checkpoints
 from fastunlearn.training.cache import TeacherCache
 from fastunlearn.training.files import writable, write_json
+from fastunlearn.training.options import PrepareOptions
+from fastunlearn.training.pipelines import EncodedPrompt
+from fastunlearn.training.plan import Request
 from fastunlearn.training.prepare import prepare
 from fastunlearn.training.sampling import random_generator
 from fastunlearn.training.trainer import train
+from fastunlearn.training.video_model import VideoModel
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -63,9 +68,8 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
     asking, keeping = evaluate.held_out(concept, random.Random(seed + 1))
     asked = asking + keeping
     prompts = [prompt_of(nouns) for nouns in asked]
-    encoded = parts.encode_prompts(
-        ["", *prompts, *(prompt for request in requests for prompt in (request.prompt, request.instead or ""))], concept
-    )
+    of_requests = [prompt for request in requests for prompt in (request.prompt, request.instead or "")]
+    encoded = parts.encode_prompts(["", *of_requests, *prompts], concept)
     took("load")
 
     options = erase.prepare_options(concept, seed)
@@ -73,37 +77,21 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
     shape = model.latent_shape(HEIGHT, WIDTH, FRAMES)
     noise = torch.randn(len(asked), *shape, generator=random_generator(seed, "held out")).split(list(map(len, halves)))
 
-    def generate(description: str) -> list[evaluate.Generated]:
+    def generate(description: str, *, with_masks: bool) -> list[evaluate.Generated]:
         batches = list(zip(halves, noise, strict=True))
         return [
-            evaluate.generate(model, half, encoded[""], start, options)
+            evaluate.generate(model, half, encoded[""], start, options, with_masks=with_masks)
             for half, start in tqdm(batches, desc=description, unit="batch")
         ]
 
-    before = generate("generating before")
+    before = generate("generating before", with_masks=True)
     took("before")
-    with tempfile.TemporaryDirectory(dir=output, prefix="cache-") as folder:
-        with tqdm(desc="caching what the frozen model says", unit="batch") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            prepare(model, encoded, requests, folder, options, progress=progress)
+    with tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache:
+        _prepare(model, encoded, requests, cache, options)
         took("cache")
-        history: list[dict[str, float]] = []
-        train(
-            model,
-            TeacherCache.open(folder),
-            output,
-            erase.training_options(seed),
-            targets=erase.TARGETS,
-            kept=erase.KEPT,
-            lr_lambda=erase.learning_rate_factor,
-            on_step=lambda _, metrics: history.append(metrics),
-        )
+        history = _train(model, cache, output, seed)
     took("train")
-    after = generate("generating after")
+    after = generate("generating after", with_masks=False)
     on_asking, on_keeping = before
     videos = {
         when: torch.cat([half.videos for half in generated])
@@ -140,6 +128,38 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
     picture.draw(rows, history, concept, output / "demo.png")
     write_json(output / "demo.json", report)
     return report
+
+
+def _prepare(
+    model: VideoModel,
+    encoded: Mapping[str, EncodedPrompt],
+    requests: Sequence[Request],
+    folder: str,
+    options: PrepareOptions,
+) -> None:
+    with tqdm(desc="caching what the frozen model says", unit="batch") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        prepare(model, encoded, requests, folder, options, progress=progress)
+
+
+def _train(model: VideoModel, cache: str, output: Path, seed: int) -> list[dict[str, float]]:
+    """Leaves the erasers on the model, and in `output`. Returns the metrics of every step."""
+    history: list[dict[str, float]] = []
+    train(
+        model,
+        TeacherCache.open(cache),
+        output,
+        erase.training_options(seed),
+        targets=erase.TARGETS,
+        kept=erase.KEPT,
+        lr_lambda=erase.learning_rate_factor,
+        on_step=lambda _, metrics: history.append(metrics),
+    )
+    return history
 
 
 def _shown(asking: list[evaluate.Asked], keeping: list[evaluate.Asked]) -> list[int]:
