@@ -17,6 +17,7 @@ import torch
 from fastunlearn.training import checkpoints, parallel
 from fastunlearn.training.batches import Batches
 from fastunlearn.training.cache import TeacherCache
+from fastunlearn.training.compatibility import check_made_with
 from fastunlearn.training.files import writable
 from fastunlearn.training.memory import explained_out_of_memory
 from fastunlearn.training.optimization import ErasersOptimizer, LearningRateFactor, learning_rate_factor
@@ -113,7 +114,7 @@ def train(
         FloatingPointError: a loss or gradient is not finite. Nothing of that step reached the erasers.
         MemoryError: there is too little memory; says what would help.
     """
-    _check_cache(cache, model)
+    check_made_with(cache.facts, model)
     if targets is None:
         targets = (TargetGroup(guidance_scale=options.negative_guidance_scale),)
     output_dir = writable(Path(output_dir))
@@ -304,24 +305,3 @@ class _Trainer:
 
     def _save_erasers(self, folder: Path) -> None:
         self._model.save_erasers(folder, concept=self._cache.facts.get("concept"))
-
-
-def _check_cache(cache: TeacherCache, model: VideoModel) -> None:
-    """Raises ValueError if the cache is of another model."""
-    facts = cache.facts
-    made_with, path = facts.get("model"), model.path
-    # A model may have been moved, or be named by its Hub id here and by a folder there.
-    if made_with and path and Path(made_with).name != Path(path).name:
-        raise ValueError(f"the cache was made with the model {made_with}, but this one is {path}")
-    if facts["backbone"] != model.backbone.name:
-        raise ValueError(f"the cache was made with a {facts['backbone']} model, but this one is {model.backbone.name}")
-    if facts["boundary"] != model.boundary:
-        raise ValueError(
-            f"the cache was made with transformers divided at timestep {facts['boundary']}, but this model's are at "
-            f"{model.boundary}"
-        )
-    transformer: Any = model.experts[0].transformer
-    channels = transformer.config.in_channels
-    shape = tuple(facts["latent_shape"])
-    if len(shape) != 4 or shape[model.backbone.channel_dim - 1] != channels:
-        raise ValueError(f"the cache's latents have shape {shape}, but this model's have {channels} channels")
