@@ -507,6 +507,8 @@ def test_requests_take_turns_with_the_prompts(tmp_path):
         Request("a circle"),
         *[Request("a dog", "kept")] * 3,
     ]
+    with pytest.warns(UserWarning, match="target_prompts.txt: 1 of 2 prompts are used; raise num_trajectories"):
+        requests_of(options_for(num_trajectories=1, **paths))
     for change, message in (
         (
             {"kept_prompts": "a big circle\n"},

@@ -15,9 +15,9 @@ from fastunlearn.training.plan import Plan, guidance_scale_of, prompts_of, video
 from fastunlearn.training.prepare import requests_of
 from fastunlearn.training.prompts import occurrences
 
-# Activations of D features that a block has at a time, for every token: its input, normalised, queries, keys, values,
-# attention, and an inner layer four times as wide with its activation function.
-_WIDTHS_AT_WORK = 14
+# The most numbers that a forward pass without gradients holds at a time, for each of the D features of every token:
+# measured as 12 for CogVideoX, 17 for HunyuanVideo and 10 for Wan.
+_WIDTHS_AT_WORK = 17
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

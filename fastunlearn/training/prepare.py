@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastunlearn.backbones import find_transformer
 from fastunlearn.training import shards
@@ -183,6 +183,11 @@ def requests_of(options: PrepareOptions) -> list[Request]:
         if path is None:
             continue
         lines = read_prompts(path)
+        if len(lines) > options.num_trajectories:
+            warnings.warn(
+                f"{path}: {options.num_trajectories} of {len(lines)} prompts are used; raise num_trajectories",
+                stacklevel=2,
+            )
         for number in range(options.num_trajectories):
             line = lines[number % len(lines)]
             _check_concept(options.concept, group, path, line)
@@ -274,6 +279,8 @@ def run(options: PrepareOptions) -> None:
             barrier=state.wait_for_everyone,
             progress=progress,
         )
+    if state.is_main_process:
+        print(f"wrote {options.output_dir}")
 
 
 def _stored_prompts(folder: Path, concept: str, dtype: torch.dtype) -> dict[str, EncodedPrompt] | None:
@@ -297,5 +304,7 @@ def _stored_prompts(folder: Path, concept: str, dtype: torch.dtype) -> dict[str,
     with shards.opened(path) as file:
         for name in shards.names(file):
             number, _, keyword = name.partition(".")
+            if not number.isdecimal() or int(number) >= len(prompts):
+                return None
             encoded[prompts[int(number)]].condition[keyword] = file.get_tensor(name).clone()
     return encoded
