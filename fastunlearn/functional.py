@@ -291,6 +291,7 @@ def localization_loss(
     # Layers mostly share a mask and a shape: one tensor then serves them all.
     seen: dict[tuple[int, torch.Size], Tensor] = {}
     first: Tensor | None = None
+    is_double = False
     for name, output in layers.items():
         if isinstance(mask, Mapping) and name not in mask:
             raise ValueError(f"mask must have an entry for every layer of eraser_outputs; {name!r} has none")
@@ -305,13 +306,23 @@ def localization_loss(
         key = (id(of_layer), tokens.shape)
         if key not in seen:
             seen[key] = layer_mask(of_layer, tokens, name)
-        if isinstance(output, LowRankOutput) and (loss_type == "l1" or output.weight.shape[0] <= tokens.shape[2]):
-            output = _dense(output, seen[key])
         outputs.append(output)
         masks.append(seen[key])
+        of_output = output if isinstance(output, LowRankOutput) else (output,)
+        is_double |= any(x is not None and x.dtype == torch.float64 for x in (*of_output, masks[-1]))
     if first is None:
         zeros = torch.zeros(1, device=mask.device if isinstance(mask, Tensor) else None)
         return LocalizationLoss(zeros.sum(), zeros[:0])
+
+    if is_double:
+        # One of the kinds may have no tensor of float64: masks bring it to both.
+        doubles = {id(x): x.double() for x in masks}
+        masks = [doubles[id(x)] for x in masks]
+    for i, output in enumerate(outputs):
+        if isinstance(output, LowRankOutput):
+            features, rank = output.weight.shape
+            if loss_type == "l1" or features <= rank or rank == 0:
+                outputs[i] = _dense(output, masks[i], torch.float64 if is_double else torch.float32)
 
     # The two kinds apart, then together in the layers' order. Over a group, what a background mean divides by is a
     # factor of a whole call, so that layers differing in it are apart too.
@@ -353,9 +364,8 @@ def _output_shape(output: Tensor | LowRankOutput) -> tuple[int, ...]:
     return tuple(output.shape)
 
 
-def _dense(output: LowRankOutput, mask: Tensor) -> Tensor:
-    """The tokens (B, N, D) in the dtype of the arithmetic. What is not read is 0: its NaN would reach the weights."""
-    dtype = torch.promote_types(torch.promote_types(output.hidden.dtype, output.weight.dtype), torch.float32)
+def _dense(output: LowRankOutput, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tokens (B, N, D). What is not read is 0: its NaN would reach the weights."""
     with torch.autocast(output.hidden.device.type, enabled=False):
         hidden = output.hidden.to(dtype).masked_fill((mask == 1)[..., None], 0)
         bias = None if output.bias is None else output.bias.to(dtype)

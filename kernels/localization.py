@@ -91,12 +91,12 @@ def localization_forward_kernel(
         if ONE_WEIGHT_A_GROUP:
             group_mask = group_offsets < elements
             mask_offsets = weight_offsets(group_offsets, mask_strides, MASK_SIZES, MASK_WEIGHT_SIZES, MASK_NARROW)
-            group_weight = 1 - tl.load(mask_ptr + mask_offsets, group_mask, 1).to(dtype)
+            group_weight = 1 - tl.load(mask_ptr + mask_offsets, group_mask, 1.0).to(dtype)
             weight = tl.zeros((BLOCK // GROUP, GROUP), dtype) + group_weight[:, None]
             is_read = group_weight != 0
         else:
             mask_offsets = weight_offsets(offsets, mask_strides, MASK_SIZES, MASK_WEIGHT_SIZES, MASK_NARROW)
-            weight = 1 - tl.load(mask_ptr + mask_offsets, mask, 1).to(dtype)
+            weight = 1 - tl.load(mask_ptr + mask_offsets, mask, 1.0).to(dtype)
             is_read = tl.max((weight != 0).to(tl.int32), axis=1) != 0
         if NORMALIZE:
             weight_sums += weight

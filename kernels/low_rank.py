@@ -79,7 +79,7 @@ def factors(row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDE
     last = tl.zeros_like(factor)
     if IS_HIDDEN:
         offsets = (row // tokens) * sample_stride + (row % tokens) * token_stride
-        factor = 1 - tl.load(column_ptr + offsets, is_row, 1).to(dtype)
+        factor = 1 - tl.load(column_ptr + offsets, is_row, 1.0).to(dtype)
         last = factor
     elif column_ptr is not None:
         last = tl.load(column_ptr + row * token_stride, is_row, 0).to(dtype)

@@ -14,6 +14,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from fastunlearn import LowRankOutput, MaskLocalizationLoss, localization_loss, reference
+from fastunlearn.arguments import MASK
 from fastunlearn.testing import (
     DTYPES,
     cases,
@@ -84,6 +85,41 @@ def test_mixed_dtypes() -> None:
     outputs = [outputs_of(1, dtype, weight_dtype=torch.float32)[0] for dtype in DTYPES]
     check_low_rank_localization_loss(outputs[:3], random_mask("soft", (2, *GRID)))
     check_low_rank_localization_loss(outputs, random_mask("soft", (2, *GRID)))
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "l1"])
+def test_masks_of_any_dtype(loss_type: str, normalization: str) -> None:
+    low_rank, hard = outputs_of(2), random_mask("bool", (2, *GRID))
+    outputs = [low_rank[0], dense(low_rank[1])]
+    expected = localization_loss(outputs, hard, loss_type=loss_type, normalization=normalization)
+    for dtype in MASK:
+        result = localization_loss(outputs, hard.to(dtype), loss_type=loss_type, normalization=normalization)
+        torch.testing.assert_close(result, expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("loss_type", ["l2", "l1"])
+@pytest.mark.parametrize("which", ["dense output", "hidden", "bias", "mask"])
+def test_float64_anywhere_is_float64_everywhere(which: str, loss_type: str, normalization: str) -> None:
+    (low_rank,), tokens, mask = outputs_of(1), torch.randn(2, 30, 7), random_mask("soft", (2, *GRID))
+    options: Any = {"loss_type": loss_type, "normalization": normalization}
+    whole = LowRankOutput(*(x.detach().double() for x in low_rank))
+    expected = localization_loss([whole, tokens.double()], mask.double(), **options)
+    if which in ("hidden", "bias"):
+        low_rank = low_rank._replace(**{which: getattr(whole, which)})
+    result = localization_loss(
+        [low_rank, tokens.double() if which == "dense output" else tokens],
+        mask.double() if which == "mask" else mask,
+        **options,
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-13, atol=0)
+
+
+def test_rank_zero_leaves_the_bias(normalization: str) -> None:
+    mask, (output,) = random_mask("soft", (2, *GRID)), outputs_of(1, rank=0)
+    result = localization_loss([output], mask, normalization=normalization)
+    expected = localization_loss([output.bias.expand(2, 30, D)], mask, normalization=normalization)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.loss, output.bias) for x in (result, expected)))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
