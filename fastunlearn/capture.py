@@ -175,7 +175,8 @@ class AttnMapsCapture(_Capture):
 
     Raises:
         TypeError: the model is of no supported family, `attn_maps` is no mapping, or `token_indices` not of integers.
-        ValueError: `token_indices` is empty; in the forward pass, if it does not fit the batch or the text.
+        ValueError: `token_indices` is empty; in the forward pass, if it does not fit the batch or the text, or if a
+            call's batch or size is not that of the calls before.
         RuntimeError: at the end, if nothing was captured.
     """
 
@@ -225,12 +226,21 @@ class AttnMapsCapture(_Capture):
         attention.forward = forward
         return restore
 
-    @torch.no_grad()
     def _keep(self, name: str, text_length: int, attention: Attention) -> None:
-        new = self._map(attention, *self._backbone.video_and_text(attention.query.shape[2], text_length))
-        calls = self._calls[name] = self._calls.get(name, 0) + 1
-        # In place: a map with all heads and words may be too large to have twice.
-        self._maps[name] = new if calls == 1 else self._maps[name].lerp_(new, 1 / calls)
+        # Maps made in inference mode could not be averaged with those of a call outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            new = self._map(attention, *self._backbone.video_and_text(attention.query.shape[2], text_length))
+            calls = self._calls[name] = self._calls.get(name, 0) + 1
+            if calls > 1:
+                had, got = tuple(self._maps[name].shape), tuple(new.shape)
+                if had != got:
+                    raise ValueError(
+                        f"the maps of {name!r} are averaged over calls of one shape: had {had}, got {got}; "
+                        "capture each shape apart"
+                    )
+                # In place: a map with all heads and words may be too large to have twice.
+                new = self._maps[name].lerp_(new, 1 / calls)
+        self._maps[name] = new
         self._seen.add(name)
 
     def _map(self, attention: Attention, video: slice, text: slice) -> Tensor:

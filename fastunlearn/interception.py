@@ -54,7 +54,9 @@ class Attention(NamedTuple):
         """(B, H, Sq, Sk) float32. Needs the log-sum-exp."""
         assert self.lse is not None
         logits = _logits(self.query, self.key, self.mask, self.scale)
-        return logits.sub_(self.lse[..., None]).exp_().float()
+        # A query whose keys are all masked attends to nothing; infinity less infinity would be no number.
+        lse = self.lse.masked_fill(self.lse == -torch.inf, 0)
+        return logits.sub_(lse[..., None]).exp_().float()
 
 
 def _rows(mask: Tensor, rows: slice) -> Tensor:
@@ -111,7 +113,8 @@ class Interception(TorchFunctionMode):
             raise ValueError("attention maps of grouped queries are not supported")
         device = query.device.type
         if torch.is_autocast_enabled(device):  # the attention casts its inputs, so the probabilities are of cast ones
-            query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+            query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+            attn_mask = None if attn_mask is None else _autocast(attn_mask)
         found = None
         if not dropout_p and not _intercepted_further_out():
             found = _attention_and_lse(query, key, value, attn_mask, scale)
@@ -129,6 +132,13 @@ class Interception(TorchFunctionMode):
         with torch.autocast(device, enabled=False):  # the probabilities are float32 whatever the model computes in
             self._keep(Attention(query, key, mask, scale, None if found is None else found[1].detach()))
         return output
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As autocast casts the inputs of an attention: all that is floating, but no float64."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _intercepted_further_out() -> bool:

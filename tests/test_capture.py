@@ -239,6 +239,31 @@ def test_several_forwards_are_averaged_and_a_new_with_starts_afresh():
                 torch.testing.assert_close(maps[name], expected, rtol=1e-6, atol=0)
 
 
+def test_calls_in_inference_mode_and_outside_of_it_are_averaged():
+    model = as_velocity_model(cogvideox())
+    runs, maps, expected = [inputs(seed=seed) for seed in range(2)], {}, {}
+    with torch.no_grad(), AttnMapsCapture(model, expected, token_indices=WORDS):
+        for run in runs:
+            model(*run)
+    with AttnMapsCapture(model, maps, token_indices=WORDS):
+        for run, mode in zip(runs, (torch.inference_mode, torch.no_grad), strict=True):
+            with mode():
+                model(*run)
+    assert all(torch.equal(maps[name], expected[name]) for name in LAYERS)
+
+
+@pytest.mark.parametrize("batches", [(2, 1), (1, 2)])
+def test_calls_of_different_shapes_are_not_averaged(batches):
+    model = as_velocity_model(cogvideox())
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"averaged over calls of one shape: had \(\d, 48\), got \(\d, 48\)"),
+        AttnMapsCapture(model, {}, token_indices=WORDS),
+    ):
+        for batch in batches:
+            model(*inputs(batch=batch))
+
+
 def test_guidance_batch_with_different_words_a_sample():
     model = as_velocity_model(cogvideox())
     x_t, t, cond = inputs(batch=2)
@@ -500,6 +525,40 @@ def test_autocast_is_the_model_s_and_not_the_maps(monkeypatch):
     query, key = query.bfloat16(), key.bfloat16()
     exact, eager = (softmax(query, key, dtype=d)[:, :, TEXT:, WORDS] for d in (torch.float64, torch.bfloat16))
     assert_close(maps[LAYERS[0]], exact.sum(-1).mean(1), eager.float().sum(-1).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [None, "key", "added"])
+def test_autocast_casts_as_the_attention_does(dtype, kind):
+    query, key, kept = torch.randn(2, HEADS, 6, 16).to(dtype), torch.randn(2, HEADS, 5, 16).to(dtype), []
+    mask = mask_of(kind, 2, 6, 5)
+    if kind == "added" and dtype == torch.float64:
+        mask = mask.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+        with interception.Interception(kept.append):
+            output = F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    assert output.dtype == expected.dtype
+    assert torch.equal(output, expected)
+    cast = query.dtype if dtype == torch.float64 else torch.bfloat16
+    if kind == "added":
+        mask = mask.to(cast)
+    exact, eager = (softmax(query.to(cast), key.to(cast), mask, dtype=d) for d in (torch.float64, cast))
+    assert_close(kept[0].with_lse().probabilities(), exact, eager)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_queries_whose_keys_are_all_masked_attend_to_nothing(is_told, monkeypatch):
+    if not is_told:
+        monkeypatch.setattr(interception, "_attention_and_lse", lambda *_: None)
+    query, key, kept = torch.randn(2, HEADS, 6, 16), torch.randn(2, HEADS, 5, 16), []
+    mask = mask_of("head", 2, 6, 5)
+    mask[0, :, 3] = False
+    with interception.Interception(kept.append):
+        F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    exact = softmax(query, key, mask).nan_to_num(0)
+    assert exact[0, :, 3].eq(0).all()
+    torch.testing.assert_close(kept[0].with_lse().probabilities(), exact.float())
 
 
 @pytest.mark.parametrize("family", FAMILIES[:2], ids=str)  # text before and after the video
