@@ -96,11 +96,15 @@ class ErasersOptimizer:
         self._flat = torch.empty(0, device=device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def start(self, expert: int) -> None:
-        """Begins a step of one transformer's erasers; the others' are left alone, by their optimizer too."""
+    def drop_gradients(self) -> None:
+        """Leaves no parameter with a gradient."""
         for parameters in self._experts:
             for parameter in parameters:
                 parameter.grad = None
+
+    def start(self, expert: int) -> None:
+        """Begins a step of one transformer's erasers; the others' are left alone, by their optimizer too."""
+        self.drop_gradients()
         trained = self._experts[expert]
         sizes = [parameter.numel() for parameter in trained]
         length = sum(sizes) + self._losses

@@ -24,6 +24,7 @@ _FREE = {
     "lr_num_cycles",
     "lr_power",
     "negative_guidance_scale",
+    "mixed_precision",
     "gradient_checkpointing",
     "sequential_terms",
     "fsdp",
@@ -45,6 +46,7 @@ class RunSettings:
         kept: the group of kept points, if any.
         points: of each sort in a step, over all processes. How many processes and batches share them is free.
         cache: its fingerprint.
+        dtype: what the model computes in.
         factor: of the learning rate, by step.
     """
 
@@ -56,11 +58,12 @@ class RunSettings:
         *,
         points: int,
         cache: str,
+        dtype: str,
         factor: LearningRateFactor,
     ) -> None:
         settings = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in _FREE}
         settings |= {"targets": [asdict(target) for target in targets], "kept": kept, "points a step": points}
-        self._settings: dict[str, Any] = json.loads(json.dumps(settings | {"cache": cache}))
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings | {"cache": cache, "dtype": dtype}))
         self._factor = factor
 
     def after(self, step: int) -> dict[str, Any]:

@@ -122,17 +122,18 @@ def train(
     plugin = parallel.fsdp_plugin(options)
     on_cpu = parallel.is_cpu(options.device) or (plugin is None and model.device.type == "cpu")
     accelerator = parallel.accelerator_of(options, logging_dir, cpu=on_cpu)
-    trainer = _Trainer(
-        model=model,
-        cache=cache,
-        output_dir=output_dir,
-        options=options,
-        targets=targets,
-        kept=kept if options.preservation_weight else None,
-        factor=learning_rate_factor(options) if lr_lambda is None else lr_lambda,
-        accelerator=accelerator,
-        plugin=plugin,
-    )
+    with explained_out_of_memory(options):
+        trainer = _Trainer(
+            model=model,
+            cache=cache,
+            output_dir=output_dir,
+            options=options,
+            targets=targets,
+            kept=kept if options.preservation_weight else None,
+            factor=learning_rate_factor(options) if lr_lambda is None else lr_lambda,
+            accelerator=accelerator,
+            plugin=plugin,
+        )
     if options.report_to is not None:
         config = {
             name: value if isinstance(value, bool | int | float) else str(value)
@@ -171,7 +172,9 @@ class _Trainer:
         self._terms = Terms(options, device=device, dtype=dtype, share=share)
         points = options.train_batch_size * options.gradient_accumulation_steps * processes
         self._batches = Batches(cache.groups, targets, kept, size=points, seed=options.seed)
-        self._settings = RunSettings(options, targets, kept, points=points, cache=cache.fingerprint, factor=factor)
+        self._settings = RunSettings(
+            options, targets, kept, points=points, cache=cache.fingerprint, dtype=str(dtype), factor=factor
+        )
 
         self._resumed = self._checkpoint_to_resume()
         self._erasers = self._attach()
@@ -245,6 +248,7 @@ class _Trainer:
                     on_step(step + 1, metrics)
                 if (step + 1) % options.checkpointing_steps == 0:
                     self._save_checkpoint(step + 1)
+        self._optimizer.drop_gradients()
         erasers = self._output_dir / "erasers"
         if is_main:
             self._save_erasers(erasers)
