@@ -325,13 +325,14 @@ def localization_loss(
                 outputs[i] = _dense(output, masks[i], torch.float64 if is_double else torch.float32)
 
     # The two kinds apart, then together in the layers' order. Over a group, what a background mean divides by is a
-    # factor of a whole call, so that layers differing in it are apart too.
+    # factor of a whole call, so that layers differing in it are apart too. Masks that are one here may be several on
+    # another process.
     over_backgrounds = group is not None and normalization == "background_mean"
     calls: dict[tuple[Any, ...], list[int]] = {}
     for i, output in enumerate(outputs):
         likeness: tuple[Any, ...] = (isinstance(output, LowRankOutput),)
         if over_backgrounds:
-            likeness += (id(masks[i]), _output_shape(output))
+            likeness += (_output_shape(output), i if isinstance(mask, Mapping) else None)
         calls.setdefault(likeness, []).append(i)
     parts = []
     for (is_low_rank, *_), index in calls.items():

@@ -14,6 +14,7 @@ and the backward pass communicates nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -91,18 +92,23 @@ class LocalizationPart(NamedTuple):
 def localization_loss_over_group(
     parts: Sequence[LocalizationPart], order: Sequence[int], weight: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the layers' terms of the whole. `order` takes the parts' layers to the caller's."""
-    backgrounds = [part.background for part in parts if part.background is not None]
+    """The loss and the layers' terms of the whole. `order` takes the parts' layers to the caller's.
+
+    Layers of a part have one background in the whole too, or none of their elements here.
+    """
+    backgrounds = [part.background.expand(len(part.terms)) for part in parts if part.background is not None]
     multiples = [part.batch if backgrounds else 1 for part in parts]
     terms = [part.terms.double() * multiple for part, multiple in zip(parts, multiples, strict=True)]
-    packed = torch.cat([*terms, torch.stack(backgrounds)]) if backgrounds else torch.cat(terms)
-    *sums, of_parts = _all_reduced(packed, group).split([*map(len, terms), len(backgrounds)])
-    normalizers = list(of_parts.unbind()) if backgrounds else [torch.ones_like(packed[0])] * len(parts)
+    # By layer, in the caller's order: layers that make one part here may be several on another process.
+    rows = [torch.cat(row) for row in (terms, backgrounds) if row]
+    sums, *normalizers = _all_reduced(torch.stack([row[i] for row in rows for i in order]), group).split(len(order))
+    (normalizer,) = normalizers or [torch.ones_like(sums)]
+    per_layer = _divide(sums, normalizer)
 
-    per_part = torch.cat([_divide(x, normalizer) for x, normalizer in zip(sums, normalizers, strict=True)])
-    per_layer = torch.stack([per_part[i] for i in order])
+    starts = itertools.accumulate([len(part.terms) for part in parts[:-1]], initial=0)
+    of_parts = [normalizer[order.index(start)] for start in starts]
     factors = torch.stack(
-        [_divide(torch.full_like(x, multiple), x) for x, multiple in zip(normalizers, multiples, strict=True)]
+        [_divide(torch.full_like(x, multiple), x) for x, multiple in zip(of_parts, multiples, strict=True)]
     )
     losses = [part.loss for part in parts]
     dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses) else torch.float32

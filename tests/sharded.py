@@ -329,6 +329,34 @@ def check_equal_shards_take_no_second_pass() -> None:
             assert torch.equal(*(torch.autograd.grad(x.loss, prediction)[0] for x in (result, local)))
 
 
+def check_layers_alike_on_one_process_alone() -> None:
+    """Of maps of different heights some processes hold nothing; masks of layers are one tensor on the first."""
+    kinds = [random_tensors((2, 3, height, 3), [torch.float64])[0] for height in (LENGTH, 2 * LENGTH, LENGTH)]
+    sizes = [LENGTH, *[0] * (WORLD_SIZE - 1)]
+    mask = random_mask("soft", (2, LENGTH, 3)).double()
+    own_maps = [shard(x, 2, [size * x.shape[2] // LENGTH for size in sizes]) for x in kinds]
+    tokens = [x.movedim(1, -1).flatten(1, 2) for x in (kinds[0], kinds[2])]
+    masks = [torch.cat([torch.zeros(2, UNEVEN[0], 3), value[:, UNEVEN[0] :]], 1) for value in (mask, mask / 2)]
+    own_tokens = [shard(x, 1, [3 * size for size in UNEVEN]) for x in tokens]
+    own_masks = [shard(x, 1) for x in masks]
+    if RANK == 0:
+        own_masks = [own_masks[0]] * 2
+    for whole, of_whole, own, of_own, dim, parts in (
+        (kinds, [mask] * 3, own_maps, shard(mask, 1, sizes), 2, None),
+        (tokens, masks, own_tokens, dict(enumerate(own_masks)), 1, [3 * size for size in UNEVEN]),
+    ):
+        for x in (*whole, *own):
+            x.requires_grad_()
+        options: Any = {"normalization": "background_mean", "weight": 3.0}
+        result = localization_loss(dict(enumerate(own)), of_own, group=dist.group.WORLD, **options)
+        expected = localization_loss(dict(enumerate(whole)), dict(enumerate(of_whole)), **options)
+        torch.testing.assert_close(result, expected, rtol=1e-13, atol=0)
+        gradients = (torch.autograd.grad(x.loss, y) for x, y in ((result, own), (expected, whole)))
+        for gradient, other in zip(*gradients, strict=True):
+            of_shard = parts or [size * other.shape[dim] // LENGTH for size in sizes]
+            torch.testing.assert_close(gradient, shard(other, dim, of_shard), rtol=1e-13, atol=0)
+
+
 class Scale(nn.Module):
     """A model whose every output depends on the input at its own position, and on one shared parameter."""
 
@@ -460,7 +488,13 @@ def main() -> None:
     if is_interpreted():
         with exact_bfloat16():
             run_cases("triton", torch.float32, torch.float16)
-    checks = [check_nan, check_equal_shards_take_no_second_pass, check_modules, check_second_derivative_raises]
+    checks = [
+        check_nan,
+        check_equal_shards_take_no_second_pass,
+        check_layers_alike_on_one_process_alone,
+        check_modules,
+        check_second_derivative_raises,
+    ]
     if WORLD_SIZE == 2:
         checks.append(check_compiled)  # slow to import
     for run_alone in (*checks, check_other_groups, check_shared):
