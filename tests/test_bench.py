@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -143,6 +144,39 @@ def test_no_speed_of_algorithms_that_disagree(
     with pytest.raises(SystemExit, match=r"no speed of what disagrees: .* relative error"):
         algorithms.main(["--device", "cpu", "--only", table, "--runs", "1"])
     assert "with lse" not in capsys.readouterr().out
+
+
+def test_no_speed_of_a_forward_pass_with_other_bits_or_fewer_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = algorithms.Meter(torch.device("cpu"), 1)
+
+    def deaf(*_: object, **__: object) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(algorithms, "AttnMapsCapture", deaf)
+    with pytest.raises(cases.Disagreement, match="a map of each of 1 layers, got 0"):
+        algorithms.captured_forward(meter, layers=1, heads=1, side=8)
+    as_velocity_model = algorithms.as_velocity_model
+
+    def noisy(transformer: torch.nn.Module) -> object:
+        model = as_velocity_model(transformer)
+        return lambda *arguments: model(*arguments) + torch.randn(())
+
+    monkeypatch.setattr(algorithms, "as_velocity_model", noisy)
+    with pytest.raises(cases.Disagreement, match="same bits"):
+        algorithms.captured_forward(meter, layers=1, heads=1, side=8)
+
+
+def test_no_speed_of_a_demo_step_that_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = algorithms.EraserOutputsCapture
+
+    def wrong(
+        model: torch.nn.Module, erasers: dict[str, torch.nn.Module], outputs: object, *, low_rank: bool
+    ) -> object:
+        return capture(model, dict(list(erasers.items())[low_rank:]), outputs, low_rank=low_rank)
+
+    monkeypatch.setattr(algorithms, "EraserOutputsCapture", wrong)
+    with pytest.raises(cases.Disagreement, match="the demo's step: relative error"):
+        algorithms.demo_step(algorithms.Meter(torch.device("cpu"), 1))
 
 
 @pytest.mark.parametrize(
