@@ -11,7 +11,19 @@ import torch
 from fastunlearn.dispatch import OPS, choose_backend
 
 PACKAGES = ("fastunlearn", "torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "safetensors")
-VARIABLES = ("FASTUNLEARN_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+VARIABLES = (
+    "FASTUNLEARN_BACKEND",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "WORLD_SIZE",
+    "ACCELERATE_USE_FSDP",
+)
+# What the project's own tests have run. Extend it with what was run, not with what should work.
+RUN_WHERE = """\
+CPU, 1 process: all operations, the kernels in Triton's interpreter, all commands on tiny CogVideoX, HunyuanVideo, Wan
+CPU, 2 and 4 processes over gloo: losses over a group; 2 processes: prepare, train replicated and under FSDP2
+GPU, NCCL, Hub checkpoints at full size: not yet; the kernels compile for sm_80, sm_90, sm_100 and gfx942"""
 
 
 def _version(package: str) -> str:
@@ -49,4 +61,5 @@ def describe() -> str:
             except ValueError as error:
                 choice = ("none", str(error))
             lines.append(f"  {op:<32} {choice[0]:<8} {choice[1]}")
+    lines += ["", "tested so far", *(f"  {line}" for line in RUN_WHERE.splitlines())]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ prompt template, the compression of the VAE. A call with `height=64, width=64, n
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -277,3 +278,15 @@ def _clip_tokenizer() -> Any:
     letters = sorted(ByteLevel.alphabet())
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[], model_max_length=77)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastunlearn.testing.tiny_pipelines", description=__doc__)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("folder")
+    options = parser.parse_args()
+    save_tiny_pipeline(options.family, options.folder)
+
+
+if __name__ == "__main__":
+    _main()

@@ -19,17 +19,16 @@ float32: 16 bytes a parameter.
     Wan2.1-14B, 480x832x81         28.6 GB   1815 TF   13.4 GB  0.34 GB  13.4 GB  0.84 GB  12.6 MB   211 MB
 
 Forward passes. The cache: trajectories x sampling steps x 2, once; 6400 for the default 2 x 32 trajectories of 50 steps
-(half of that where no guidance is sampled with, if the points are few). A training step: 2 student passes, so about 6
-forward passes' work. The loop that T2VUnlearning describes samples a trajectory for every step: 100 passes to get
-there, 2 to capture, 3 teacher's, 2 student's. Over the default 500 steps the cache adds 12.8 passes a step, so 19
-against 111.
+(about half where sampling wants no guidance). A training step: 2 student passes, about 6 forward passes' work. The loop
+that T2VUnlearning describes samples to a random timestep for every step: about 50 passes to get there, 2 to capture, 3
+of the teacher, 2 of the student. Over the default 500 steps the cache adds 13 passes a step: 19 against 61.
 
 Memory. One GPU holds the weights (once: the teacher is the student without erasers), the erasers, the block inputs and
 hidden states of both student passes, or of one at a time with sequential terms, and what one block needs at work.
 
 64 GPUs. `prepare` divides into independent trajectories, with nothing to tell each other. `train` sums the erasers'
 gradients once a step, the last column: 133 MB for CogVideoX-5B, milliseconds against the seconds of two student passes.
-FSDP2 keeps 1/64 of the weights on each and gathers a block at a time, all weights twice a pass, erasers excepted. It does
-not divide activations: HunyuanVideo's at full size want sequential terms, or tokens divided over a process group,
-for which the losses take `group`.
+FSDP2 keeps 1/64 of the weights on each and gathers a block at a time, erasers excepted: all weights once a forward
+pass, and once a backward one. It does not divide activations: HunyuanVideo's at full size want sequential terms, or
+tokens divided over a process group, for which the losses take `group`.
 """

@@ -303,15 +303,24 @@ def outline_pipeline(path: str | os.PathLike[str]) -> Outline:
     experts, encoder_parameters = [], 0
     with torch.device("meta"):
         for name in family.transformers[: 1 if ratio is None else None]:
-            transformer_class = getattr(diffusers, index[name][1])
+            transformer_class = _component_class(diffusers, index, name)
             experts.append(transformer_class.from_config(transformer_class.load_config(path, subfolder=name)))
         for name in family.text:
-            encoder_class = getattr(transformers, index[name][1])
+            encoder_class = _component_class(transformers, index, name)
             if hasattr(encoder_class, "config_class"):  # a tokenizer has none
                 encoder = encoder_class(encoder_class.config_class.from_pretrained(path, subfolder=name))
                 encoder_parameters += sum(parameter.numel() for parameter in encoder.parameters())
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(path, subfolder="scheduler")
+    scheduler = _component_class(diffusers, index, "scheduler").from_pretrained(path, subfolder="scheduler")
     return Outline(_video_model(path, experts, scheduler, ratio), encoder_parameters, _text_length(cls, path))
+
+
+def _component_class(library: Any, index: Mapping[str, Any], name: str) -> Any:
+    """The class that model_index.json names for a component, which must be one of the library's own."""
+    entry = index.get(name)
+    found = getattr(library, str(entry[1]), None) if isinstance(entry, list | tuple) and len(entry) == 2 else None
+    if not isinstance(found, type):
+        raise ValueError(f"model_index.json: expected {name} to be a class of {library.__name__}, got {entry!r}")
+    return found
 
 
 def _video_model(

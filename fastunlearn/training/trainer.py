@@ -69,9 +69,12 @@ def run(options: TrainingOptions) -> TrainingSummary:
             device="cpu" if sharded else device,
         )
     try:
-        return train(model, cache, output_dir, options)
+        summary = train(model, cache, output_dir, options)
     finally:
         accelerator.end_training()
+    if accelerator.is_main_process:
+        print(f"wrote {summary.erasers}")
+    return summary
 
 
 def train(
