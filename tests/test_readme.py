@@ -1,10 +1,15 @@
-"""The README's training step runs as it is written there."""
+"""The README's training step runs as it is written there, and its commands are what the command line takes."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from fastunlearn.cli import PHASES, main
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -26,3 +31,15 @@ def test_use_it_in_your_training_loop() -> None:
     base = [parameter for parameter in names["model"].parameters() if id(parameter) not in trained]
     assert base
     assert all(parameter.grad is None for parameter in base)
+
+
+def test_the_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = README.read_text(encoding="utf-8").partition("\n## Erase a concept from your model\n")[2]
+    block = re.search(r"^```bash\n(.*?)^```$", section.partition("\n## ")[0], re.DOTALL | re.MULTILINE)
+    assert block is not None, "no ```bash block follows the heading"
+    run = []
+    monkeypatch.setattr("fastunlearn.cli._run_phase", lambda options: run.append(options.command))
+    for line in block[1].replace("\\\n", "").splitlines():
+        if line.startswith("fastunlearn "):
+            main(shlex.split(line)[1:])
+    assert run == list(PHASES)
