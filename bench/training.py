@@ -176,20 +176,25 @@ def aims(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def print_report(rows: Sequence[Row], cache: CacheCost, compared: Sequence[Mapping[str, Any]]) -> None:
-    """Prints both tables, and which aims are reached."""
+def print_cache(cache: CacheCost) -> None:
+    """Prints what the cache costs, in all and a step."""
+    print(
+        f"the teacher cache, once: {DEFAULT_TRAJECTORIES} trajectories, {cache.passes:.0f} passes, "
+        f"{cache.seconds:.0f} s, peak {cache.peak_bytes / MIB:.0f} MiB, {cache.disk_bytes / MIB:.0f} MiB on disk\n"
+        f"({cache.sampled} were sampled, the rest is in proportion); over {DEFAULT_STEPS} steps "
+        f"{cache.passes / DEFAULT_STEPS:.1f} passes and {cache.seconds / DEFAULT_STEPS:.3f} s a step",
+        flush=True,
+    )
+
+
+def print_tables(rows: Sequence[Row], compared: Sequence[Mapping[str, Any]]) -> None:
+    """Prints a step's costs, without the cache and with its share, and which aims are reached."""
     print(f"\n{'a step':<46} {'passes':>7} {'s':>9} {'peak MiB':>9}")
     for row in rows:
         if row.ran_out is not None:
             print(f"{row.peer:<46} out of memory at {row.ran_out}")
         else:
             print(f"{row.peer:<46} {row.passes:>7.1f} {row.seconds:>9.3f} {row.peak_bytes / MIB:>9.0f}")
-    print(
-        f"\nthe teacher cache, once: {DEFAULT_TRAJECTORIES} trajectories, {cache.passes:.0f} passes, "
-        f"{cache.seconds:.0f} s, peak {cache.peak_bytes / MIB:.0f} MiB, {cache.disk_bytes / MIB:.0f} MiB on disk\n"
-        f"({cache.sampled} were sampled, the rest is in proportion); over {DEFAULT_STEPS} steps "
-        f"{cache.passes / DEFAULT_STEPS:.1f} passes and {cache.seconds / DEFAULT_STEPS:.3f} s a step"
-    )
     print(f"\n{'':<74} {'times less than':>22} {'of their':>9}")
     print(
         f"{'a step and its share of the cache':<46} {'passes':>7} {'s':>9} {'peak MiB':>9} "
@@ -203,9 +208,11 @@ def print_report(rows: Sequence[Row], cache: CacheCost, compared: Sequence[Mappi
         )
     print()
     for found in aims(compared):
-        reached, missed = ("; ".join(found[key]) for key in ("reached_by", "missed_by"))
-        print(f"{found['aim']}: {f'reached by {reached}' if reached else 'reached by none'}", end="")
-        print(f". Missed by {missed}" if reached and missed else "")
+        reached, missed = found["reached_by"], found["missed_by"]
+        if reached and missed:
+            print(f"{found['aim']}: reached by {'; '.join(reached)}. Missed by {'; '.join(missed)}")
+        else:
+            print(f"{found['aim']}: reached by {'all' if reached else 'none'}")
 
 
 def _ratio(value: float | None, digits: int) -> str:
@@ -275,7 +282,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"losses, gradients and attention maps of both agree: relative differences up to {worst:.1e}", flush=True)
     bench = Bench(size, device, dtype, options.sampling_steps)
     with tempfile.TemporaryDirectory() as folder:
-        cost = measure_cache(bench, Path(folder), options.trajectories, meter)
+        try:
+            cost = measure_cache(bench, Path(folder), options.trajectories, meter)
+        except MemoryError as error:
+            _fail(f"there is no cache to train from: {error}")
+        print_cache(cost)
         cache = TeacherCache.open(folder)
         peers: dict[str, Callable[[int], Sample]] = {}
         for name, published in PUBLISHED.items():
@@ -284,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             peers[name] = functools.partial(_ours, bench, cache, ours)
         rows = measure(peers, meter)
     compared = with_cache(rows, cost)
-    print_report(rows, cost, compared)
+    print_tables(rows, compared)
     if options.output is not None:
         report = provenance("fastunlearn.bench.training", sys.argv[1:] if arguments is None else arguments) | {
             "model": {"name": options.model, **asdict(size), "dtype": kind},

@@ -215,6 +215,29 @@ def test_means_and_the_largest_peak() -> None:
     assert bad == training.Row("bad", ran_out="the teacher")
 
 
+@on_linux
+@pytest.mark.usefixtures("small", "few")
+def test_without_memory_for_a_cache_there_is_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "check", lambda bench: 0.0)
+    monkeypatch.setattr("fastunlearn.training.teacher.denoise", no_memory)
+    with pytest.raises(SystemExit, match="there is no cache to train from: out of memory"):
+        run()
+
+
+def test_aims_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"peer": "good", "passes": 2.0, "seconds": 1.0, "peak_bytes": 1, "of_the_memory": 0.4}
+    good |= {"times_less_than_to_a_random_step": 4.0, "times_less_than_to_the_end": 6.0}
+    training.print_tables([], [good, good | {"peer": "bad", "of_the_memory": 0.6}])
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "5 times less time than sampling to a random step: reached by none",
+        "5 times less time than sampling to the end: reached by all",
+        "half the memory: reached by good. Missed by bad",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
