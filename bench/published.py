@@ -1,9 +1,9 @@
 """A training step as T2VUnlearning-style loops are published, written plainly: the peer of our own.
 
 The model is there twice, as it was and as it becomes. Every step samples a trajectory with classifier-free guidance,
-to a random step of it (as Receler does, half of the way on average) or to its end. Then one pass shows the attention
-maps, tokens x tokens of them, and another what the erasers add; the model as it was is asked three times, and the one
-that is trained twice, one prompt at a time.
+to a random step of it (as Receler does, half of the way on average) or to its end. Then, as the usage of the losses has
+it, one pass shows the attention maps, tokens x tokens of them, and another what the erasers add; the model as it was is
+asked three times, and the one that is trained twice, one prompt at a time.
 """
 
 from __future__ import annotations
