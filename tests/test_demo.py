@@ -12,6 +12,7 @@ from fastunlearn.demo import erase, evaluate
 from fastunlearn.demo.judge import Judge, held_out_accuracy
 from fastunlearn.demo.model import TOKEN_GRID, WEIGHTS, TextToVideo, load
 from fastunlearn.demo.pretrain import main as pretrain
+from fastunlearn.demo.pretrain import step_generator
 from fastunlearn.demo.run import run, table
 from fastunlearn.demo.world import (
     COLOURS,
@@ -253,6 +254,16 @@ def test_a_folder_with_another_training_is_refused_at_once(tmp_path: Path) -> No
     with pytest.raises(FileExistsError, match="checkpoint-100"):
         run("circle", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100"}
+
+
+def test_every_step_of_every_seed_has_numbers_of_its_own() -> None:
+    def begins(generator: torch.Generator) -> tuple[int, ...]:
+        return tuple(torch.randint(2**31, (4,), generator=generator).tolist())
+
+    # Seed 0's are those that the shipped weights were trained with.
+    assert begins(step_generator(0, 7)) == begins(torch.Generator().manual_seed(7))
+    drawn = {begins(step_generator(seed, step)) for seed in range(5) for step in range(40)}
+    assert len(drawn) == 5 * 40
 
 
 def test_pretraining_resumes_as_if_unbroken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,8 @@ EMA_DECAY = 0.998
 CONDITION_DROPOUT = 0.1
 CHECKPOINT_EVERY = 200
 
+_GOLDEN_RATIO = 0x9E3779B1  # of 2^32, made odd: its multiples fill the circle evenly
+
 
 def learning_rate_factor(step: int, steps: int) -> float:
     """Trapezoid: a short rise to 1, a long plateau, a straight fall to zero."""
@@ -57,9 +59,15 @@ def build_optimizers(model: demo_model.TextToVideo) -> list[torch.optim.Optimize
     ]
 
 
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """A generator of random numbers that no other step, of this run or of another seed's, begins with."""
+    # Torch's generator on the CPU reads 32 bits of its seed: runs begin at places of these that lie far apart.
+    return torch.Generator().manual_seed((seed * _GOLDEN_RATIO + step) % 2**32)
+
+
 def training_loss(model: demo_model.TextToVideo, step: int, seed: int) -> Tensor:
     """Mean squared velocity error on a fresh batch, the timesteps spread evenly over the schedule."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
+    generator = step_generator(seed, step)
     videos = sample_videos(BATCH, generator)
     dropped = torch.rand(BATCH, generator=generator) < CONDITION_DROPOUT
     prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), videos.prompts, strict=True)]
