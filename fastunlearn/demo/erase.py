@@ -25,10 +25,11 @@ POINTS_A_STEP = 12  # to turn away at, and as many to keep
 MATRICES_LEARNING_RATE = 3e-2  # with Muon: half the steps that AdamW needs to the same loss
 BIASES_LEARNING_RATE = 1e-2
 UNLEARNING_WEIGHT, PRESERVATION_WEIGHT, LOCALIZATION_WEIGHT = 1.0, 1.0, 0.004
-# How far beyond what stands for the concept the target lies. Beside another shape most of the way leads to its place.
+# How far beyond what stands for the concept the target lies. Beside another shape not at all: that way leads away from
+# the other shape too.
 TARGETS = (
     TargetGroup(ALONE, guidance_scale=1.0, share=1.0),
-    TargetGroup(BESIDE, guidance_scale=0.1, share=3.0),
+    TargetGroup(BESIDE, guidance_scale=0.0, share=3.0),
 )
 
 
