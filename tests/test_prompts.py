@@ -18,9 +18,9 @@ class WithoutOffsets:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False, **kwargs):
         assert not return_offsets_mapping
-        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]}
+        return {"input_ids": self.tokenizer(text, add_special_tokens=add_special_tokens, **kwargs)["input_ids"]}
 
     def convert_ids_to_tokens(self, ids):
         return self.tokenizer.convert_ids_to_tokens(ids)
@@ -98,7 +98,9 @@ def test_an_absent_concept_is_an_error_that_shows_the_tokens(tokenizer, prompt, 
 def test_a_concept_that_is_cut_off_is_an_error(tokenizer):
     prompt = "a dog and a cat and a dog"
     assert concept_tokens(tokenizer, prompt, "dog") == [1, 7]
-    assert concept_tokens(tokenizer, prompt, "dog", max_length=7) == [1]
+    assert concept_tokens(tokenizer, prompt, "dog", max_length=9) == [1, 7]
+    for length in (7, 8):  # of 8 tokens the last ends the text
+        assert concept_tokens(tokenizer, prompt, "dog", max_length=length) == [1]
     with pytest.raises(ValueError, match="cut off: 4 tokens are used.*▁dog ▁and ▁a ▁cat"):
         concept_tokens(tokenizer, prompt, "cat", max_length=4)
 

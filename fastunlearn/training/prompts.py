@@ -98,14 +98,18 @@ def concept_tokens(
         found = set(_by_offsets(text, encoding["offset_mapping"], places))
     elif places:
         found = set(_by_prefixes(tokenizer, text, ids, places))
-    padding = 0
-    if max_length is not None and tokenizer.padding_side == "left":
-        padding = max(0, crop_start + max_length - len(ids))
-    positions = sorted(position + padding - crop_start for position in found)
-    kept = [position for position in positions if 0 <= position < (max_length or len(ids))]
+    used, padding = ids, 0
+    if max_length is not None:
+        # A text that is cut still ends as the tokenizer ends texts: there a word's token gives way to the end's.
+        length = crop_start + max_length
+        used = tokenizer(text, add_special_tokens=True, truncation=True, max_length=length)["input_ids"]
+        if tokenizer.padding_side == "left":
+            padding = length - len(used)
+    positions = [position for position in sorted(found) if position < len(used) and used[position] == ids[position]]
+    kept = [position + padding - crop_start for position in positions if position + padding >= crop_start]
     if not kept:
         why = f"is not in the prompt {prompt!r} as a word of its own"
-        if positions:
+        if found:
             why = f"is cut off: {max_length} tokens are used of the prompt {prompt!r}, and it stands behind them"
         shown = " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[crop_start:])))
         raise ValueError(f"concept: {concept!r} {why}; the prompt's tokens: {shown}")
