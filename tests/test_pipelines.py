@@ -290,6 +290,21 @@ def test_pickled_weights_are_not_read(tiny_pipeline, tmp_path):
         load_model(folder, **FP32)
 
 
+def test_a_pipeline_that_is_not_whole(tiny_pipeline, tmp_path):
+    folder = copy_of(tiny_pipeline("cogvideox"), tmp_path / "pipeline")
+    weights = next((folder / "text_encoder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="weights in '.*pipeline' are truncated or damaged"):
+        encode_prompts(folder, [PROMPT], None, **FP32)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(FileNotFoundError, match="pipeline' lacks the folder 'tokenizer'"):
+        encode_prompts(folder, [PROMPT], None, **FP32)
+    load_model(folder, **FP32)  # which needs neither
+    (folder / "model_index.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a None"):
+        load_model(folder, **FP32)
+
+
 def test_two_transformers_need_a_boundary(tiny_pipeline, tmp_path):
     without_ratio = copy_of(tiny_pipeline("wan-2.2"), tmp_path / "a")
     edit(without_ratio / "model_index.json", boundary_ratio=None)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastunlearn.backbones import backbone_of
@@ -166,7 +167,7 @@ def _pipeline_class(path: str | os.PathLike[str]) -> tuple[Any, _Family]:
         raise FileNotFoundError(
             f"pretrained_model_name_or_path: expected a saved diffusers pipeline, got {name!r} ({reason})"
         ) from error
-    class_name = index.get("_class_name")
+    class_name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(class_name, str) or class_name not in _FAMILIES:
         raise ValueError(
             f"pretrained_model_name_or_path: expected a {' or '.join(_FAMILIES)}, but {name!r} holds a {class_name}"
@@ -349,9 +350,19 @@ def _load(
     """The pipeline without some of its components. No pickles are read."""
     import diffusers
 
+    for name, entry in cls.load_config(path).items():
+        # A tokenizer whose folder is missing would be made without a vocabulary.
+        is_wanted = isinstance(entry, list) and any(entry) and name not in without
+        if is_wanted and Path(path).is_dir() and not Path(path, name).is_dir():
+            raise FileNotFoundError(f"pretrained_model_name_or_path: {os.fspath(path)!r} lacks the folder {name!r}")
     # Before 0.42 it had only the older name, and ignored the newer one.
     keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-    return cls.from_pretrained(path, use_safetensors=True, **{keyword: dtype}, **dict.fromkeys(without))
+    try:
+        return cls.from_pretrained(path, use_safetensors=True, **{keyword: dtype}, **dict.fromkeys(without))
+    except SafetensorError as error:
+        raise ValueError(
+            f"pretrained_model_name_or_path: weights in {os.fspath(path)!r} are truncated or damaged ({error})"
+        ) from error
 
 
 def _vae_config(path: str | os.PathLike[str], family: _Family) -> dict[str, Any]:
