@@ -464,6 +464,9 @@ def test_data_that_is_not_as_it_should_be(data, loaded, tiny_pipeline, tmp_path)
     (folder / "first.txt").write_text("one circle\ntwo circle\n")
     with pytest.raises(ValueError, match="first.txt: expected one prompt, found 2"):
         run(options)
+    (folder / "first.txt").write_text("one circle\tno circle\n")
+    with pytest.raises(ValueError, match="first.txt: expected a prompt without 'circle' after the tab"):
+        run(options)
     (folder / "first.txt").unlink()
     with pytest.raises(FileNotFoundError, match="first.txt"):
         run(options)

@@ -26,7 +26,7 @@ def read_data(folder: str | os.PathLike[str], concept: str) -> list[Request]:
 
     Raises:
         FileNotFoundError: there is no such folder, or no prompt beside a video.
-        ValueError: there are no videos, or a text file holds more than one line.
+        ValueError: there are no videos, or a text file holds more than one line, or the concept after its tab.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -40,6 +40,10 @@ def read_data(folder: str | os.PathLike[str], concept: str) -> list[Request]:
         if len(lines) != 1:
             raise ValueError(f"{source.with_suffix('.txt')}: expected one prompt, found {len(lines)}")
         prompt, instead = lines[0]
+        if instead is not None and occurrences(instead, concept):
+            raise ValueError(
+                f"{source.with_suffix('.txt')}: expected a prompt without {concept!r} after the tab, got {instead!r}"
+            )
         group = "target" if occurrences(prompt, concept) else "kept"
         requests.append(Request(prompt, group, instead, source=source))
     return requests
