@@ -151,8 +151,22 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == {"checkpoint-9", "checkpoint-10", "checkpoint-11", "erasers"}
 
 
+def test_later_checkpoints_do_not_count_when_going_back(tmp_path: Path) -> None:
+    trained(tmp_path)
+    (tmp_path / "checkpoint-6" / checkpoints.STATE).write_bytes(b"")  # damaged: why one goes back
+    with pytest.raises(ValueError, match="checkpoint-6 is damaged"):
+        trained(tmp_path, resume_from_checkpoint="latest")
+    changes = {"resume_from_checkpoint": "checkpoint-4", "checkpoints_total_limit": 1, "checkpointing_steps": 1}
+    trained(tmp_path, max_train_steps=5, **changes)
+    assert names(tmp_path) == {"checkpoint-5", "checkpoint-6", "erasers"}
+    again = trained(tmp_path, **changes | {"resume_from_checkpoint": "checkpoint-5"})
+    assert [step for step, _ in again.steps] == [6]
+    assert names(tmp_path) == {"checkpoint-6", "erasers"}
+
+
 def test_latest(tmp_path: Path) -> None:
     assert checkpoints.find(tmp_path / "nowhere", "latest") is None
+    (tmp_path / "checkpoint-12").write_text("a file")
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-x", "old-checkpoint-12"):
         (tmp_path / name).mkdir()
     assert checkpoints.find(tmp_path, "latest") == tmp_path / "checkpoint-10"
@@ -300,6 +314,26 @@ def test_the_state_of_other_optimizers(tmp_path: Path) -> None:
         )
         with pytest.raises(ValueError, match="checkpoint-6/training_state.pt: "):
             trained(tmp_path, resume_from_checkpoint="latest")
+
+
+def test_a_state_of_other_shapes(tmp_path: Path) -> None:
+    trained(tmp_path)
+    checkpoint = checkpoints.read(tmp_path / "checkpoint-6")
+    moments = checkpoint.state["optimizers"][0]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"][:1]
+    checkpoints.write(
+        tmp_path, 6, lambda folder: tiny_erasers().save_erasers(folder), checkpoint.state, checkpoint.settings
+    )
+    with pytest.raises(ValueError, match=r"training_state.pt: exp_avg: expected shape \(4, \d+\), got \(1,"):
+        trained(tmp_path, resume_from_checkpoint="latest")
+
+
+def test_a_step_beyond_the_last_is_told_before_its_learning_rates_are_computed(tmp_path: Path) -> None:
+    trained(tmp_path)
+    facts = tmp_path / "checkpoint-6" / checkpoints.FACTS
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"step": 10**15}))
+    with pytest.raises(ValueError, match="max_train_steps: .*has had 1000000000000000 steps already, got 6"):
+        trained(tmp_path, resume_from_checkpoint="latest")
 
 
 def tiny_erasers() -> VideoModel:

@@ -48,7 +48,12 @@ def existing(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, in the order of their steps."""
     found = folder.iterdir() if folder.is_dir() else ()
     numbered = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in found}
-    return sorted((path for path, name in numbered.items() if name), key=lambda path: int(path.name.split("-")[1]))
+    whole = (path for path, name in numbered.items() if name and path.is_dir())
+    return sorted(whole, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def find(folder: Path, wanted: str) -> Path | None:
@@ -78,6 +83,8 @@ def write(
     limit: int | None = None,
 ) -> Path:
     """Writes `checkpoint-{step}` into `folder`; only then removes the oldest ones beyond `limit`.
+
+    Of a run that went back to an earlier checkpoint the later ones stay until they are written again, and do not count.
 
     Args:
         folder: the run's.
@@ -120,7 +127,7 @@ def write(
         raise OSError(error.errno, f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from error
     shutil.rmtree(path.with_name(path.name + ".replaced.partial"), ignore_errors=True)
     if limit is not None:
-        for oldest in existing(folder)[:-limit]:
+        for oldest in [path for path in existing(folder) if _step(path) <= step][:-limit]:
             shutil.rmtree(oldest)
     return path
 

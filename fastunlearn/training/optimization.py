@@ -183,7 +183,16 @@ class ErasersOptimizer:
         try:
             for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(stored)
+                _check_shapes(optimizer)
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"not the state of these optimizers ({type(error).__name__}: {error})") from error
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if what is kept of a parameter has another shape than the parameter."""
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}")

@@ -214,11 +214,11 @@ class _Trainer:
         if path is None:
             return None
         checkpoint = checkpoints.read(path)
-        checkpoints.check_same_run(checkpoint, self._settings.after(checkpoint.step))
         if checkpoint.step > options.max_train_steps:
             raise ValueError(
                 f"max_train_steps: {path} has had {checkpoint.step} steps already, got {options.max_train_steps}"
             )
+        checkpoints.check_same_run(checkpoint, self._settings.after(checkpoint.step))
         return checkpoint
 
     def _attach(self) -> list[Erasers]:
