@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastunlearn.training import sample
+from fastunlearn.training import erased, sample
 from fastunlearn.training.options import SampleOptions
 from fastunlearn.training.pipelines import load_model
 from fastunlearn.training.sample import Size, file_names, run
@@ -156,6 +157,22 @@ def test_what_is_missing_is_told_before_anything_is_loaded(
         options(pipeline, empty, tmp_path, prompt=())
     with pytest.raises(ValueError, match="eraser_scales: expected one for each of 1 folders, got 2"):
         options(pipeline, empty, tmp_path, eraser_scales=(1.0, 2.0))
+    for name, value in {
+        "eraser_scales": (math.nan,),
+        "guidance_scale": math.nan,
+        "height": 0,
+        "num_frames": 0,
+        "seed": 2**32,
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            options(pipeline, empty, tmp_path, **{name: value})
+
+
+def test_a_video_that_is_not_finite_is_told(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(FloatingPointError, match="after 2 steps of sampling the video is not finite"):
+        run(options(tiny_pipeline("wan"), erasers("wan"), tmp_path, eraser_scales=(3e38,), num_inference_steps=2))
 
 
 def test_a_size_that_does_not_divide_and_too_little_memory_are_told(
@@ -168,10 +185,12 @@ def test_a_size_that_does_not_divide_and_too_little_memory_are_told(
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")
 
-    monkeypatch.setattr(sample, "video", fails)
     helps = r"Tried to allocate 20 GiB.\). What helps: --mixed-precision bf16; a smaller --height, --width or --num-f"
-    with pytest.raises(MemoryError, match=helps):
-        run(options(pipeline, folder, tmp_path))
+    for module, name in ((sample, "video"), (sample, "encode_prompts"), (erased, "load_model")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails)
+            with pytest.raises(MemoryError, match=helps):
+                run(options(pipeline, folder, tmp_path))
 
 
 def test_names_of_files_are_safe_and_distinct() -> None:

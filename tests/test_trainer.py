@@ -424,7 +424,13 @@ def test_a_cache_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_options_are_checked() -> None:
-    for changes in ({"rank": 0}, {"seed": -1}, {"learning_rate": math.nan}, {"checkpoints_total_limit": 0}):
+    for changes in (
+        {"rank": 0},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"learning_rate": math.nan},
+        {"checkpoints_total_limit": 0},
+    ):
         (name,) = changes
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             options_for("", **changes)

@@ -10,6 +10,7 @@ import torch
 
 from fastunlearn.eraser_files import CONFIG, UPSTREAM_CONFIG
 from fastunlearn.erasers import erasers_disabled
+from fastunlearn.training.memory import explained_out_of_memory
 from fastunlearn.training.options import EvaluateOptions, SampleOptions
 from fastunlearn.training.pipelines import load_model
 from fastunlearn.training.video_model import VideoModel
@@ -33,10 +34,12 @@ def load_erased_model(
     Raises:
         FileNotFoundError: there is no such pipeline, or a folder holds no erasers.
         ValueError: the pipeline is not supported, or the erasers are damaged or of another model.
+        MemoryError: there is too little memory; says what would help.
     """
-    model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=vae)
-    names = [f"erasers-{number}" for number in range(1, len(options.erasers) + 1)]
-    model.load_erasers(options.erasers, names, options.eraser_scales or None)
+    with explained_out_of_memory(options):
+        model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=vae)
+        names = [f"erasers-{number}" for number in range(1, len(options.erasers) + 1)]
+        model.load_erasers(options.erasers, names, options.eraser_scales or None)
     return model
 
 

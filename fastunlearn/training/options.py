@@ -46,15 +46,13 @@ class PrepareOptions:
     estimate: bool = _option("print size, forward passes and memory, and do nothing", False)
 
     def __post_init__(self) -> None:
-        for name in ("num_trajectories", "timesteps_per_trajectory", "num_inference_steps", "batch_size"):
+        _check_sampling(self)
+        for name in ("num_trajectories", "timesteps_per_trajectory", "batch_size"):
             _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("seed", self.seed, 0)
         if not 0 <= self.mask_threshold <= 1:
             raise ValueError(f"mask_threshold: expected a number from 0 to 1, got {self.mask_threshold!r}")
         if not 0 <= self.mask_start < 1:
             raise ValueError(f"mask_start: expected a number from 0 to below 1, got {self.mask_start!r}")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale!r}")
         if not self.concept.strip():
             raise ValueError(f"concept: expected one or more words, got {self.concept!r}")
 
@@ -142,7 +140,8 @@ class TrainingOptions:
             "checkpointing_steps",
         ):
             _check_at_least(name, getattr(self, name), 1)
-        for name in ("seed", "lr_warmup_steps", "max_grad_norm", "adam_weight_decay", "lr_num_cycles"):
+        _check_seed(self.seed)
+        for name in ("lr_warmup_steps", "max_grad_norm", "adam_weight_decay", "lr_num_cycles"):
             _check_at_least(name, getattr(self, name), 0)
         for name in ("unlearning_weight", "preservation_weight", "localization_weight", "learning_rate"):
             _check_at_least(name, getattr(self, name), 0)
@@ -179,9 +178,9 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         _check_scales(self.erasers, self.eraser_scales)
-        for name in ("num_trajectories", "timesteps_per_trajectory", "num_inference_steps", "batch_size"):
+        _check_sampling(self)
+        for name in ("num_trajectories", "timesteps_per_trajectory", "batch_size"):
             _check_at_least(name, getattr(self, name), 1)
-        _check_at_least("seed", self.seed, 0)
         if self.cache_dir is None:
             for name in ("concept", "target_prompts", "kept_prompts"):
                 if not getattr(self, name):
@@ -215,8 +214,7 @@ class SampleOptions:
         _check_scales(self.erasers, self.eraser_scales)
         if not self.prompt and self.prompts is None:
             raise ValueError("prompt: expected a prompt, or a file of prompts as prompts")
-        _check_at_least("num_inference_steps", self.num_inference_steps, 1)
-        _check_at_least("seed", self.seed, 0)
+        _check_sampling(self)
         if self.fps is not None:
             _check_at_least("fps", self.fps, 1)
 
@@ -226,6 +224,24 @@ def _check_scales(erasers: tuple[Path, ...], scales: tuple[float, ...]) -> None:
         raise ValueError("erasers: expected at least one folder")
     if scales and len(scales) != len(erasers):
         raise ValueError(f"eraser_scales: expected one for each of {len(erasers)} folders, got {len(scales)}")
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise ValueError(f"eraser_scales: expected finite numbers, got {scale!r}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:  # of a larger one torch's generator on the CPU reads 32 bits, so that two are one
+        raise ValueError(f"seed: expected a number from 0 to below 2^32, got {seed!r}")
+
+
+def _check_sampling(options: PrepareOptions | EvaluateOptions | SampleOptions) -> None:
+    _check_seed(options.seed)
+    _check_at_least("num_inference_steps", options.num_inference_steps, 1)
+    for name in ("height", "width", "num_frames"):
+        if getattr(options, name) is not None:
+            _check_at_least(name, getattr(options, name), 1)
+    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
+        raise ValueError(f"guidance_scale: expected a finite number, got {options.guidance_scale!r}")
 
 
 def _check_at_least(name: str, value: float, least: int) -> None:

@@ -50,6 +50,8 @@ def run(options: SampleOptions) -> list[Path]:
         FileNotFoundError: there is no such pipeline, folder of erasers or file of prompts.
         ValueError: the erasers are not for this model, or an option does not fit it.
         OSError: something cannot be written.
+        MemoryError: there is too little memory; says what would help.
+        FloatingPointError: a video is not finite.
     """
     output = writable(options.output_dir)
     erased.check_folders(options.erasers)
@@ -57,7 +59,8 @@ def run(options: SampleOptions) -> list[Path]:
     names = file_names(prompts)
     device, dtype = usable_device(options.device), model_dtype(options.mixed_precision)
     texts = [options.negative_prompt, *prompts]
-    encoded = encode_prompts(options.pretrained_model_name_or_path, texts, None, dtype=dtype, device=device)
+    with explained_out_of_memory(options):
+        encoded = encode_prompts(options.pretrained_model_name_or_path, texts, None, dtype=dtype, device=device)
     model = erased.load_erased_model(options, dtype=dtype, device=device, vae=True)
     defaults = model.defaults
     size = Size(
@@ -108,6 +111,9 @@ def video(
         num_inference_steps: of sampling.
         guidance_scale: of the prompt over the negative one; 1 asks the model for the prompt alone.
         bar: a progress bar to advance a step at a time.
+
+    Raises:
+        FloatingPointError: the latents are not finite. Decoded, they would be a black video like any other.
     """
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, *model.latent_shape(*size), generator=generator)
@@ -125,6 +131,11 @@ def video(
         latents = step.x_next
         if bar is not None:
             bar.update()
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            f"after {num_inference_steps} steps of sampling the video is not finite: the model overflows in "
+            f"{model.dtype}, or guidance or the erasers are too strong"
+        )
     return model.decode(latents, size.num_frames)[0]
 
 
