@@ -84,7 +84,7 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
         keywords["required"] = True
     else:
         keywords["default"] = default
-        if default not in (None, "", True, False, ()):
+        if default is not None and default not in ("", ()) and not isinstance(default, bool):
             help_line += f" ({default})"
     if kind is bool:
         keywords["action"] = "store_false" if default else "store_true"

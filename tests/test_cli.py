@@ -58,6 +58,24 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device nonsense" in one_line_error(capsys, "demo", "--device", "nonsense")
 
 
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_a_device_that_training_cannot_use(
+    device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastunlearn.training.cache.TeacherCache.open", lambda folder: None)
+    model = ("--pretrained-model-name-or-path", "model", "--cache-dir", "cache", "--output-dir", str(tmp_path))
+    assert f"device: '{device}' cannot be used" in one_line_error(capsys, "train", *model, "--device", device)
+
+
+def test_help_shows_defaults_of_zero_and_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["--seed"].endswith(" (0)") and lines["--train-batch-size"].endswith(" (1)")
+    assert lines["--max-grad-norm"].endswith(" (1.0)")
+    assert "False" not in lines["--fsdp"] and "None" not in lines["--device"]
+
+
 def test_an_output_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     assert str(tmp_path / "taken") in one_line_error(capsys, "demo", "--output", str(tmp_path / "taken"))

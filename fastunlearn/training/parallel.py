@@ -40,16 +40,24 @@ def is_cpu(device: str | None) -> bool:
     """Whether a phase runs on the CPU: it was told to, or there is nothing else.
 
     Accelerate has to be told. Else it takes processes on a machine without a GPU for strangers to each other.
+
+    Raises:
+        ValueError: torch knows no device of this name.
     """
-    return not torch.accelerator.is_available() if device is None else torch.device(device).type == "cpu"
+    if device is None:
+        return not torch.accelerator.is_available()
+    try:
+        return torch.device(device).type == "cpu"
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def accelerator_of(options: TrainingOptions, logging_dir: Path, *, cpu: bool) -> Any:
     """This process's Accelerator, with the trackers that the options ask for.
 
     Raises:
-        ValueError: none of these is installed.
-        RuntimeError: a launcher started several processes, and Accelerate did not connect them.
+        ValueError: none of these is installed; or a launcher started several processes, and Accelerate did not connect
+            them.
     """
     from accelerate import Accelerator
 
@@ -57,9 +65,9 @@ def accelerator_of(options: TrainingOptions, logging_dir: Path, *, cpu: bool) ->
     accelerator = Accelerator(cpu=cpu, log_with=options.report_to, project_dir=logging_dir)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
-        raise RuntimeError(
-            f"{launched} processes were launched, but Accelerate knows of {accelerator.num_processes}: it was set up "
-            "for another device before training began"
+        raise ValueError(
+            f"device: {launched} processes were launched, but Accelerate knows of {accelerator.num_processes}: "
+            f"{options.device or 'its choice'} is no device of every process, or it was set up for another one before"
         )
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(f"report_to: {options.report_to} is not installed")

@@ -31,7 +31,9 @@ def usable_device(name: str | None) -> torch.device:
                 return torch.device(accelerator)
         return torch.device("cpu")
     try:
-        return torch.empty(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # a device without numbers, "meta", is none to compute on
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"device: {name!r} cannot be used: {reason}") from error
