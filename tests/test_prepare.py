@@ -542,6 +542,28 @@ def test_options_say_what_is_wrong_with_them():
             options_for(**change)
 
 
+@pytest.mark.parametrize(
+    ("size", "foreign", "error"),
+    [
+        ({"height": 33}, None, "height: expected a positive multiple of 16, got 33"),
+        ({"num_frames": 8}, None, "num_frames: expected 1 more than a multiple of 4, got 8"),
+        ({}, "thesis.tex", "expected a new folder or a teacher cache, found thesis.tex"),
+    ],
+)
+def test_mistakes_are_found_before_weights_are_read(tiny_pipeline, tmp_path, monkeypatch, size, foreign, error):
+    paths = write_prompts(tmp_path, target_prompts=TARGETS[0])
+    output = tmp_path / "cache"
+    if foreign:
+        output.mkdir()
+        (output / foreign).touch()
+    monkeypatch.setattr(prepare_module, "encode_prompts", lambda *args, **kwargs: pytest.fail("encoded"))
+    with pytest.raises((ValueError, OSError), match=error):
+        run(options_for(tiny_pipeline("cogvideox"), output, **size, **paths))
+    assert os.listdir(output) == ([foreign] if foreign else [])
+    with pytest.raises(OSError, match="target_prompts.txt"):
+        run(options_for(tiny_pipeline("cogvideox"), paths["target_prompts"], **paths))
+
+
 def test_run_resumes_without_the_text_encoders(tiny_pipeline, tmp_path, monkeypatch):
     paths = write_prompts(tmp_path, target_prompts=f"{TARGETS[0]}\n", kept_prompts=f"{KEPT[0]}\n")
     options = options_for(

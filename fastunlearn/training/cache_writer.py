@@ -85,11 +85,7 @@ class CacheWriter:
             origin = existing["origin"]
         else:
             existing = {}
-            foreign = sorted(file.name for file in self.folder.iterdir() if not OWN_FILE.fullmatch(file.name))
-            if foreign:
-                raise FileExistsError(
-                    f"{self.folder}: expected a new folder or a teacher cache, found {', '.join(foreign[:3])}"
-                )
+            refuse_foreign(self.folder)
         sha256 = hashlib.sha256(conditions).hexdigest()
         if existing and existing["conditions"]["sha256"] != sha256:
             raise ValueError(
@@ -228,6 +224,15 @@ class CacheWriter:
                 "same again to go on",
                 str(path),
             ) from error
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises FileExistsError where a folder without an index holds what is no part of a cache."""
+    if (folder / INDEX).exists():
+        return
+    foreign = sorted(file.name for file in folder.iterdir() if not OWN_FILE.fullmatch(file.name))
+    if foreign:
+        raise FileExistsError(f"{folder}: expected a new folder or a teacher cache, found {', '.join(foreign[:3])}")
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:

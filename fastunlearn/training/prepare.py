@@ -18,13 +18,14 @@ import torch
 from fastunlearn.backbones import find_transformer
 from fastunlearn.training import shards
 from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, is_texts, read_index
-from fastunlearn.training.cache_writer import CacheWriter
+from fastunlearn.training.cache_writer import CacheWriter, refuse_foreign
 from fastunlearn.training.data import LATENTS, read_data
+from fastunlearn.training.files import writable
 from fastunlearn.training.memory import explained_out_of_memory
 from fastunlearn.training.options import PrepareOptions
-from fastunlearn.training.pipelines import EncodedPrompt, encode_prompts, load_model
+from fastunlearn.training.pipelines import EncodedPrompt, encode_prompts, load_model, outline_pipeline
 from fastunlearn.training.placement import model_dtype, usable_device
-from fastunlearn.training.plan import Request, prompts_of
+from fastunlearn.training.plan import Request, prompts_of, video_size
 from fastunlearn.training.prompts import PromptLine, occurrences, read_prompts
 from fastunlearn.training.teacher import Teacher
 from fastunlearn.training.video_model import VideoModel
@@ -100,7 +101,8 @@ def prepare(
         progress(len(own), len(own))
     if barrier is not None:
         barrier()
-    if process_index == 0 if barrier is not None else writer.is_complete():
+    is_last = writer.is_complete() if barrier is None else process_index == 0
+    if is_last:
         writer.finish()
 
 
@@ -254,9 +256,11 @@ def run(options: PrepareOptions) -> None:
     dtype = model_dtype(options.mixed_precision)
     device = usable_device(options.device)
     state = PartialState(cpu=device.type == "cpu")
-    if options.device is None and state.num_processes > 1:
+    if state.num_processes > 1:
         device = state.device  # each process has its own
     requests = requests_of(options)
+    if state.is_main_process:
+        _check_before_loading(options)
     # One process encodes: others might round otherwise, and a cache has one condition a prompt.
     shared: list[Any] = [encoded_prompts(options, requests, dtype, device) if state.is_main_process else None]
     encoded = (broadcast_object_list(shared) if state.num_processes > 1 else shared)[0]
@@ -281,6 +285,13 @@ def run(options: PrepareOptions) -> None:
         )
     if state.is_main_process:
         print(f"wrote {options.output_dir}")
+
+
+def _check_before_loading(options: PrepareOptions) -> None:
+    """Finds what is wrong with the folder or the size before weights are read, which takes minutes."""
+    refuse_foreign(writable(options.output_dir))
+    model = outline_pipeline(options.pretrained_model_name_or_path).model
+    model.latent_shape(**video_size(options, model.defaults))
 
 
 def _stored_prompts(folder: Path, concept: str, dtype: torch.dtype) -> dict[str, EncodedPrompt] | None:
