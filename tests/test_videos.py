@@ -183,3 +183,13 @@ def test_a_title_of_any_script_stays_inside_its_lines(text: str) -> None:
     assert text.startswith(lines[0])
     assert videos._wrapped("short", font, 500) == ["short"]
     assert videos._wrapped("", font, 500) == []
+
+
+def test_a_missing_ffmpeg_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    with pytest.raises(OSError, match="No ffmpeg exe could be found"):
+        write_video(tmp_path / "a.mp4", torch.zeros(2, 3, 8, 8), 8)
+    assert not any(tmp_path.iterdir())

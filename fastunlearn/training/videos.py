@@ -50,7 +50,7 @@ def read_video(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no video that can be read.
-        RuntimeError: there is no ffmpeg.
+        OSError: there is no ffmpeg.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,8 +71,7 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        OSError: the file cannot be written.
-        RuntimeError: there is no ffmpeg.
+        OSError: the file cannot be written, or there is no ffmpeg.
     """
     path = Path(path)
     _check_frames("frames", frames)
@@ -211,8 +210,12 @@ def _read_with_ffmpeg(path: Path) -> np.ndarray:
 def _ffmpeg(arguments: Sequence[str], data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     import imageio_ffmpeg
 
+    try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     # Not through imageio: it overlooks that ffmpeg failed, on a full disk for example.
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *arguments]
+    command = [program, "-v", "error", *arguments]
     return subprocess.run(command, input=data if data is not None else b"", capture_output=True, check=False)
 
 
