@@ -16,7 +16,7 @@ from training_worker import CASES, train_case
 from fastunlearn import eraser_files
 from fastunlearn.training import prepare, trainer
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
-from fastunlearn.training.parallel import fsdp_plugin
+from fastunlearn.training.parallel import accelerator_of, fsdp_plugin
 
 WORKER = Path(__file__).with_name("training_worker.py")
 
@@ -125,3 +125,11 @@ def test_fsdp_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv("FSDP_VERSION", version)
         with pytest.raises(ValueError, match="expected FSDP version 2 .*, got 1"):
             fsdp_plugin(TrainingOptions("", Path(), Path()))
+
+
+def test_processes_that_accelerate_did_not_connect_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = TrainingOptions("", tmp_path, tmp_path, device="cpu")
+    assert accelerator_of(options, tmp_path, cpu=True).num_processes == 1  # it keeps what it saw first
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device: 2 processes were launched, but Accelerate knows of 1: cpu is no"):
+        accelerator_of(options, tmp_path, cpu=True)
