@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -562,6 +563,26 @@ def test_mistakes_are_found_before_weights_are_read(tiny_pipeline, tmp_path, mon
     assert os.listdir(output) == ([foreign] if foreign else [])
     with pytest.raises(OSError, match="target_prompts.txt"):
         run(options_for(tiny_pipeline("cogvideox"), paths["target_prompts"], **paths))
+
+
+def test_a_mistake_that_the_first_process_finds_is_told_by_all(monkeypatch):
+    sent = []
+
+    def broadcast(objects):
+        if objects != [None, None]:
+            sent[:] = objects
+        return list(sent)
+
+    def mistaken():
+        raise ValueError("height: wrong")
+
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", broadcast)
+    first, second = (SimpleNamespace(num_processes=2, is_main_process=is_first) for is_first in (True, False))
+    for state in (first, second):  # the second makes nothing of its own
+        with pytest.raises(ValueError, match="^height: wrong$"):
+            prepare_module._from_the_first_process(state, mistaken)
+    for state, make in ((first, lambda: {"a": 1}), (second, mistaken)):
+        assert prepare_module._from_the_first_process(state, make) == {"a": 1}
 
 
 def test_run_resumes_without_the_text_encoders(tiny_pipeline, tmp_path, monkeypatch):

@@ -245,7 +245,6 @@ def run(options: PrepareOptions) -> None:
     Raises: as `prepare`, `requests_of`, `encode_prompts` and `load_model` do.
     """
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
     if options.estimate:
@@ -259,11 +258,13 @@ def run(options: PrepareOptions) -> None:
     if state.num_processes > 1:
         device = state.device  # each process has its own
     requests = requests_of(options)
-    if state.is_main_process:
+
+    def checked_and_encoded() -> dict[str, EncodedPrompt]:
         _check_before_loading(options)
+        return encoded_prompts(options, requests, dtype, device)
+
     # One process encodes: others might round otherwise, and a cache has one condition a prompt.
-    shared: list[Any] = [encoded_prompts(options, requests, dtype, device) if state.is_main_process else None]
-    encoded = (broadcast_object_list(shared) if state.num_processes > 1 else shared)[0]
+    encoded = _from_the_first_process(state, checked_and_encoded)
     needs_vae = any(request.source is not None and request.source.suffix != LATENTS for request in requests)
     model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=needs_vae)
     with tqdm(desc="prepare", unit="batch", disable=not state.is_main_process) as bar:
@@ -285,6 +286,26 @@ def run(options: PrepareOptions) -> None:
         )
     if state.is_main_process:
         print(f"wrote {options.output_dir}")
+
+
+def _from_the_first_process(state: Any, make: Callable[[], dict[str, EncodedPrompt]]) -> dict[str, EncodedPrompt]:
+    """What `make` gives the first process. Its mistakes end every process with the same line, not with a lost one."""
+    from accelerate.utils import broadcast_object_list
+
+    if state.num_processes == 1:
+        return make()
+    if state.is_main_process:
+        try:
+            made = make()
+        except Exception as error:
+            broadcast_object_list([None, str(error)])
+            raise
+        broadcast_object_list([made, None])
+        return made
+    made, error_line = broadcast_object_list([None, None])
+    if error_line is not None:
+        raise ValueError(error_line)
+    return made
 
 
 def _check_before_loading(options: PrepareOptions) -> None:
