@@ -16,7 +16,7 @@ from fastunlearn.erasers import detach_erasers
 from fastunlearn.testing.tiny_pipelines import FAMILIES
 from fastunlearn.training import prepare as prepare_module
 from fastunlearn.training.cache import TeacherCache
-from fastunlearn.training.data import read_data
+from fastunlearn.training.data import holds_latents, read_data
 from fastunlearn.training.estimate import estimate
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.pipelines import encode_prompts, load_model
@@ -461,6 +461,18 @@ def test_points_of_given_videos(tiny_pipeline, tmp_path, data, family):
 def test_data_that_is_not_as_it_should_be(data, loaded, tiny_pipeline, tmp_path):
     folder, _ = data
     assert [request.group for request in read_data(folder, "circle")] == ["target", "kept", "target"]
+    for name in ("fourth.MP4", "fifth.SafeTensors"):  # as cameras spell them
+        (folder / name).touch()
+        (folder / name).with_suffix(".txt").write_text("a dog")
+    found = {request.source.name: holds_latents(request.source) for request in read_data(folder, "circle")}
+    assert [found[name] for name in ("first.mp4", "third.safetensors", "fourth.MP4", "fifth.SafeTensors")] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    for name in ("fourth.MP4", "fifth.SafeTensors"):
+        (folder / name).unlink()
     options = options_for(tiny_pipeline("cogvideox"), tmp_path / "cache", data=folder)
     (folder / "first.txt").write_text("one circle\ntwo circle\n")
     with pytest.raises(ValueError, match="first.txt: expected one prompt, found 2"):

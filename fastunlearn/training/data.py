@@ -31,7 +31,7 @@ def read_data(folder: str | os.PathLike[str], concept: str) -> list[Request]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data: expected a folder of videos, got {str(folder)!r}")
-    sources = sorted(path for path in folder.iterdir() if path.suffix in (*VIDEOS, LATENTS))
+    sources = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*VIDEOS, LATENTS))
     if not sources:
         raise ValueError(f"data: expected {', '.join(VIDEOS)} or {LATENTS} files in {folder}, found none")
     requests = []
@@ -49,6 +49,11 @@ def read_data(folder: str | os.PathLike[str], concept: str) -> list[Request]:
     return requests
 
 
+def holds_latents(source: Path) -> bool:
+    """Whether a source is latents already, which need no VAE."""
+    return source.suffix.lower() == LATENTS
+
+
 def read_latents(
     model: VideoModel, source: Path, latent_shape: Sequence[int], height: int, width: int, num_frames: int
 ) -> Tensor:
@@ -60,7 +65,7 @@ def read_latents(
         ValueError: the file is not readable, the latents are of another shape or not finite, or the video is too short.
         RuntimeError: the source is a video, and the model has no VAE.
     """
-    if source.suffix == LATENTS:
+    if holds_latents(source):
         with shards.opened(source) as file:
             if "latents" not in shards.names(file):
                 raise ValueError(f"{source}: expected a tensor called 'latents', got {shards.names(file)}")

@@ -19,7 +19,7 @@ from fastunlearn.backbones import find_transformer
 from fastunlearn.training import shards
 from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, is_texts, read_index
 from fastunlearn.training.cache_writer import CacheWriter, refuse_foreign
-from fastunlearn.training.data import LATENTS, read_data
+from fastunlearn.training.data import holds_latents, read_data
 from fastunlearn.training.files import writable
 from fastunlearn.training.memory import explained_out_of_memory
 from fastunlearn.training.options import PrepareOptions
@@ -265,7 +265,7 @@ def run(options: PrepareOptions) -> None:
 
     # One process encodes: others might round otherwise, and a cache has one condition a prompt.
     encoded = _from_the_first_process(state, checked_and_encoded)
-    needs_vae = any(request.source is not None and request.source.suffix != LATENTS for request in requests)
+    needs_vae = any(request.source is not None and not holds_latents(request.source) for request in requests)
     model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=needs_vae)
     with tqdm(desc="prepare", unit="batch", disable=not state.is_main_process) as bar:
 
