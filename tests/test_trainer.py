@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from training_cases import options_for, tiny_cache, tiny_model, weights
 
 from fastunlearn import EraserOutputsCapture, load_erasers
+from fastunlearn.backbones import find_transformer
 from fastunlearn.training.batches import Batches
+from fastunlearn.training.compatibility import check_made_with, digest_of_weights
 from fastunlearn.training.optimization import ErasersOptimizer, learning_rate_factor
 from fastunlearn.training.options import TargetGroup
 from fastunlearn.training.terms import Terms
@@ -415,7 +417,13 @@ def test_a_cache_that_does_not_fit(tmp_path: Path) -> None:
     refused("at least one group", targets=[])
     refused("group 'kept' is empty", {})
     model.path = "there/CogVideoX-5b"
-    refused("made with the model here/CogVideoX-2b, but this one is there/CogVideoX-5b", {"model": "here/CogVideoX-2b"})
+    changed = tiny_model()
+    next(find_transformer(changed.experts[0])[0].parameters()).data.flatten()[0] += 1e-3
+    other = {"model": "here/CogVideoX-2b", "dtype": "float32", "weights": digest_of_weights(changed)}
+    refused("made with the model here/CogVideoX-2b, and this one, there/CogVideoX-5b, has other weights", other)
+    assert digest_of_weights(tiny_model()) == digest_of_weights(model), "the same model elsewhere is the same"
+    check_made_with(tiny_cache(model).facts | other | {"weights": digest_of_weights(model)}, model)
+    check_made_with(tiny_cache(model).facts | other | {"dtype": "bfloat16"}, model)
     two = tiny_model("wan", experts=2)
     cache = tiny_cache(two)
     cache.groups["kept"].experts.zero_()

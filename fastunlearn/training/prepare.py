@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from fastunlearn.backbones import find_transformer
 from fastunlearn.training import shards
 from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, is_texts, read_index
 from fastunlearn.training.cache_writer import CacheWriter, refuse_foreign
+from fastunlearn.training.compatibility import digest_of_weights
 from fastunlearn.training.data import holds_latents, read_data
 from fastunlearn.training.files import writable
 from fastunlearn.training.memory import explained_out_of_memory
@@ -31,7 +31,6 @@ from fastunlearn.training.teacher import Teacher
 from fastunlearn.training.video_model import VideoModel
 
 _PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "safetensors")
-_VALUES_OF_A_WEIGHT = 16  # that tell one model from another
 _CONTENT_OPTIONS = (
     "concept",
     "negative_prompt",
@@ -111,7 +110,7 @@ def _facts(teacher: Teacher) -> dict[str, Any]:
     options, model = teacher.options, teacher.model
     return {
         "backbone": model.backbone.name,
-        "weights": _digest_of_weights(model),
+        "weights": digest_of_weights(model),
         "transformer": _config(find_transformer(model.experts[0])[0]),
         "scheduler": _config(model.scheduler),
         "latent_shape": list(teacher.latent_shape),
@@ -140,20 +139,6 @@ def _facts_of(request: Request) -> dict[str, Any]:
         entry = file_entry(request.source)
         facts["source"] = {"file": entry["file"], "sha256": entry["sha256"]}
     return facts
-
-
-def _digest_of_weights(model: VideoModel) -> str:
-    """Tells models apart by a few values of each weight, without reading all of them."""
-    digest = hashlib.sha256()
-    for expert in model.experts:
-        for name, weight in find_transformer(expert)[0].named_parameters():
-            if ".erasers." in name:
-                continue
-            values = weight.detach().flatten()
-            values = values[:: max(1, len(values) // _VALUES_OF_A_WEIGHT)].float().cpu()
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
