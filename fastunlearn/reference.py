@@ -147,16 +147,18 @@ def _concept_attention(
     index = token_indices.clamp(0, keys - 1)
     if key_mask is not None:
         is_chosen = is_chosen & key_mask.gather(1, index)
+    largest_row = max(channels, tokens, keys)
     if lse is not None:
-        key = key.gather(2, index[:, None, :, None].expand(batch, heads, tokens, channels))
+        key = key.gather(2, index[:, None, :, None].expand(batch, heads, tokens, channels)).to(dtype) * scale
+        # Few logits a row: the queries make the larger temporary, if they have to be converted.
+        largest_row = max(tokens, 1 if query.dtype == dtype else channels)
     probability = torch.zeros(batch, queries, dtype=dtype, device=query.device)
 
-    largest_row = max(channels, tokens, key.shape[2])
     for samples, of_heads, rows in _blocks((batch, heads, queries), max(BLOCK_ELEMENTS // largest_row, 1)):
         # Under autocast the product would be computed in half precision.
         with torch.autocast(query.device.type, enabled=False):
-            q = query[samples, of_heads, rows].to(dtype) * scale
-            logits = q @ key[samples, of_heads].to(dtype).mT
+            q = query[samples, of_heads, rows].to(dtype)
+            logits = (q if lse is not None else q * scale) @ key[samples, of_heads].to(dtype).mT
         if lse is not None:
             p = (logits - lse[samples, of_heads, rows, None].to(dtype)).exp()
         else:
