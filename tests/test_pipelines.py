@@ -272,6 +272,12 @@ def test_pipelines_of_other_classes_are_refused_by_name(tmp_path, class_name):
         encode_prompts(tmp_path, [PROMPT], None, **FP32)
 
 
+def test_a_timestep_for_every_token_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", "expand_timesteps": True}))
+    with pytest.raises(ValueError, match="expand_timesteps"):
+        load_model(tmp_path, **FP32)
+
+
 def copy_of(folder, to):
     shutil.copytree(folder, to)
     return to

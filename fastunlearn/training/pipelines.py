@@ -172,6 +172,11 @@ def _pipeline_class(path: str | os.PathLike[str]) -> tuple[Any, _Family]:
         raise ValueError(
             f"pretrained_model_name_or_path: expected a {' or '.join(_FAMILIES)}, but {name!r} holds a {class_name}"
         )
+    if index.get("expand_timesteps"):
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected one timestep a video, but {name!r} has one for every token "
+            "(expand_timesteps), as Wan2.2-TI2V-5B does, which is not supported"
+        )
     return getattr(diffusers, class_name), _FAMILIES[class_name]
 
 
