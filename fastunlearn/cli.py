@@ -130,7 +130,7 @@ def _demo(options: argparse.Namespace) -> None:
     _check_device(options)
     try:
         report = run(options.concept, options.output, options.seed, options.device)
-    except OSError as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         raise SystemExit(f"fastunlearn demo: {error}") from None
     print(table(report))
     print(f"\nwrote {options.output / 'demo.png'}, {options.output / 'demo.json'} and {options.output / 'erasers'}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastunlearn import load_erasers
+from fastunlearn.cli import main as command
 from fastunlearn.demo import erase, evaluate
 from fastunlearn.demo.judge import Judge, held_out_accuracy
 from fastunlearn.demo.model import TOKEN_GRID, WEIGHTS, TextToVideo, load
@@ -254,6 +255,11 @@ def test_a_folder_with_another_training_is_refused_at_once(tmp_path: Path) -> No
     with pytest.raises(FileExistsError, match="checkpoint-100"):
         run("circle", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100"}
+
+
+def test_a_seed_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="^fastunlearn demo: seed: expected a number from 0 to below 2.32, got -1$"):
+        command(["demo", "--seed", "-1", "--output", str(tmp_path)])
 
 
 def test_every_step_of_every_seed_has_numbers_of_its_own() -> None:

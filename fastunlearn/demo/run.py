@@ -46,8 +46,9 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
     Returns what demo.json holds. The same seed gives the same result on the same machine.
 
     Raises:
-        ValueError: the world has no such concept.
+        ValueError: the world has no such concept, or `seed` is below 0 or too large.
         OSError: `output` cannot be written, or holds another training's checkpoints.
+        MemoryError: naming the options that help `prepare` or `train`.
     """
     if concept not in SHAPES:
         raise ValueError(f"concept: expected one of {', '.join(SHAPES)}, got {concept!r}")
