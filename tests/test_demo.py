@@ -204,8 +204,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(erase, "TRAJECTORIES", dict.fromkeys(erase.TRAJECTORIES, 3))
     monkeypatch.setattr(erase, "LEADING_TRAJECTORIES", 2)
     monkeypatch.setattr(erase, "UNPROMPTED_TRAJECTORIES", 1)
-    monkeypatch.setattr(evaluate, "ALONE", 2)
-    monkeypatch.setattr(evaluate, "PAIRED", 2)
+    monkeypatch.setattr(evaluate, "VIDEOS_A_SHAPE", 2)
+    monkeypatch.setattr(evaluate, "VIDEOS_A_PAIR", 2)
 
 
 def test_the_cache_holds_points_of_every_group(

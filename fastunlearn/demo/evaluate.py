@@ -23,7 +23,7 @@ from fastunlearn.training.plan import NEGATIVE, PROMPT
 from fastunlearn.training.sampling import Step, denoise, stack_conditions, velocities
 from fastunlearn.training.video_model import VideoModel
 
-ALONE, PAIRED = 12, 16  # videos a shape, videos a pair of shapes
+VIDEOS_A_SHAPE, VIDEOS_A_PAIR = 12, 16
 
 Asked = tuple[Noun, ...]
 
@@ -34,8 +34,10 @@ def held_out(concept: str, draw: random.Random) -> tuple[list[Asked], list[Asked
     In either list what asks for one shape comes first.
     """
     colours = list(COLOURS)
-    drawn: list[Asked] = [(Noun(shape, colours[index % len(colours)]),) for shape in SHAPES for index in range(ALONE)]
-    drawn += [two(*pair, draw) for pair in itertools.combinations(SHAPES, 2) for _ in range(PAIRED)]
+    drawn: list[Asked] = [
+        (Noun(shape, colours[index % len(colours)]),) for shape in SHAPES for index in range(VIDEOS_A_SHAPE)
+    ]
+    drawn += [two(*pair, draw) for pair in itertools.combinations(SHAPES, 2) for _ in range(VIDEOS_A_PAIR)]
     asking = [asked for asked in drawn if concept in (noun.shape for noun in asked)]
     return asking, [asked for asked in drawn if asked not in asking]
 
