@@ -164,7 +164,7 @@ def _train(model: VideoModel, cache: str, output: Path, seed: int) -> list[dict[
 
 
 def _shown(asking: list[evaluate.Asked], keeping: list[evaluate.Asked]) -> list[int]:
-    """Rows for the picture: two of the concept alone and beside each other shape, one of the others alone and together."""
+    """Rows for the picture: two each of the concept alone and beside another shape, one each without the concept."""
     kinds = [frozenset(noun.shape for noun in nouns) for nouns in asking + keeping]
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     again = [index for index, kind in enumerate(kinds) if kinds[:index].count(kind) == 1 and index < len(asking)]
