@@ -295,7 +295,10 @@ def captured_forward(meter: Meter, *, layers: int = 4, heads: int = 8, side: int
 
 
 def demo_step(meter: Meter) -> dict[str, Any]:
-    """The demo's training step, forward and backward, with the erasers' outputs captured and with low-rank ones."""
+    """A training step on the demo's model, at its batch, with the erasers' outputs captured and with low-rank ones.
+
+    Velocities and masks are random, and there is no optimizer.
+    """
     from fastunlearn.demo.erase import POINTS_A_STEP, RANK
     from fastunlearn.demo.model import TEXT_LENGTH, TOKEN_GRID, load
     from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH
@@ -345,7 +348,7 @@ def demo_step(meter: Meter) -> dict[str, Any]:
     peers = {"outputs": functools.partial(step, False), "low rank": functools.partial(step, True)}
     seconds = meter.seconds(peers)
     peaks = {name: meter.peak_bytes(function) for name, function in peers.items()}
-    print("\nthe demo's training step, forward and backward")
+    print("\na training step at the demo's size, forward and backward")
     for name in peers:
         print(f"{name:<14} {1e3 * seconds[name]:>8.0f} ms {peaks[name] / MIB:>9.0f} MiB")
     rows = [{"peer": name, "seconds": seconds[name], "peak_bytes": peaks[name]} for name in peers]
