@@ -1,8 +1,9 @@
 """A training step against the one that T2VUnlearning-style loops publish: `python -m fastunlearn.bench.training`.
 
 Theirs is in `published.py`. Ours is `fastunlearn.training`'s own, with the teacher cache's cost shown apart, and
-divided over the default number of steps. The losses and gradients of both are compared before anything is timed.
-Every call of a peer builds its model, does a first step, and measures those that follow; calls are taken in turn.
+divided over the default number of steps. The losses and gradients of both are compared before anything is timed, at
+the size `tiny`. Every call of a peer builds its model, does a first step, and measures those that follow; calls are
+taken in turn.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=3,
         metavar="N",
-        help="of every peer, of which the mean (default: %(default)s)",
+        help="calls of every peer, of which the mean: of a published step, or three of ours (default: %(default)s)",
     )
     parser.add_argument(
         "--sampling-steps", type=int, default=50, metavar="N", help="of a trajectory (default: %(default)s)"
