@@ -18,7 +18,6 @@ from fastunlearn.training.terms import Terms
 
 CPU = torch.device("cpu")
 SMALL = Size(2, 2, 16, 64, 64, 5, text_tokens=8, text_features=16, time_features=16, rank=4)
-
 FEW = ("fastunlearn", "fastunlearn, dense localization")
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is known on Linux")
@@ -245,6 +244,7 @@ def test_aims_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "meta"], "--device must be a CPU or a CUDA GPU, got meta"),
         (["--device", "cpu", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["--device", "cpu", "--sampling-steps", "1"], "--sampling-steps must be at least 2, got 1"),
+        (["--device", "cpu", "--trajectories", "0"], "--trajectories must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
