@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,6 @@ def _forked(work: Callable[[], None], seconds: float | None = None) -> int:
     if child == 0:
         code = 1
         try:
-            torch.set_num_threads(1)
             work()
             code = 0
         finally:
@@ -100,6 +99,16 @@ def _forked(work: Callable[[], None], seconds: float | None = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A forked child cannot use its parent's threads, and sums are rounded otherwise with another number of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     """Killed in a step, while erasers, state or facts are written, before the renaming, while old ones are removed."""
