@@ -9,7 +9,8 @@ import runpy
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -104,15 +105,22 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], 
 
 def _run_phase(options: argparse.Namespace) -> None:
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options.options_class)}
-    try:
+    with _one_line_errors(options.command):
         chosen = options.options_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
         importlib.import_module(options.module).run(chosen)
+
+
+@contextmanager
+def _one_line_errors(command: str) -> Iterator[None]:
+    """For commands that need the train extra."""
+    try:
+        yield
     except ImportError as error:
         raise SystemExit(
-            f"fastunlearn {options.command}: {error}; it needs the train extra: pip install 'fastunlearn[train]'"
+            f"fastunlearn {command}: {error}; it needs the train extra: pip install 'fastunlearn[train]'"
         ) from None
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        raise SystemExit(f"fastunlearn {options.command}: {error}") from None
+        raise SystemExit(f"fastunlearn {command}: {error}") from None
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -121,17 +129,11 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    try:
+    with _one_line_errors(options.command):
         from fastunlearn.demo.run import run, table
-    except ImportError as error:
-        raise SystemExit(
-            f"fastunlearn demo: {error}; it needs the train extra: pip install 'fastunlearn[train]'"
-        ) from None
-    _check_device(options)
-    try:
+
+        _check_device(options)
         report = run(options.concept, options.output, options.seed, options.device)
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        raise SystemExit(f"fastunlearn demo: {error}") from None
     print(table(report))
     print(f"\nwrote {options.output / 'demo.png'}, {options.output / 'demo.json'} and {options.output / 'erasers'}")
 
