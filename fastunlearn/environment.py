@@ -26,11 +26,12 @@ CPU, 2 and 4 processes over gloo: losses over a group; 2 processes: prepare, tra
 GPU, NCCL, Hub checkpoints at full size: not yet; the kernels compile for sm_80, sm_90, sm_100 and gfx942"""
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed, as where this package itself is run from its sources."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def devices() -> list[tuple[torch.device, str]]:
@@ -51,7 +52,7 @@ def devices() -> list[tuple[torch.device, str]]:
 def describe() -> str:
     """All of it as text, one fact a line."""
     lines = [f"python        {platform.python_version()}, {platform.platform()}"]
-    lines += [f"{package:<13} {_version(package)}" for package in PACKAGES]
+    lines += [f"{package:<13} {installed_version(package) or 'not installed'}" for package in PACKAGES]
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     for device, description in devices():
         lines += ["", f"{device}: {description}"]

@@ -7,7 +7,6 @@ earlier eraser made of it, so that erasers trained apart can be used together in
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from fastunlearn import eraser_files
 from fastunlearn.arguments import check_number
 from fastunlearn.backbones import Backbone, attentions, find_transformer
+from fastunlearn.environment import installed_version
 
 
 class _Linear(nn.Linear):
@@ -297,7 +297,7 @@ def save_erasers(
         "concept": concept,
         "rank": rank,
         "dim": dim,
-        "versions": {package: _version(package) for package in ("fastunlearn", "torch", "diffusers")},
+        "versions": {package: installed_version(package) for package in ("fastunlearn", "torch", "diffusers")},
     }
     eraser_files.write(folder, states, facts)
 
@@ -437,10 +437,3 @@ def _check_finite(layer: str, state: Mapping[str, Tensor]) -> None:
     for key, value in state.items():
         if not value.isfinite().all():
             raise ValueError(f"{layer}: {key} of the eraser holds NaN or infinity")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

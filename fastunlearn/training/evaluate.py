@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastunlearn.environment import PACKAGES
+from fastunlearn.environment import PACKAGES, installed_version
 from fastunlearn.training import erased, prepare
 from fastunlearn.training.cache import Points, PointSet, TeacherCache
 from fastunlearn.training.evaluation_report import draw, table
@@ -224,7 +223,7 @@ def _facts(options: EvaluateOptions, cache: TeacherCache) -> dict[str, Any]:
         ],
         "cache": {"folder": str(cache.folder), "fingerprint": cache.fingerprint, "boundary": cache.facts["boundary"]},
         "options": {name: _plain(value) for name, value in vars(options).items()},
-        "versions": {package: found for package in PACKAGES if (found := _version(package)) is not None},
+        "versions": {package: found for package in PACKAGES if (found := installed_version(package)) is not None},
     }
 
 
@@ -232,10 +231,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

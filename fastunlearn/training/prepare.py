@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastunlearn.backbones import find_transformer
+from fastunlearn.environment import installed_version
 from fastunlearn.training import shards
 from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, is_texts, read_index
 from fastunlearn.training.cache_writer import CacheWriter, refuse_foreign
@@ -80,12 +80,13 @@ def prepare(
         MemoryError: naming the options that help.
     """
     teacher = Teacher(model, encoded, requests, options)
+    versions = {package: installed_version(package) or "unknown" for package in _PACKAGES}
     writer = CacheWriter(
         folder,
         _facts(teacher),
         {prompt: encoded[prompt].condition for prompt in teacher.prompts},
         [unit.kind.group for unit in teacher.plan.units],
-        origin={"model": model.path, "versions": _versions()},
+        origin={"model": model.path, "versions": versions},
         process_index=process_index,
     )
     own = range(process_index, len(teacher.plan.units), num_processes)
@@ -139,16 +140,6 @@ def _facts_of(request: Request) -> dict[str, Any]:
         entry = file_entry(request.source)
         facts["source"] = {"file": entry["file"], "sha256": entry["sha256"]}
     return facts
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from the sources
-            found[package] = "unknown"
-    return found
 
 
 def requests_of(options: PrepareOptions) -> list[Request]:
