@@ -6,7 +6,8 @@ import torch
 
 from fastunlearn.testing.tiny_pipelines import FAMILIES
 from fastunlearn.training.pipelines import encode_prompts, load_model
-from fastunlearn.training.sampling import denoise, random_generator, scheduler_for, stack_conditions, velocities
+from fastunlearn.training.random_numbers import random_generator
+from fastunlearn.training.sampling import denoise, scheduler_for, stack_conditions, velocities
 
 PROMPTS = ["a red circle in the street", "a square"]
 NEGATIVE = "bad quality"

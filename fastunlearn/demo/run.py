@@ -23,7 +23,7 @@ from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.pipelines import EncodedPrompt
 from fastunlearn.training.plan import Request
 from fastunlearn.training.prepare import prepare
-from fastunlearn.training.sampling import random_generator
+from fastunlearn.training.random_numbers import random_generator
 from fastunlearn.training.trainer import train
 from fastunlearn.training.video_model import VideoModel
 

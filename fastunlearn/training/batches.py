@@ -6,7 +6,6 @@ would have seen, and any number of processes what one would have seen with as mu
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.training.options import TargetGroup
+from fastunlearn.training.random_numbers import random_generator
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
@@ -76,12 +76,12 @@ class Batches:
                     )
                 self._kinds.append(_Kind(target, expert, points, kept_points))
                 self._shares.append(target.share * len(points) / len(experts))
-        self._offset = torch.rand(1, generator=_generator(seed, "offset")).item()
+        self._offset = torch.rand(1, generator=random_generator(seed, "offset")).item()
 
     def draw(self, step: int) -> Draw:
         """The points of a step, counted from 0."""
         kind = self._kinds[self._kind(step)]
-        generator = _generator(self._seed, step)
+        generator = random_generator(self._seed, step)
         target_rows = _choose(kind.target_points, self._size, generator)
         kept_rows = _choose(kind.kept_points, self._size, generator) if len(kind.kept_points) else kind.kept_points
         return Draw(kind.target, kind.expert, target_rows, kept_rows)
@@ -103,12 +103,6 @@ def _experts(groups: Mapping[str, Any], name: str) -> Tensor:
     if not len(experts):
         raise ValueError(f"the cache's group {name!r} is empty")
     return experts
-
-
-def _generator(*key: object) -> torch.Generator:
-    """Torch's generator on the CPU reads 32 bits of its seed: a hash, so that all of the key counts."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def _choose(points: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastunlearn.training.options import PrepareOptions
-from fastunlearn.training.sampling import random_generator
+from fastunlearn.training.random_numbers import random_generator
 from fastunlearn.training.video_model import Defaults
 
 NEGATIVE, PROMPT, INSTEAD = "negative", "prompt", "instead"  # names of the conditions of a trajectory

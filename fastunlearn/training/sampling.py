@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.backbones import VelocityModel
+from fastunlearn.training.random_numbers import random_generator
 from fastunlearn.training.video_model import VideoModel
 
 Conditions = Mapping[str, Mapping[str, Tensor]]
@@ -37,15 +37,6 @@ class Step:
     x_t: Tensor
     velocities: dict[str, Tensor]
     x_next: Tensor
-
-
-def random_generator(*key: object) -> torch.Generator:
-    """A generator on the CPU, so that a key gives the same numbers on every device.
-
-    It reads only 32 bits of its seed: a hash, so that all of the key counts.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def stack_conditions(conditions: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:

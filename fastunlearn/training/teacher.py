@@ -26,7 +26,8 @@ from fastunlearn.training.plan import (
     prompts_of,
     video_size,
 )
-from fastunlearn.training.sampling import denoise, random_generator, scheduler_for, stack_conditions, velocities
+from fastunlearn.training.random_numbers import random_generator
+from fastunlearn.training.sampling import denoise, scheduler_for, stack_conditions, velocities
 from fastunlearn.training.video_model import VideoModel
 
 
