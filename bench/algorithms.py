@@ -47,7 +47,7 @@ class Layer(NamedTuple):
 LAYERS = {
     "cogvideox-2b": Layer(17550, 1920, 30, 64),
     "cogvideox-5b": Layer(17550, 3072, 48, 64),
-    "hunyuanvideo": Layer(118800, 3072, 24, 128),
+    "hunyuan_video": Layer(118800, 3072, 24, 128),
 }
 RANK = 128
 # Numbers of tokens on a kind of device, and the most at which tokens x tokens are held.

@@ -22,7 +22,7 @@ MIB = 2**20
 # Latents of 480 x 720 x 49 and of the other models' defaults, (B, C, F, H, W).
 REAL = {
     "cogvideox": (1, 16, 13, 60, 90),
-    "hunyuan": (1, 16, 33, 90, 160),
+    "hunyuan_video": (1, 16, 33, 90, 160),
     "wan": (1, 16, 21, 60, 104),
 }
 SYNTHETIC = (64, 256, 1024, 4096)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fastunlearn.bench.cases import MIB, Case, Disagreement, makers
-from fastunlearn.dispatch import choose_backend
 from fastunlearn.environment import describe
+from fastunlearn.ops.dispatch import choose_backend
 
 DTYPES = ("float16", "bfloat16", "float32")
 # More than any GPU's L2.

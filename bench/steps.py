@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from fastunlearn import AttnMapsCapture, EraserOutputsCapture, localization_loss
 from fastunlearn.bench.cases import ETA, Disagreement
 from fastunlearn.bench.published import Conditions, PublishedStep
-from fastunlearn.training import trainer
-from fastunlearn.training.cache import TeacherCache
+from fastunlearn.families import LatentSpace
+from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.requests import Request
+from fastunlearn.training.loop import trainer
+from fastunlearn.training.loop.terms import Terms
+from fastunlearn.training.model.text import EncodedPrompt
+from fastunlearn.training.model.video_model import Defaults, VideoModel
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
-from fastunlearn.training.pipelines import EncodedPrompt
-from fastunlearn.training.plan import Request
 from fastunlearn.training.prepare import prepare
-from fastunlearn.training.terms import Terms
-from fastunlearn.training.video_model import Defaults, LatentSpace, VideoModel
+from fastunlearn.training.train import train
 
 TARGET, KEPT, UNCOND = "a circle", "a square", ""
 WORDS = [1]  # where "circle" stands in the first
@@ -252,7 +254,7 @@ class Bench:
             try:
                 model = self.model()
                 passes = _Passes(*model.experts)
-                trainer.train(model, cache, folder, chosen, on_step=lambda *_: times.append(time.perf_counter()))
+                train(model, cache, folder, chosen, on_step=lambda *_: times.append(time.perf_counter()))
             except (torch.OutOfMemoryError, MemoryError):
                 raise RanOut("the student") from None
         return Sample(passes.count / (1 + steps), (times[-1] - times[0]) / steps)

@@ -25,7 +25,7 @@ from fastunlearn.bench.algorithms import Meter
 from fastunlearn.bench.cases import MIB, Disagreement
 from fastunlearn.bench.kernels import provenance, save
 from fastunlearn.bench.steps import SIZES, Bench, RanOut, Sample, check
-from fastunlearn.training.cache import TeacherCache
+from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 
 TO_A_RANDOM_STEP, TO_THE_END = "published, sampled to a random step", "published, sampled to the end"

@@ -8,7 +8,6 @@ if _find_spec("fastunlearn.kernels") is None:
         "`pip install -e .`, or run Python from another folder to use the installed package"
     )
 
-from fastunlearn.backbones import VelocityModel, as_velocity_model
 from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
 from fastunlearn.erasers import (
     AdapterEraser,
@@ -36,6 +35,7 @@ from fastunlearn.losses import (
     T2VUnlearningLoss,
 )
 from fastunlearn.masks import average_map, get_mask
+from fastunlearn.velocity_model import VelocityModel, as_velocity_model
 
 __version__ = "0.1.0"
 

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.arguments import integer_tensor, token_index_rows
-from fastunlearn.backbones import attentions, find_transformer
+from fastunlearn.families import attentions, find_transformer
 from fastunlearn.functional import LowRankOutput, concept_attention
 from fastunlearn.interception import Attention, Interception
+from fastunlearn.ops.arguments import integer_tensor, token_index_rows
 
 
 class _Capture:
     """Knows when the model's forward method runs, and cleans up."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._transformer, self._backbone = find_transformer(model)
+        self._transformer, self._family = find_transformer(model)
         self._undo: ExitStack | None = None
         self._running = False
         self._grad_wanted = False
@@ -200,7 +200,7 @@ class AttnMapsCapture(_Capture):
 
     def _listen(self, undo: ExitStack) -> None:
         self._calls.clear()
-        for name, attention in attentions(self._transformer, self._backbone.text_attended).items():
+        for name, attention in attentions(self._transformer, self._family.text_attended).items():
             undo.callback(self._wrap(name, attention))
 
     def _wrap(self, name: str, attention: Any) -> Callable[[], None]:
@@ -229,7 +229,7 @@ class AttnMapsCapture(_Capture):
     def _keep(self, name: str, text_length: int, attention: Attention) -> None:
         # Maps made in inference mode could not be averaged with those of a call outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            new = self._map(attention, *self._backbone.video_and_text(attention.query.shape[2], text_length))
+            new = self._map(attention, *self._family.video_and_text(attention.query.shape[2], text_length))
             calls = self._calls[name] = self._calls.get(name, 0) + 1
             if calls > 1:
                 had, got = tuple(self._maps[name].shape), tuple(new.shape)

@@ -20,7 +20,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Command -> its options in `fastunlearn.training.options`, the module whose `run` takes them, and what it does.
 PHASES = {
     "prepare": ("PrepareOptions", "fastunlearn.training.prepare", "ask the frozen model once what training will need"),
-    "train": ("TrainingOptions", "fastunlearn.training.trainer", "train erasers from what was prepared"),
+    "train": ("TrainingOptions", "fastunlearn.training.train", "train erasers from what was prepared"),
     "evaluate": ("EvaluateOptions", "fastunlearn.training.evaluate", "measure what erasers erase, and what they keep"),
     "sample": ("SampleOptions", "fastunlearn.training.sample", "make videos before and after, from the same seeds"),
 }
@@ -173,7 +173,7 @@ def _env(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from fastunlearn.demo.world import SHAPES
-    from fastunlearn.dispatch import OPS
+    from fastunlearn.ops.dispatch import OPS
 
     parser = _Parser(prog="fastunlearn", description="Erase a concept from a text-to-video diffusion transformer.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from fastunlearn.dispatch import OPS, choose_backend
+from fastunlearn.ops.dispatch import OPS, choose_backend
 
 PACKAGES = ("fastunlearn", "torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "safetensors")
 VARIABLES = (

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastunlearn.atomic import replace_file
+from fastunlearn.files import replace_file
 
 CONFIG = "config.json"
 FORMAT, FORMAT_VERSION = "fastunlearn-erasers", 1
@@ -32,11 +32,11 @@ States = Mapping[str, Mapping[str, Tensor]]
 
 
 class StoredErasers(NamedTuple):
-    """A folder's erasers: parameters by layer, on the CPU; `backbone` is None where the format does not say it."""
+    """A folder's erasers: parameters by layer, on the CPU; `family` is None where the format does not say it."""
 
     states: dict[str, dict[str, Tensor]]
     rank: int
-    backbone: str | None
+    family: str | None
 
 
 def write(folder: str | os.PathLike[str], states: States, facts: Mapping[str, Any]) -> None:

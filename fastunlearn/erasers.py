@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastunlearn import eraser_files
-from fastunlearn.arguments import check_number
-from fastunlearn.backbones import Backbone, attentions, find_transformer
 from fastunlearn.environment import installed_version
+from fastunlearn.families import Family, attentions, find_transformer, hidden_size
+from fastunlearn.ops.arguments import check_number
 
 
 class _Linear(nn.Linear):
@@ -105,15 +105,9 @@ def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def hidden_size(transformer: nn.Module) -> int:
-    """Features of the tokens that the transformer's attentions return."""
-    config: Any = transformer.config
-    return config.num_attention_heads * config.attention_head_dim
-
-
-def _attached(transformer: nn.Module, backbone: Backbone, name: str) -> dict[str, AdapterEraser]:
+def _attached(transformer: nn.Module, family: Family, name: str) -> dict[str, AdapterEraser]:
     """The erasers called `name`, by layer; empty if there are none."""
-    stacks = _stacks(attentions(transformer, backbone.erased))
+    stacks = _stacks(attentions(transformer, family.erased))
     return {layer: stack[name] for layer, stack in stacks.items() if name in stack}  # type: ignore[misc]
 
 
@@ -122,22 +116,22 @@ def _stacks(layers: Mapping[str, nn.Module]) -> dict[str, _Erasers]:
     return {layer: stack for layer, stack in found.items() if isinstance(stack, _Erasers)}
 
 
-def _check_free(transformer: nn.Module, backbone: Backbone, name: str) -> None:
+def _check_free(transformer: nn.Module, family: Family, name: str) -> None:
     """Raises ValueError if `name` cannot name an eraser, or names one of the model's already."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(_Erasers(), name):
         raise ValueError(f"name: expected letters, digits, '_' and '-', and no ModuleDict attribute, got {name!r}")
-    if _attached(transformer, backbone, name):
+    if _attached(transformer, family, name):
         raise ValueError(f"name: the model has erasers called {name!r} already; detach them or choose another name")
 
 
 def _install(
     transformer: nn.Module,
-    backbone: Backbone,
+    family: Family,
     sets: Mapping[str, Mapping[str, AdapterEraser]],
     scales: Mapping[str, float],
 ) -> None:
     """Puts every set's erasers on their layers and freezes the base. `_check_free` comes first."""
-    layers = attentions(transformer, backbone.erased)
+    layers = attentions(transformer, family.erased)
     for erasers in sets.values():
         for layer, eraser in erasers.items():  # before anything else, because the device may be full
             attention = layers[layer]
@@ -168,7 +162,7 @@ def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> 
     `save_pretrained`, because `from_pretrained` would silently give the model without them: use `save_erasers`.
 
     Args:
-        model: a supported transformer (see `fastunlearn.backbones`), or a VelocityModel or other wrapper of one.
+        model: a supported transformer (see `fastunlearn.families`), or a VelocityModel or other wrapper of one.
         rank: the erasers' inner width.
         name: several sets of erasers can live on one model; their outputs add up.
 
@@ -179,11 +173,11 @@ def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> 
         TypeError: the model is of no supported family.
         ValueError: erasers of this name are attached already, or the name or the rank is none.
     """
-    transformer, backbone = find_transformer(model)
-    _check_free(transformer, backbone, name)
+    transformer, family = find_transformer(model)
+    _check_free(transformer, family, name)
     dim = hidden_size(transformer)
-    erasers = {layer: AdapterEraser(dim, rank) for layer in attentions(transformer, backbone.erased)}
-    _install(transformer, backbone, {name: erasers}, {name: 1.0})
+    erasers = {layer: AdapterEraser(dim, rank) for layer in attentions(transformer, family.erased)}
+    _install(transformer, family, {name: erasers}, {name: 1.0})
     return erasers
 
 
@@ -197,10 +191,10 @@ def detach_erasers(model: nn.Module, name: str | None = None) -> None:
         TypeError: the model is of no supported family.
         ValueError: no erasers are called `name`.
     """
-    transformer, backbone = find_transformer(model)
-    layers = attentions(transformer, backbone.erased)
+    transformer, family = find_transformer(model)
+    layers = attentions(transformer, family.erased)
     stacks = _stacks(layers)
-    if name is not None and not _attached(transformer, backbone, name):
+    if name is not None and not _attached(transformer, family, name):
         raise ValueError(f"name: no erasers are called {name!r}")
     for layer, stack in stacks.items():
         if name is not None and name in stack:
@@ -254,11 +248,11 @@ def set_eraser_scale(model: nn.Module, name: str, scale: float) -> None:
         TypeError: the model is of no supported family, or `scale` is no number.
         ValueError: no erasers are called `name`, or `scale` is not finite.
     """
-    transformer, backbone = find_transformer(model)
+    transformer, family = find_transformer(model)
     _check_scale(scale)
-    if not _attached(transformer, backbone, name):
+    if not _attached(transformer, family, name):
         raise ValueError(f"name: no erasers are called {name!r}")
-    for stack in _stacks(attentions(transformer, backbone.erased)).values():
+    for stack in _stacks(attentions(transformer, family.erased)).values():
         if name in stack:
             stack.scales[name] = scale
 
@@ -284,8 +278,8 @@ def save_erasers(
     """
     if concept is not None and not isinstance(concept, str):
         raise TypeError(f"concept: expected a string or None, got {type(concept).__name__}")
-    transformer, backbone = find_transformer(model)
-    erasers = _attached(transformer, backbone, name)
+    transformer, family = find_transformer(model)
+    erasers = _attached(transformer, family, name)
     if not erasers:
         raise ValueError(f"name: no erasers are called {name!r}")
     states = {layer: eraser.state_dict() for layer, eraser in erasers.items()}
@@ -293,7 +287,7 @@ def save_erasers(
         _check_finite(layer, state)
     rank, dim = next(iter(erasers.values())).down.weight.shape
     facts = {
-        "backbone": backbone.name,
+        "backbone": family.name,
         "concept": concept,
         "rank": rank,
         "dim": dim,
@@ -379,24 +373,24 @@ def _load(
     model: nn.Module, folders: Mapping[str, Folder], scales: Mapping[str, float]
 ) -> dict[str, dict[str, AdapterEraser]]:
     """Everything is read and checked before anything is attached."""
-    transformer, backbone = find_transformer(model)
+    transformer, family = find_transformer(model)
     for name, scale in scales.items():
-        _check_free(transformer, backbone, name)
+        _check_free(transformer, family, name)
         _check_scale(scale)
-    sets = {name: _read(transformer, backbone, folder) for name, folder in folders.items()}
+    sets = {name: _read(transformer, family, folder) for name, folder in folders.items()}
     if sets:
-        _install(transformer, backbone, sets, scales)
+        _install(transformer, family, sets, scales)
     return sets
 
 
-def _read(transformer: nn.Module, backbone: Backbone, folder: Folder) -> dict[str, AdapterEraser]:
+def _read(transformer: nn.Module, family: Family, folder: Folder) -> dict[str, AdapterEraser]:
     stored = eraser_files.read(folder)
-    if stored.backbone not in (None, backbone.name):
-        raise ValueError(f"{folder}: erasers for {stored.backbone}, but the model is {backbone.name}")
+    if stored.family not in (None, family.name):
+        raise ValueError(f"{folder}: erasers for {stored.family}, but the model is {family.name}")
     # A folder has erasers for all blocks of a list, though not for every list: T2VUnlearning erases HunyuanVideo in its
     # single blocks alone.
     lists = {layer.partition(".")[0] for layer in stored.states}
-    layers = attentions(transformer, tuple(place for place in backbone.erased if place[0] in lists) or backbone.erased)
+    layers = attentions(transformer, tuple(place for place in family.erased if place[0] in lists) or family.erased)
     if stored.states.keys() != layers.keys():
         missing, unknown = sorted(layers.keys() - stored.states.keys()), sorted(stored.states.keys() - layers.keys())
         raise ValueError(f"{folder}: erasers missing for layers {missing}, and given for layers unknown {unknown}")

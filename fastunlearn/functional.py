@@ -1,7 +1,7 @@
 """The operations of concept erasure, tensors in and tensors out: arguments are checked, the backend is chosen.
 
-What each operation computes is defined in `fastunlearn.reference`. All arithmetic is float32, or float64 if any tensor
-passed is float64, whatever the inputs' dtypes, which may differ. Gradients come back in their input's dtype. The
+What each operation computes is defined in `fastunlearn.ops.definition`. All arithmetic is float32, or float64 if any
+tensor passed is float64, whatever the inputs' dtypes, which may differ. Gradients come back in their input's dtype. The
 operations are once-differentiable: a second derivative raises RuntimeError.
 
 With a `group`, a `torch.distributed` process group, a loss is that of tensors whose shards its processes hold, as in
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastunlearn.arguments import (
+from fastunlearn.ops.arguments import (
     check_choice,
     check_low_rank,
     check_number,
@@ -43,8 +43,8 @@ from fastunlearn.arguments import (
     token_index_rows,
     velocity_arguments,
 )
-from fastunlearn.dispatch import Backend, BackendChoice, choose_backend, implementation
-from fastunlearn.groups import (
+from fastunlearn.ops.dispatch import Backend, BackendChoice, choose_backend, implementation
+from fastunlearn.ops.sharded import (
     LocalizationPart,
     background_sum,
     check_group,

@@ -20,10 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastunlearn.arguments import check_choice, check_number, check_tensor
-from fastunlearn.backbones import BACKBONES, VelocityModel
-from fastunlearn.dispatch import Backend
 from fastunlearn.erasers import _Erasers, erasers_disabled
+from fastunlearn.families import FAMILIES
 from fastunlearn.functional import (
     LocalizationLoss,
     LocalizationNormalization,
@@ -36,8 +34,11 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
-from fastunlearn.groups import check_group
+from fastunlearn.ops.arguments import check_choice, check_number, check_tensor
+from fastunlearn.ops.dispatch import Backend
+from fastunlearn.ops.sharded import check_group
 from fastunlearn.schedule import PREDICTION_TYPES, PredictionType, velocity_error_weight
+from fastunlearn.velocity_model import VelocityModel
 
 VelocityModelLike = Callable[[Tensor, Tensor, Any], Tensor]
 LossDict = dict[str, Tensor]
@@ -45,7 +46,7 @@ LossDict = dict[str, Tensor]
 
 def _call(model: VelocityModelLike, x_t: Tensor, t: Tensor, cond: Any, argument: str) -> Tensor:
     name = type(model).__name__
-    if any(name == backbone.transformer for backbone in BACKBONES):  # its own arguments come in another order
+    if any(name == family.transformer for family in FAMILIES):  # its own arguments come in another order
         raise TypeError(f"{argument} must take (x_t, t, cond): pass fastunlearn.as_velocity_model of the {name}")
     velocity = model(x_t, t, cond)
     if not isinstance(velocity, Tensor):

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastunlearn.arguments import MASK, check_choice, check_tensor, integer_tensor
-from fastunlearn.spatial_masks import match_resolution
+from fastunlearn.ops.arguments import MASK, check_choice, check_tensor, integer_tensor
+from fastunlearn.ops.spatial_masks import match_resolution
 
 WordIndices = Sequence[int] | Tensor | None
 NormalizePer = Literal["sample", "frame"]

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastunlearn.arguments import INTEGER, check_tensor
+from fastunlearn.ops.arguments import INTEGER, check_tensor
 
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("v_prediction", "epsilon", "sample")

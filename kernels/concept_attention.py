@@ -237,7 +237,7 @@ def concept_attention(
     key_mask: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """The function of that name in `fastunlearn.reference`: one launch."""
+    """The function of that name in `torch_backend`: one launch."""
     tensors = (
         query.detach(),
         key.detach(),

@@ -417,7 +417,7 @@ localization_loss_op.register_autograd(_backward, setup_context=_setup_context)
 def localization_loss(
     outputs: Sequence[Tensor], masks: Sequence[Tensor], *, loss_type: str, normalization: str, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """The function of that name in `fastunlearn.reference`: a launch for `LAYERS_PER_LAUNCH` like layers, and one."""
+    """The function of that name in `torch_backend`: a launch for `LAYERS_PER_LAUNCH` like layers, and one."""
     # `ctx.needs_input_grad` does not know of `torch.no_grad`.
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in outputs]
     if torch.compiler.is_compiling():

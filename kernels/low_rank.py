@@ -565,7 +565,7 @@ def low_rank_localization_loss(
     normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The function of that name in `fastunlearn.reference`: three launches for `LAYERS_PER_LAUNCH` layers, and one."""
+    """The function of that name in `torch_backend`: three launches for `LAYERS_PER_LAUNCH` layers, and one."""
     tensors = [x for layer in zip(hiddens, weights, biases, strict=True) for x in layer]
     if torch.compiler.is_compiling():
         loss, per_layer, *_ = low_rank_localization_loss_op(tensors, list(masks), normalization, weight)

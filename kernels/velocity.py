@@ -439,7 +439,7 @@ def negatively_guided_velocity_loss(
     mask_normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The function of that name in `fastunlearn.reference`: two launches, and one for the backward pass."""
+    """The function of that name in `torch_backend`: two launches, and one for the backward pass."""
     options = _Options(guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
     inputs = (prediction, uncond, cond)
     # `ctx.needs_input_grad` does not know of `torch.no_grad`.
@@ -454,5 +454,5 @@ def negatively_guided_velocity_loss(
 
 
 def velocity_loss(prediction: Tensor, target: Tensor, **common: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The function of that name in `fastunlearn.reference`."""
+    """The function of that name in `torch_backend`."""
     return negatively_guided_velocity_loss(prediction, target, None, guidance_scale=0.0, **common)

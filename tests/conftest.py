@@ -37,4 +37,4 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 
 # What needs Triton's interpreter, which is chosen when kernels are decorated, runs in a process of its own.
-collect_ignore = [] if is_interpreted() else ["interpreted"]
+collect_ignore = [] if is_interpreted() else ["kernels/interpreted"]

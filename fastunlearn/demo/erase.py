@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastunlearn.demo.world import COLOURS, SHAPES, Noun, prompt_of
+from fastunlearn.training.data.requests import Request
 from fastunlearn.training.options import PrepareOptions, TargetGroup, TrainingOptions
-from fastunlearn.training.plan import Request
 
 SAMPLING_STEPS = 12
 LEADING = (0.0, 0.5)  # of the steps towards the concept: where the erased model still can turn away

@@ -15,13 +15,13 @@ from fastunlearn.demo.erase import two
 from fastunlearn.demo.judge import Judge, colour_maps
 from fastunlearn.demo.model import PATCH, TOKEN_GRID
 from fastunlearn.demo.world import COLOURS, SHAPES, Noun
-from fastunlearn.training import metrics
-from fastunlearn.training.concept_masks import ConceptMasks
+from fastunlearn.training.cache.concept_masks import ConceptMasks
+from fastunlearn.training.data.requests import NEGATIVE, PROMPT
+from fastunlearn.training.evaluation import metrics
+from fastunlearn.training.model.sampling import Step, denoise, stack_conditions, velocities
+from fastunlearn.training.model.text import EncodedPrompt
+from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import PrepareOptions
-from fastunlearn.training.pipelines import EncodedPrompt
-from fastunlearn.training.plan import NEGATIVE, PROMPT
-from fastunlearn.training.sampling import Step, denoise, stack_conditions, velocities
-from fastunlearn.training.video_model import VideoModel
 
 VIDEOS_A_SHAPE, VIDEOS_A_PAIR = 12, 16
 

@@ -19,9 +19,10 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.world import COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH
-from fastunlearn.training.pipelines import EncodedPrompt
-from fastunlearn.training.prompts import concept_tokens, occurrences
-from fastunlearn.training.video_model import Defaults, LatentSpace, VideoModel
+from fastunlearn.families import LatentSpace
+from fastunlearn.training.data.prompts import concept_tokens, occurrences
+from fastunlearn.training.model.text import EncodedPrompt
+from fastunlearn.training.model.video_model import Defaults, VideoModel
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 TEXT_LENGTH = 8
@@ -109,7 +110,7 @@ class TextToVideo(nn.Module):
         return self.text_encoder(ids.to(device)).last_hidden_state
 
     def encode_prompts(self, prompts: Sequence[str], concept: str) -> dict[str, EncodedPrompt]:
-        """As `fastunlearn.training.pipelines.encode_prompts` does: each distinct prompt once."""
+        """As `fastunlearn.training.model.loading.encode_prompts` does: each distinct prompt once."""
         encoded = {}
         distinct = list(dict.fromkeys(prompts))
         for prompt, embeddings in zip(distinct, self.encode(distinct), strict=True):

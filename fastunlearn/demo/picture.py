@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastunlearn.atomic import replace_file
+from fastunlearn.files import replace_file
 from fastunlearn.masks import overlay
 
 GAP = 2  # pixels between frames

@@ -16,16 +16,16 @@ from tqdm import tqdm
 from fastunlearn.demo import erase, evaluate, picture
 from fastunlearn.demo.model import load
 from fastunlearn.demo.world import FRAMES, HEIGHT, SHAPES, WIDTH, prompt_of
-from fastunlearn.training import checkpoints
-from fastunlearn.training.cache import TeacherCache
-from fastunlearn.training.files import writable, write_json
+from fastunlearn.files import writable, write_json
+from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.requests import Request
+from fastunlearn.training.loop import checkpoints
+from fastunlearn.training.model.text import EncodedPrompt
+from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import PrepareOptions
-from fastunlearn.training.pipelines import EncodedPrompt
-from fastunlearn.training.plan import Request
 from fastunlearn.training.prepare import prepare
 from fastunlearn.training.random_numbers import random_generator
-from fastunlearn.training.trainer import train
-from fastunlearn.training.video_model import VideoModel
+from fastunlearn.training.train import train
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastunlearn.dispatch import OPS
 from fastunlearn.functional import LowRankOutput, localization_loss
+from fastunlearn.ops.dispatch import OPS
 from fastunlearn.testing import checks
 from fastunlearn.testing.error_bound import Comparison
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastunlearn import functional
-from fastunlearn.testing import eager, oracle
+from fastunlearn.ops import definition
+from fastunlearn.testing import oracle
 from fastunlearn.testing.error_bound import Comparison, compare
 
 
@@ -57,9 +58,9 @@ def check_velocity_loss(
             upstream = torch.ones_like(result.loss)
         gradients = iter(torch.autograd.grad(result.loss, wanted, upstream))
 
-    compute = eager.compute_dtype(*inputs, options.get("mask"), options.get("sample_weight"))
+    compute = definition.compute_dtype(*inputs, options.get("mask"), options.get("sample_weight"))
     exact = oracle.velocity_loss(*inputs, **options, upstream=upstream)
-    expected = eager.velocity_loss(*inputs, **options)
+    expected = definition.velocity_loss(*inputs, **options)
     expected_gradients = iter(torch.autograd.grad(expected, wanted, upstream))
     per_element = options.get("reduction") == "none"
     # A mask's sum is the one sum of many terms in a gradient.
@@ -104,9 +105,9 @@ def check_localization_loss(
         gradients = torch.autograd.grad(result.loss, outputs, torch.full_like(result.loss, upstream))
 
     masks = [mask.flatten(1) if x.dim() == 3 else mask for x in outputs]
-    compute = eager.compute_dtype(*outputs, mask)
+    compute = definition.compute_dtype(*outputs, mask)
     exact = oracle.localization_loss(list(outputs), masks, **options, upstream=upstream)
-    expected = eager.localization_loss(list(outputs), masks, **options)
+    expected = definition.localization_loss(list(outputs), masks, **options)
     expected_gradients = torch.autograd.grad(expected, outputs, torch.full_like(expected, upstream))
     terms = max(x.numel() for x in outputs)
     found = [compare("loss", result.loss, expected, exact["loss"], terms=terms, compute=compute)]
@@ -114,7 +115,7 @@ def check_localization_loss(
         found.append(compare("gradient", *gradient, terms=terms, roundings=2, compute=compute))
     options.pop("weight", None)
     for i, (output, of_layer) in enumerate(zip(outputs, masks, strict=True)):
-        term = eager.localization_loss([output.detach().to(compute)], [of_layer], **options)
+        term = definition.localization_loss([output.detach().to(compute)], [of_layer], **options)
         found.append(
             compare("term", result.per_layer[i], term, exact["per_layer"][i], terms=output.numel(), compute=compute)
         )
@@ -153,9 +154,9 @@ def check_low_rank_localization_loss(
         gradients = iter(torch.autograd.grad(result.loss, inputs, torch.full_like(result.loss, upstream)))
 
     masks = [mask.flatten(1)] * len(outputs)
-    compute = eager.compute_dtype(*inputs, mask)
+    compute = definition.compute_dtype(*inputs, mask)
     exact = oracle.low_rank_localization_loss(list(outputs), masks, **options, upstream=upstream)
-    expected = eager.low_rank_localization_loss(list(outputs), masks, **options)
+    expected = definition.low_rank_localization_loss(list(outputs), masks, **options)
     expected_gradients = iter(torch.autograd.grad(expected, inputs, torch.full_like(expected, upstream)))
     # Sums over tokens, over features and over pairs of the rank.
     terms = max(output.hidden.numel() * output.weight.numel() for output in outputs)
@@ -172,7 +173,7 @@ def check_low_rank_localization_loss(
                 found.append(compare(what, *pair, of_x, terms=terms, roundings=2, magnitude=magnitude, compute=compute))
         rest = {name: value for name, value in options.items() if name != "weight"}
         of_layer = output._replace(hidden=output.hidden.to(compute))
-        term = eager.low_rank_localization_loss([of_layer], masks[:1], **rest).detach()
+        term = definition.low_rank_localization_loss([of_layer], masks[:1], **rest).detach()
         found.append(
             compare(
                 "term",
@@ -212,14 +213,14 @@ def check_concept_attention(
     Raises:
         AssertionError: something is off by more than the bound of `compare`.
     """
-    compute = eager.compute_dtype(query, key)
+    compute = definition.compute_dtype(query, key)
     exact = oracle.concept_attention(query, key, token_indices, key_mask=key_mask)
-    lse = eager.log_sum_exp(query, key, key_mask).to(compute)
+    lse = definition.log_sum_exp(query, key, key_mask).to(compute)
     # A logit or its log-sum-exp of size x is off by x units where the probability is off by one.
     magnitude = float(np.abs(exact).max() * (1 + lse.abs().max() / 4))
     options = {"key_mask": key_mask, "lse": lse if with_lse else None, "backend": backend}
     actual = functional.concept_attention(query, key, token_indices, **options)
-    expected = eager.concept_attention(query, key, token_indices, key_mask)
+    expected = definition.concept_attention(query, key, token_indices, key_mask)
     return [compare("probability", actual, expected, exact, terms=key.shape[2], magnitude=magnitude, compute=compute)]
 
 
@@ -227,7 +228,7 @@ def check_negatively_guided_velocity(uncond: Tensor, cond: Tensor, guidance_scal
     """The velocity and both gradients, at a unit upstream gradient."""
     velocity = functional.negatively_guided_velocity(uncond, cond, guidance_scale)
     gradients = torch.autograd.grad(velocity, (uncond, cond), torch.ones_like(velocity))
-    compute = eager.compute_dtype(uncond, cond)
+    compute = definition.compute_dtype(uncond, cond)
     u, c = (x.detach().to(compute) for x in (uncond, cond))
     exact_u, exact_c = oracle.to_numpy(uncond), oracle.to_numpy(cond)
     expected = (u + guidance_scale * (u - c)).to(velocity.dtype)

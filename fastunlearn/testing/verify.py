@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastunlearn.dispatch import OPS, choose_backend, has_kernel
+from fastunlearn.ops.dispatch import OPS, choose_backend, has_kernel
 from fastunlearn.testing.cases import DTYPES, cases
 from fastunlearn.testing.error_bound import Comparison
 from fastunlearn.testing.interpreter import exact_bfloat16, is_interpreted

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 
-from fastunlearn.training.cache import TeacherCache
-from fastunlearn.training.erased import without_erasers
+from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.requests import Request
+from fastunlearn.training.data.videos import write_strip, write_video
+from fastunlearn.training.model.erased import without_erasers
+from fastunlearn.training.model.loading import load_model
+from fastunlearn.training.model.text import encode_prompts
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
-from fastunlearn.training.pipelines import encode_prompts, load_model
-from fastunlearn.training.plan import Request
 from fastunlearn.training.prepare import prepare
 from fastunlearn.training.sample import Size, video
-from fastunlearn.training.trainer import train
-from fastunlearn.training.videos import write_strip, write_video
+from fastunlearn.training.train import train
 
 CONCEPT = "dog"
 # Short prompts and long ones, as users write them. Each has the concept, a word of its own, in it.

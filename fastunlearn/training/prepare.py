@@ -6,29 +6,29 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastunlearn.backbones import find_transformer
+from fastunlearn.devices import usable_device
+from fastunlearn.dtypes import model_dtype
 from fastunlearn.environment import installed_version
-from fastunlearn.training import shards
-from fastunlearn.training.cache_index import INDEX, PROMPTS, file_entry, is_texts, read_index
-from fastunlearn.training.cache_writer import CacheWriter, refuse_foreign
-from fastunlearn.training.compatibility import digest_of_weights
-from fastunlearn.training.data import holds_latents, read_data
-from fastunlearn.training.files import writable
-from fastunlearn.training.memory import explained_out_of_memory
+from fastunlearn.families import find_transformer
+from fastunlearn.files import writable
+from fastunlearn.training.cache.index import file_entry
+from fastunlearn.training.cache.model_check import digest_of_weights
+from fastunlearn.training.cache.plan import video_size
+from fastunlearn.training.cache.reader import stored_prompts
+from fastunlearn.training.cache.teacher import Teacher
+from fastunlearn.training.cache.writer import CacheWriter, refuse_foreign
+from fastunlearn.training.data.requests import Request, prompts_of, requests_of
+from fastunlearn.training.data.user_videos import holds_latents
+from fastunlearn.training.model.loading import load_model, outline_pipeline
+from fastunlearn.training.model.memory import explained_out_of_memory
+from fastunlearn.training.model.text import EncodedPrompt, encode_prompts
+from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import PrepareOptions
-from fastunlearn.training.pipelines import EncodedPrompt, encode_prompts, load_model, outline_pipeline
-from fastunlearn.training.placement import model_dtype, usable_device
-from fastunlearn.training.plan import Request, prompts_of, video_size
-from fastunlearn.training.prompts import PromptLine, occurrences, read_prompts
-from fastunlearn.training.teacher import Teacher
-from fastunlearn.training.video_model import VideoModel
 
 _PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "safetensors")
 _CONTENT_OPTIONS = (
@@ -110,7 +110,7 @@ def _facts(teacher: Teacher) -> dict[str, Any]:
     """What determines a cache's content, as JSON."""
     options, model = teacher.options, teacher.model
     return {
-        "backbone": model.backbone.name,
+        "backbone": model.family.name,
         "weights": digest_of_weights(model),
         "transformer": _config(find_transformer(model.experts[0])[0]),
         "scheduler": _config(model.scheduler),
@@ -142,46 +142,6 @@ def _facts_of(request: Request) -> dict[str, Any]:
     return facts
 
 
-def requests_of(options: PrepareOptions) -> list[Request]:
-    """The trajectories that options ask for.
-
-    `num_trajectories` for each file of prompts, which take turns; or one for each video of `data`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not as it should be, there is none, or the concept is missing where it belongs or stands
-            where it does not.
-    """
-    if options.data is not None:
-        if options.target_prompts is not None or options.kept_prompts is not None:
-            raise ValueError("data: expected no target_prompts and kept_prompts beside it: its videos have their own")
-        return read_data(options.data, options.concept)
-    requests: list[Request] = []
-    for group, path in (("target", options.target_prompts), ("kept", options.kept_prompts)):
-        if path is None:
-            continue
-        lines = read_prompts(path)
-        if len(lines) > options.num_trajectories:
-            warnings.warn(
-                f"{path}: {options.num_trajectories} of {len(lines)} prompts are used; raise num_trajectories",
-                stacklevel=2,
-            )
-        for number in range(options.num_trajectories):
-            line = lines[number % len(lines)]
-            _check_concept(options.concept, group, path, line)
-            requests.append(Request(line.prompt, group, line.instead))
-    if not requests:
-        raise ValueError("target_prompts: expected a file of prompts here or as kept_prompts, or videos as data")
-    return requests
-
-
-def _check_concept(concept: str, group: str, path: Path, line: PromptLine) -> None:
-    """Of target prompts the tokenizer tells better what is wrong."""
-    for text in (line.prompt if group == "kept" else "", line.instead or ""):
-        if occurrences(text, concept):
-            raise ValueError(f"{path}: expected a prompt without {concept!r}, got {text!r}")
-
-
 def encoded_prompts(
     options: PrepareOptions, requests: Sequence[Request], dtype: torch.dtype, device: torch.device
 ) -> dict[str, EncodedPrompt]:
@@ -198,7 +158,7 @@ def encoded_prompts(
     Raises: as `encode_prompts` does.
     """
     wanted = prompts_of(requests, options.negative_prompt)
-    stored = _stored_prompts(options.output_dir, options.concept, dtype)
+    stored = stored_prompts(options.output_dir, options.concept, dtype)
     if stored is not None and list(stored) == wanted:
         return stored
     encoded = encode_prompts(
@@ -224,7 +184,7 @@ def run(options: PrepareOptions) -> None:
     from tqdm import tqdm
 
     if options.estimate:
-        from fastunlearn.training.estimate import estimate
+        from fastunlearn.training.cache.estimate import estimate
 
         print(estimate(options))
         return
@@ -289,30 +249,3 @@ def _check_before_loading(options: PrepareOptions) -> None:
     refuse_foreign(writable(options.output_dir))
     model = outline_pipeline(options.pretrained_model_name_or_path).model
     model.latent_shape(**video_size(options, model.defaults))
-
-
-def _stored_prompts(folder: Path, concept: str, dtype: torch.dtype) -> dict[str, EncodedPrompt] | None:
-    """The prompts of a cache that was begun with these arguments; None if it was not, or holds no whole ones."""
-    index_path, path = Path(folder) / INDEX, Path(folder) / PROMPTS
-    if not index_path.is_file() or not path.is_file():
-        return None
-    index = read_index(index_path)
-    facts, entry = index["facts"], file_entry(path)
-    prompts, tokens = facts.get("prompts"), facts.get("token_indices")
-    if (
-        not is_texts(prompts)
-        or not isinstance(tokens, list)
-        or len(tokens) != len(prompts)
-        or facts.get("concept") != concept
-        or facts.get("dtype") != str(dtype).removeprefix("torch.")
-        or entry["sha256"] != index["conditions"]["sha256"]
-    ):
-        return None
-    encoded = {prompt: EncodedPrompt(prompt, {}, list(of_it)) for prompt, of_it in zip(prompts, tokens, strict=True)}
-    with shards.opened(path) as file:
-        for name in shards.names(file):
-            number, _, keyword = name.partition(".")
-            if not number.isdecimal() or int(number) >= len(prompts):
-                return None
-            encoded[prompts[int(number)]].condition[keyword] = file.get_tensor(name).clone()
-    return encoded

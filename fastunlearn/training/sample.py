@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastunlearn.training import erased
-from fastunlearn.training.files import writable
-from fastunlearn.training.memory import explained_out_of_memory
+from fastunlearn.devices import usable_device
+from fastunlearn.dtypes import model_dtype
+from fastunlearn.files import writable
+from fastunlearn.training.data.prompts import read_prompts
+from fastunlearn.training.data.videos import side_by_side, write_strip, write_video
+from fastunlearn.training.model import erased
+from fastunlearn.training.model.memory import explained_out_of_memory
+from fastunlearn.training.model.sampling import denoise, stack_conditions
+from fastunlearn.training.model.text import Condition, encode_prompts
+from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import SampleOptions
-from fastunlearn.training.pipelines import Condition, encode_prompts
-from fastunlearn.training.placement import model_dtype, usable_device
-from fastunlearn.training.prompts import read_prompts
-from fastunlearn.training.sampling import denoise, stack_conditions
-from fastunlearn.training.video_model import VideoModel
-from fastunlearn.training.videos import side_by_side, write_strip, write_video
 
 _NAME_LENGTH = 56  # letters of up to four bytes; a file's name may have 255
 _PROMPT, _NEGATIVE = "prompt", "negative"

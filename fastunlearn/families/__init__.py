@@ -1,0 +1,105 @@
+"""The families of text-to-video models that are supported: a file each, with all that is known of it.
+
+To add a family, write its file (`base.py` says what goes in) and list it in `FAMILIES` here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastunlearn.families.base import AttentionPlaces, Condition, Family, LatentSpace
+from fastunlearn.families.cogvideox import COGVIDEOX
+from fastunlearn.families.hunyuan_video import HUNYUAN_VIDEO
+from fastunlearn.families.wan import WAN
+
+__all__ = [
+    "FAMILIES",
+    "AttentionPlaces",
+    "Condition",
+    "Family",
+    "LatentSpace",
+    "attentions",
+    "family_of",
+    "find_transformer",
+    "hidden_size",
+    "patch_size",
+]
+
+FAMILIES = (COGVIDEOX, HUNYUAN_VIDEO, WAN)
+
+
+def find_transformer(model: nn.Module) -> tuple[nn.Module, Family]:
+    """The diffusers transformer inside a VelocityModel, a compiled or a (distributed) data-parallel model; its family.
+
+    Raises:
+        TypeError: there is no transformer of a supported family inside.
+        ValueError: it is a variant of its family that is not supported.
+    """
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        family = _family_of_class(type(inner))
+        if family is not None:
+            _check_variant(inner, family)
+            return inner, family
+        children = inner._modules
+        inner = next((children[name] for name in ("transformer", "_orig_mod", "module") if name in children), None)
+    supported = ", ".join(family.transformer for family in FAMILIES)
+    raise TypeError(f"model: expected one of {supported}, possibly wrapped, got {type(model).__name__}")
+
+
+def _family_of_class(cls: type) -> Family | None:
+    """By class name, through the bases: FSDP and users subclass, and diffusers need not be imported for this."""
+    names = {base.__name__ for base in cls.__mro__}
+    return next((family for family in FAMILIES if family.transformer in names), None)
+
+
+def _check_variant(transformer: nn.Module, family: Family) -> None:
+    config: Any = transformer.config
+    for entry, expected in family.supported_config.items():
+        got = getattr(config, entry, expected)
+        if got != expected:
+            raise ValueError(
+                f"model: expected a text-to-video {family.transformer}, configured with {entry}={expected}; "
+                f"got {entry}={got!r}"
+            )
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that `model` belongs to, told by the class name of its transformer.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: it is a variant of its family that is not supported.
+    """
+    return find_transformer(model)[1]
+
+
+def patch_size(model: nn.Module) -> tuple[int, int, int]:
+    """How many latent (frames, rows, columns) a video token covers.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: it is a variant of its family that is not supported.
+    """
+    config: Any = find_transformer(model)[0].config
+    if isinstance(config.patch_size, int):
+        return config.patch_size_t or 1, config.patch_size, config.patch_size
+    frames, rows, columns = config.patch_size
+    return frames, rows, columns
+
+
+def attentions(transformer: nn.Module, places: AttentionPlaces) -> dict[str, nn.Module]:
+    """The attentions at `places`, by their path from the transformer, as "transformer_blocks.0.attn1"."""
+    return {
+        f"{blocks}.{index}.{attribute}": getattr(block, attribute)
+        for blocks, attribute in places
+        for index, block in enumerate(getattr(transformer, blocks))
+    }
+
+
+def hidden_size(transformer: nn.Module) -> int:
+    """Features D of the tokens that the transformer's attentions return."""
+    config: Any = transformer.config
+    return config.num_attention_heads * config.attention_head_dim

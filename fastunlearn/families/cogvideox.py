@@ -1,0 +1,161 @@
+"""CogVideoX: 2B, and 5B with rotary embeddings. Text tokens first, in every attention; predicts v."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.families import tiny
+from fastunlearn.families.base import Family, LatentSpace, encode_t5
+
+
+def _rotary_embeddings(
+    head_dim: int,
+    patch: int,
+    patch_t: int | None,
+    trained_size: tuple[int, int],
+    size: tuple[int, int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the video tokens, as `CogVideoXPipeline._prepare_rotary_positional_embeddings` has them."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    frames, *pixels = size
+    grid = (pixels[0] // patch, pixels[1] // patch)
+    base_height, base_width = trained_size[0] // patch, trained_size[1] // patch
+    if patch_t is None:
+        return get_3d_rotary_pos_embed(
+            embed_dim=head_dim,
+            crops_coords=get_resize_crop_region_for_grid(grid, base_width, base_height),
+            grid_size=grid,
+            temporal_size=frames,
+            device=device,
+        )
+    return get_3d_rotary_pos_embed(
+        embed_dim=head_dim,
+        crops_coords=None,
+        grid_size=grid,
+        temporal_size=(frames + patch_t - 1) // patch_t,
+        grid_type="slice",
+        max_size=(base_height, base_width),
+        device=device,
+    )
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a cached inference tensor would break the training that comes after sampling
+def _cached_rotary_embeddings(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _rotary_embeddings(*arguments)
+
+
+def _extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: float) -> dict[str, Any]:
+    config: Any = transformer.config
+    inputs: dict[str, Any] = {}
+    if config.use_rotary_positional_embeddings:
+        frames, _, height, width = x_t.shape[1:]
+        # A compiler makes constants of them by itself.
+        rotary = _rotary_embeddings if torch.compiler.is_compiling() else _cached_rotary_embeddings
+        inputs["image_rotary_emb"] = rotary(
+            config.attention_head_dim,
+            config.patch_size,
+            config.patch_size_t,
+            (config.sample_height, config.sample_width),
+            (frames, height, width),
+            x_t.device,
+        )
+    if config.ofs_embed_dim is not None:
+        inputs["ofs"] = x_t.new_full((1,), 2.0)  # the pipeline's constant
+    return inputs
+
+
+def _text_length(pipeline_class: Any, path: Any) -> int:
+    """The transformer's configuration says it."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    return int(CogVideoXTransformer3DModel.load_config(path, subfolder="transformer")["max_text_seq_length"])
+
+
+def _tiny_pipeline(rotary: bool = False) -> Any:
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+    from transformers import T5EncoderModel
+
+    tokenizer = tiny.t5_tokenizer()
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=tiny.HEADS,
+        attention_head_dim=tiny.HEAD_DIM,
+        in_channels=tiny.CHANNELS,
+        out_channels=tiny.CHANNELS,
+        time_embed_dim=32,
+        text_embed_dim=tiny.TEXT_DIM,
+        num_layers=2,
+        sample_width=tiny.WIDTH // 8,
+        sample_height=tiny.HEIGHT // 8,
+        sample_frames=tiny.FRAMES,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=226,
+        use_rotary_positional_embeddings=rotary,
+    )
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(tiny.t5_config("T5Config", len(tokenizer))).eval(),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=tiny.CHANNELS,
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.7 if rotary else 1.15258426,
+        ).eval(),
+        transformer=tiny.sharpen(transformer, [block.attn1 for block in transformer.transformer_blocks]),
+        scheduler=CogVideoXDDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=True,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            snr_shift_scale=1.0 if rotary else 3.0,
+        ),
+    )
+
+
+_ATTENTIONS = (("transformer_blocks", "attn1"),)
+
+COGVIDEOX = Family(
+    name="cogvideox",
+    transformer="CogVideoXTransformer3DModel",
+    erased=_ATTENTIONS,
+    text_attended=_ATTENTIONS,
+    text_position="first",
+    channel_dim=2,
+    conditions={"encoder_hidden_states": ("L", "D")},
+    condition_sizes=lambda config: {"D": config.text_embed_dim},
+    extra_inputs=_extra_inputs,
+    pipeline="CogVideoXPipeline",
+    encode=encode_t5,
+    text_length=_text_length,
+    vae="AutoencoderKLCogVideoX",
+    latent_space=lambda config: LatentSpace(
+        frames=int(config["temporal_compression_ratio"]),
+        pixels=2 ** (len(config["block_out_channels"]) - 1),
+        std=1 / config["scaling_factor"],
+    ),
+    flow_matching=False,
+    guidance_scale=6.0,
+    fps=8,
+    float32_latents=False,
+    tiny_pipelines={"cogvideox": _tiny_pipeline, "cogvideox-rope": lambda: _tiny_pipeline(rotary=True)},
+)

@@ -1,0 +1,1 @@
+"""The teacher cache: the frozen model's velocities and masks at points of its trajectories, written once."""

@@ -1,0 +1,1 @@
+"""Metrics of an erased model in velocity space, and their report."""

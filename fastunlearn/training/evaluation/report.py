@@ -1,0 +1,129 @@
+"""An evaluation as a table and as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
+
+from fastunlearn.files import replace_file
+
+Report = Mapping[str, Any]
+
+_ERASED, _KEPT, _INSIDE, _REFERENCE = "#d1495b", "#2e7d6b", "#5b6bbf", "0.55"
+
+
+def table(report: Report) -> str:
+    """Text: metrics by timesteps from noise to video, then in total."""
+    heads = ("timestep", "erasure coefficient", "change inside mask", "drift on kept prompts")
+    lines = ["".join(f"{head:>23}" for head in heads)[11:]]
+
+    def row(name: str, values: Report) -> str:
+        cells = (
+            _shown(values["erasure_coefficient"], ".2f"),
+            _shown(values["localization"], ".0%"),
+            _shown(values["preserved_drift"], ".4f"),
+        )
+        return f"{name:>12}" + "".join(f"{cell:>23}" for cell in cells)
+
+    for part in report["by_timesteps"]:
+        first, last = (f"{part[name]:.0f}" for name in ("from", "to"))
+        lines.append(row(first if first == last else f"{first} - {last}", part))
+    lines += [row("total", report), ""]
+    concept = "the concept" if report["concept"] is None else f'"{report["concept"]}"'
+    lines += [
+        f"{report['target_points']} points with {concept}, {report['kept_points']} without",
+        "erasure coefficient     1: nothing erased; 0: the prompt's concept says nothing; below 0: it repels",
+    ]
+    share = report["mask_share"]
+    if share is not None:
+        lines.append(
+            f"mask                    {share['mean']:.0%} of the tokens ({share['least']:.0%} to {share['most']:.0%}); "
+            f"empty at {share['empty']:.0%} of the points"
+        )
+    if report["frozen_drift"] is not None:
+        lines.append(f"drift by rounding       {report['frozen_drift']:.4f}")
+    worst = max(
+        (row for row in report["by_prompt"] if row.get("erasure_coefficient") is not None),
+        key=lambda row: row["erasure_coefficient"],
+        default=None,
+    )
+    if worst is not None:
+        lines.append(f"least erased            {worst['erasure_coefficient']:.2f}  {_short(worst['prompt'])}")
+    return "\n".join(lines)
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes the PNG: erasure, drift and masks by timestep, from noise on the left to the video on the right."""
+    matplotlib.rcParams["font.family"] = "DejaVu Sans"
+    figure = Figure(figsize=(14, 4.2), layout=ConstrainedLayoutEngine(wspace=0.05))
+    erasure, preserved, inside = figure.subplots(1, 3)
+    concept = report["concept"]
+
+    of_concept = "" if concept is None else f" of “{concept}”"
+    _panel(erasure, report, "erasure_coefficient", _ERASED, f"erasure coefficient{of_concept}", ".2f")
+    erasure.axhline(1, color=_REFERENCE, linestyle="--", linewidth=1)
+    erasure.axhline(0, color=_REFERENCE, linewidth=1)
+    low, high = erasure.get_ylim()
+    erasure.set_ylim(min(low, -0.15), max(high, 1.15))
+    _note(erasure, 1, "nothing erased")
+    _note(erasure, 0, "the concept says nothing")
+
+    _panel(preserved, report, "preserved_drift", _KEPT, "drift on kept prompts", ".4f")
+    preserved.set_ylim(bottom=0)
+    if report["frozen_drift"]:
+        preserved.axhline(report["frozen_drift"], color=_REFERENCE, linestyle="--", linewidth=1)
+        _note(preserved, report["frozen_drift"], "rounding")
+
+    _panel(inside, report, "localization", _INSIDE, "share of the change inside the mask", ".0%")
+    inside.set_ylim(0, 1.02)
+    inside.yaxis.set_major_formatter(PercentFormatter(1))
+    share = report["mask_share"]
+    if share is not None:
+        inside.axhspan(share["least"], share["most"], color=_REFERENCE, alpha=0.15, linewidth=0)
+        inside.axhline(share["mean"], color=_REFERENCE, linestyle="--", linewidth=1)
+        _note(inside, share["mean"], f"mask: {share['mean']:.0%} of the tokens")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    replace_file(path, content.getvalue())
+
+
+def _panel(axes: Axes, report: Report, name: str, colour: str, title: str, form: str) -> None:
+    """Every timestep as a dot, parts of several as a line."""
+    dots = [(row["from"], row[name]) for row in report["by_timestep"] if row[name] is not None]
+    line = [((row["from"] + row["to"]) / 2, row[name]) for row in report["by_timesteps"] if row[name] is not None]
+    total = report[name]
+    axes.set_title(title if total is None else f"{title}: {total:{form}}", fontsize=12)
+    if dots:
+        axes.plot(*zip(*dots, strict=True), "o", color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
+        axes.plot(*zip(*line, strict=True), "-", color=colour, linewidth=2)
+    else:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", color="0.6", transform=axes.transAxes)
+    boundary = report["cache"]["boundary"]
+    if boundary is not None:
+        axes.axvline(boundary, color=_REFERENCE, linestyle=":", linewidth=1)
+    axes.set_xlim(1000, 0)
+    axes.set_xlabel("timestep" if boundary is None else "timestep (dotted: where the second transformer takes over)")
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _note(axes: Axes, y: float, text: str) -> None:
+    note = axes.annotate(text, (0, y), xytext=(-2, 4), textcoords="offset points", ha="right", color="0.4", fontsize=9)
+    note.set_path_effects([withStroke(linewidth=3, foreground="white")])
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,125 @@
+"""A diffusers transformer as the callable `(x_t, t, cond) -> velocity` that the losses call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.families import Condition, Family, family_of, find_transformer
+from fastunlearn.ops.arguments import check_number
+
+
+def _checked_condition(family: Family, cond: Tensor | Condition, batch: int) -> Mapping[str, Tensor]:
+    """The condition as a mapping that has what the family needs, batch 1 or `batch`."""
+    if isinstance(cond, Tensor):
+        cond = {"encoder_hidden_states": cond}
+    if not isinstance(cond, Mapping):
+        raise TypeError(
+            f"cond: expected text embeddings (B, L, D), or a mapping with {', '.join(family.conditions)}; "
+            f"got {type(cond).__name__}"
+        )
+    missing = [name for name in family.conditions if name not in cond]
+    unknown = [name for name in cond if name not in family.conditions]
+    if missing or unknown:
+        raise ValueError(
+            f"cond: expected {', '.join(family.conditions)} for {family.transformer}; "
+            f"missing: {missing}, unknown: {unknown}"
+        )
+    sizes: dict[str, int] = {}
+    for name, dims in family.conditions.items():
+        value = cond[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"cond[{name!r}]: expected a tensor, got {type(value).__name__}")
+        shape = tuple(value.shape)
+        if len(shape) != 1 + len(dims) or shape[0] not in (1, batch):
+            raise ValueError(f"cond[{name!r}]: expected ({batch} or 1, {', '.join(dims)}), got shape {shape}")
+        for dim, size in zip(dims, shape[1:], strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(f"cond[{name!r}]: expected {dim} = {sizes[dim]} as in the others, got shape {shape}")
+    return cond
+
+
+class VelocityModel(nn.Module):
+    """A diffusers transformer, callable as `(x_t, t, cond) -> velocity`. Made by `as_velocity_model`."""
+
+    def __init__(self, transformer: nn.Module, embedded_guidance_scale: float) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.channel_dim = family_of(transformer).channel_dim
+        self.embedded_guidance_scale = embedded_guidance_scale
+
+    def forward(self, x_t: Tensor, t: Tensor | float, cond: Tensor | Condition) -> Tensor:
+        """The model's prediction at x_t.
+
+        Args:
+            x_t: noisy latents in the transformer's own layout and dtype: (B, F, C, H, W) for CogVideoX,
+                (B, C, F, H, W) for HunyuanVideo and Wan.
+            t: timesteps, (B,), or one for all samples, as the family's scheduler counts them (0 to 1000). Keep them in
+                float32 or integers: half precision merges neighbours.
+            cond: `encoder_hidden_states`, text embeddings (B, L, D), and for HunyuanVideo `encoder_attention_mask`
+                (B, L) and `pooled_projections` (B, P), in a mapping by these names, which are the keywords of the
+                transformer's forward method. A bare tensor stands for the embeddings alone. A batch of 1 serves all
+                samples. Floating tensors are computed with in x_t's dtype.
+
+        Returns:
+            The velocity, shaped like x_t.
+
+        Raises:
+            TypeError: `x_t`, `cond` or one of its entries is not a tensor. There is no unconditional call: pass the
+                empty prompt's condition.
+            ValueError: a shape does not fit, or entries of `cond` are missing or unknown.
+        """
+        transformer, family = find_transformer(self.transformer)
+        if not isinstance(x_t, Tensor):
+            raise TypeError(f"x_t: expected noisy latents, got {type(x_t).__name__}")
+        if x_t.dim() != 5:
+            raise ValueError(f"x_t: expected five dimensions, got shape {tuple(x_t.shape)}")
+        config: Any = transformer.config
+        if x_t.shape[self.channel_dim] != config.in_channels:
+            raise ValueError(
+                f"x_t: expected {config.in_channels} channels in dimension {self.channel_dim}, "
+                f"got shape {tuple(x_t.shape)}"
+            )
+        batch = x_t.shape[0]
+        cond = _checked_condition(family, cond, batch)
+        t = torch.as_tensor(t, device=x_t.device)
+        if t.dim() > 1 or t.numel() not in (1, batch):
+            raise ValueError(f"t: expected one timestep or ({batch},), got shape {tuple(t.shape)}")
+        inputs = {
+            name: (value.to(x_t.dtype) if value.is_floating_point() else value).expand(batch, *value.shape[1:])
+            for name, value in cond.items()
+        }
+        inputs |= family.extra_inputs(transformer, x_t, self.embedded_guidance_scale)
+        return self.transformer(hidden_states=x_t, timestep=t.expand(batch), return_dict=False, **inputs)[0]
+
+
+def as_velocity_model(transformer: nn.Module, *, embedded_guidance_scale: float | None = None) -> VelocityModel:
+    """Turns a diffusers transformer into the callable `(x_t, t, cond) -> velocity` that the losses want.
+
+    The transformer is held, not copied: erasers attached to either are seen by both.
+
+    Args:
+        transformer: of a supported family. A VelocityModel comes back as it is, or with another
+            `embedded_guidance_scale` if one is given.
+        embedded_guidance_scale: the guidance that a distilled HunyuanVideo takes as an input (configured with
+            `guidance_embeds`); None for its pipeline's default, 6. Other transformers do not read it.
+
+    Raises:
+        TypeError: the transformer is of no supported family, or the scale is no number.
+        ValueError: the transformer is a variant of its family that is not supported, or the scale is not finite.
+    """
+    if embedded_guidance_scale is not None:
+        check_number("embedded_guidance_scale", embedded_guidance_scale)
+        if not math.isfinite(embedded_guidance_scale):
+            raise ValueError(f"embedded_guidance_scale must be finite, got {embedded_guidance_scale}")
+    if isinstance(transformer, VelocityModel):
+        if embedded_guidance_scale in (None, transformer.embedded_guidance_scale):
+            return transformer
+        transformer = transformer.transformer
+    if embedded_guidance_scale is None:
+        embedded_guidance_scale = family_of(transformer).embedded_guidance_scale or 1.0
+    return VelocityModel(transformer, embedded_guidance_scale)

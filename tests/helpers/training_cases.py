@@ -1,0 +1,110 @@
+"""A tiny model, and a teacher cache of it in memory, for tests of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny_models
+import torch
+from torch import Tensor
+
+from fastunlearn.families import LatentSpace
+from fastunlearn.training.cache.reader import Points
+from fastunlearn.training.model.video_model import Defaults, VideoModel
+from fastunlearn.training.options import TrainingOptions
+
+
+class MemoryPoints:
+    """What training asks of a `PointSet`."""
+
+    def __init__(self, points: Points, experts: Tensor) -> None:
+        self.points, self.experts = points, experts
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def rows(self, indices: Tensor) -> Points:
+        condition = {name: value[indices] for name, value in self.points.condition.items()}
+        chosen = {
+            name: None if value is None else value[indices]
+            for name, value in self.points._asdict().items()
+            if name != "condition"
+        }
+        return Points(condition=condition, **chosen)
+
+
+class MemoryCache:
+    """What training asks of a `TeacherCache`."""
+
+    def __init__(self, groups: dict[str, MemoryPoints], facts: dict[str, Any]) -> None:
+        self.groups, self.facts, self.fingerprint = groups, facts, "0" * 64
+
+
+def tiny_model(family: str = "cogvideox", dtype: torch.dtype = torch.float32, experts: int = 1) -> VideoModel:
+    """A random model, the same at every call."""
+    (kind,) = (kind for kind in tiny_models.FAMILIES if kind.name == family)
+    transformers = [kind.make(seed=seed) for seed in range(experts)]
+    if dtype != torch.float32:
+        transformers = [transformer.to(dtype) for transformer in transformers]
+    return VideoModel(
+        transformers,
+        None,
+        latent_space=LatentSpace(frames=4, pixels=8),
+        defaults=Defaults(6.0, 64, 64, 9, 8),
+        boundary=None if experts == 1 else 500.0,
+    )
+
+
+def tiny_cache(model: VideoModel, points: int = 8, seed: int = 0) -> MemoryCache:
+    """What `model` says at random points, in groups "target", "other" (both with masks) and "kept" of several sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    (family,) = (kind for kind in tiny_models.FAMILIES if kind.name == model.family.name)
+    groups, latent_shape = {}, ()
+    for number, (name, size) in enumerate({"target": points, "other": points + 3, "kept": points + 1}.items()):
+        x_t, _, cond = family.inputs(size, seed=seed + number + 1)
+        _, _, uncond = family.inputs(size, seed=seed + number + 11)
+        if isinstance(cond, Tensor):
+            cond, uncond = {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
+        t = torch.randint(1, 1000, (size,), generator=generator).float()
+        experts = torch.tensor([model.expert_index(value) for value in t.tolist()])
+        velocities = []
+        with torch.no_grad():
+            for condition in (uncond, cond):
+                of_experts = [expert(x_t.to(model.dtype), t, condition) for expert in model.experts]
+                velocities.append(torch.stack([of_experts[e][i] for i, e in enumerate(experts.tolist())]))
+        mask = None if name == "kept" else torch.rand(size, *tiny_models.GRID, generator=generator) < 0.3
+        latent_shape = x_t.shape[1:]
+        groups[name] = MemoryPoints(Points(x_t, t, cond, velocities[0], velocities[1], mask), experts)
+    facts = {
+        "backbone": model.family.name,
+        "boundary": model.boundary,
+        "latent_shape": list(latent_shape),
+        "model": model.path,
+        "concept": "circle",
+    }
+    return MemoryCache(groups, facts)
+
+
+def options_for(output_dir: Path | str, **changes: Any) -> TrainingOptions:
+    """A few steps of small erasers in float32; no checkpoint."""
+    few: dict[str, Any] = {
+        "rank": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "constant",
+        "mixed_precision": "no",
+        "checkpointing_steps": 1000,
+        "device": "cpu",
+    }
+    return TrainingOptions("", "", str(output_dir), **few | changes)  # type: ignore[arg-type]
+
+
+def weights(model: VideoModel) -> dict[str, Tensor]:
+    """Copies of the erasers' parameters."""
+    return {
+        f"{number}.{name}": parameter.detach().clone()
+        for number, expert in enumerate(model.experts)
+        for name, parameter in expert.named_parameters()
+        if ".erasers." in name
+    }

@@ -1,0 +1,600 @@
+import contextlib
+
+import pytest
+import torch
+from tiny_models import (
+    FAMILIES,
+    GRID,
+    HEADS,
+    LAYERS,
+    TEXT,
+    VIDEO,
+    cogvideox,
+    hunyuan_video,
+    hunyuan_video_inputs,
+    inputs,
+    train_a_little,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastunlearn import families, interception, localization_loss
+from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
+from fastunlearn.erasers import attach_erasers, erasers_disabled, set_eraser_scale
+from fastunlearn.families.base import TransformerFacts
+from fastunlearn.masks import get_mask
+from fastunlearn.velocity_model import as_velocity_model
+
+WORDS = [3, 7]
+
+of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+
+
+@contextlib.contextmanager
+def recorded_attention(monkeypatch):
+    """Queries, keys and keyword arguments of every attention, seen without any of the library's code."""
+    calls, original = [], F.scaled_dot_product_attention
+
+    def record(query, key, value, **kwargs):
+        calls.append((query.detach(), key.detach(), kwargs.get("attn_mask")))
+        return original(query, key, value, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", record)
+        yield calls
+
+
+def softmax(query, key, mask=None, dtype=torch.float64):
+    """All attention probabilities, (B, H, Sq, Sk)."""
+    logits = query.to(dtype) @ key.to(dtype).mT * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
+    return logits.softmax(-1)
+
+
+def assert_close(actual, exact, eager):
+    """Error at most twice that of eager torch, and what a log-sum-exp of about 10 is off by in torch's attention."""
+    allowed = 2 * (eager.double() - exact).abs().max() + 32 * torch.finfo(torch.float32).eps * exact.max()
+    assert actual.dtype == torch.float32
+    assert actual.shape == exact.shape
+    assert exact.std() > 3 * allowed, "the bound must tell maps apart"
+    assert (actual.double() - exact).abs().max() <= allowed
+
+
+# Where the video stands among the queries and the text among the keys, in an attention that reads text.
+VIDEO_AND_TEXT = {
+    "cogvideox": (slice(TEXT, None), slice(0, TEXT)),
+    "hunyuan_video": (slice(0, VIDEO), slice(VIDEO, None)),
+    "wan": (slice(None), slice(None)),
+}
+
+
+def text_attentions(family, calls):
+    """Those of `calls` that the maps are of: not HunyuanVideo's refiner, nor Wan's self-attention."""
+    keys = TEXT if family.name == "wan" else TEXT + VIDEO
+    return [call for call in calls if call[1].shape[2] == keys]
+
+
+@of_every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("error:the attention that runs")
+def test_maps_are_the_attention_that_runs(family, dtype, monkeypatch):
+    words = [3, 7, 12]  # HunyuanVideo's last text has ten tokens, then padding
+    model = as_velocity_model(family.make().to(dtype))
+    x_t, t, cond = family.inputs(dtype=dtype)
+    maps, concept_maps = {}, {}
+    with torch.no_grad():
+        with recorded_attention(monkeypatch) as calls:
+            expected = model(x_t, t, cond)
+        with AttnMapsCapture(model, maps):
+            assert torch.equal(model(x_t, t, cond), expected)
+        with AttnMapsCapture(model, concept_maps, token_indices=words):
+            assert torch.equal(model(x_t, t, cond), expected)
+    assert list(maps) == list(concept_maps) == family.layers
+    # The attention itself computes in the model's dtype, so that is what eager means for half precision.
+    eager_dtype = torch.float32 if dtype == torch.float64 else dtype
+    video, text = VIDEO_AND_TEXT[family.name]
+    for name, call in zip(family.layers, text_attentions(family, calls), strict=True):
+        exact = softmax(*call)[:, :, video, text]
+        eager = softmax(*call, dtype=eager_dtype)[:, :, video, text]
+        assert exact.shape == (2, HEADS, VIDEO, TEXT)
+        assert_close(maps[name], exact, eager)
+        assert_close(concept_maps[name], exact[..., words].sum(-1).mean(1), eager[..., words].float().sum(-1).mean(1))
+        if family.name == "hunyuan_video":
+            assert not maps[name][1, ..., 10:].any()
+            assert maps[name][0, ..., 10:].any()
+
+
+def test_a_padded_word_is_nowhere():
+    model, maps = as_velocity_model(hunyuan_video()), {}
+    with torch.no_grad(), AttnMapsCapture(model, maps, token_indices=[12]):
+        model(*hunyuan_video_inputs())
+    assert len(maps) == 3
+    for name in maps:
+        assert maps[name][0].all()
+        assert not maps[name][1].any()
+
+
+class ToyAttention(nn.Module):
+    """Self-attention over video and text, or attention from video to text, with a given mask."""
+
+    def __init__(self, position):
+        super().__init__()
+        self.position = position
+        self.mask = None
+
+    def forward(self, hidden_states, encoder_hidden_states=None):
+        tokens = [hidden_states, encoder_hidden_states]
+        both = torch.cat(tokens if self.position == "last" else tokens[::-1], 1)
+        query, key = (hidden_states, encoder_hidden_states) if self.position == "cross" else (both, both)
+        query, key = (x.unflatten(2, (HEADS, -1)).transpose(1, 2) for x in (query, key))
+        return F.scaled_dot_product_attention(query, key, key, attn_mask=self.mask)
+
+
+class ToyTransformer(nn.Module):
+    def __init__(self, position):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module()])
+        self.blocks[0].attn = ToyAttention(position)
+
+    def forward(self, video, text):
+        return self.blocks[0].attn(video, text)
+
+
+def toy(position):
+    place = (("blocks", "attn"),)
+    return TransformerFacts(
+        name="toy",
+        transformer="ToyTransformer",
+        erased=place,
+        text_attended=place,
+        text_position=position,
+        channel_dim=1,
+        conditions={},
+        condition_sizes=lambda config: {},
+    )
+
+
+def mask_of(kind, batch, rows, columns):
+    if kind is None:
+        return None
+    generator = torch.Generator().manual_seed(3)
+    shape = {"key": (batch, 1, 1, columns), "head": (batch, HEADS, rows, columns), "matrix": (rows, columns)}
+    if kind == "added":
+        return torch.randn(1, HEADS, 1, columns, generator=generator)
+    mask = torch.rand(shape[kind], generator=generator) > 0.3
+    mask[..., 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("position", ["first", "last", "cross"])
+@pytest.mark.parametrize("kind", [None, "key", "head", "matrix", "added"])
+def test_text_positions_and_masks(position, kind, monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, toy(position)))
+    monkeypatch.setattr(interception, "_BLOCK_ELEMENTS", 500)  # several blocks of queries, the last one smaller
+    model, video, text = ToyTransformer(position), torch.randn(2, 11, 32) * 2, torch.randn(2, 5, 32) * 2
+    rows, columns = (11, 5) if position == "cross" else (16, 16)
+    model.blocks[0].attn.mask = mask_of(kind, 2, rows, columns)
+    with recorded_attention(monkeypatch) as calls:
+        expected = model(video, text)
+    maps, concept_maps = {}, {}
+    with AttnMapsCapture(model, maps), AttnMapsCapture(model, concept_maps, token_indices=[[1, 4], [0, -1]]):
+        assert torch.equal(model(video, text), expected)
+    at = {"first": (slice(5, 16), slice(0, 5)), "last": (slice(0, 11), slice(11, 16)), "cross": (slice(None),) * 2}
+    rows, columns = at[position]
+    exact, eager = (softmax(*calls[0], dtype=d)[:, :, rows, columns] for d in (torch.float64, torch.float32))
+    assert_close(maps["blocks.0.attn"], exact, eager)
+
+    def chosen(p):
+        return torch.stack([p[0, ..., [1, 4]].sum(-1).mean(0), p[1, ..., 0].mean(0)])
+
+    assert_close(concept_maps["blocks.0.attn"], chosen(exact), chosen(eager))
+
+
+@pytest.mark.parametrize("tokens", [None, WORDS])
+@pytest.mark.parametrize("kind", [None, "key", "head", "added"])
+@pytest.mark.filterwarnings("error")
+def test_the_attention_itself_tells_its_log_sum_exp_or_a_warning_says_so_once(kind, tokens, monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, toy("first")))
+    model, video, text = ToyTransformer("first"), torch.randn(2, 11, 32), torch.randn(2, 9, 32)
+    model.blocks[0].attn.mask = mask_of(kind, 2, 20, 20)
+    told, computed = {}, {}
+    with AttnMapsCapture(model, told, token_indices=tokens):
+        expected = model(video, text)
+    monkeypatch.setattr(interception, "_attention_and_lse", lambda *_: None)
+    with (
+        pytest.warns(UserWarning, match="another pass") as warned,
+        AttnMapsCapture(model, computed, token_indices=tokens),
+    ):
+        for _ in range(2):
+            assert torch.equal(model(video, text), expected)
+    assert len(warned) == 1
+    torch.testing.assert_close(told, computed)
+
+
+@pytest.mark.parametrize("enable_gqa", [False, True])
+def test_saying_that_no_queries_are_grouped_costs_no_log_sum_exp(enable_gqa):
+    query, key, kept = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 8), []
+    with interception.Interception(kept.append):
+        output = F.scaled_dot_product_attention(query, key, key, enable_gqa=enable_gqa)
+    assert torch.equal(output, F.scaled_dot_product_attention(query, key, key))
+    exact = (query.double() @ key.double().mT * 8**-0.5).logsumexp(3)
+    torch.testing.assert_close(kept[0].lse, exact.float())
+
+
+@pytest.mark.parametrize(("options", "message"), [({"enable_gqa": True}, "grouped"), ({"is_causal": True}, "causal")])
+def test_attentions_of_other_kinds_are_refused(options, message):
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=message), interception.Interception(lambda attention: None):
+        F.scaled_dot_product_attention(query, key, key, **options)
+
+
+def test_several_forwards_are_averaged_and_a_new_with_starts_afresh():
+    model = as_velocity_model(cogvideox())
+    runs = [inputs(seed=seed) for seed in range(3)]
+    singles, maps = [], {}
+    with torch.no_grad():
+        for run in runs:
+            with AttnMapsCapture(model, {}, token_indices=WORDS) as capture:
+                model(*run)
+            singles.append(capture._maps)
+        capture = AttnMapsCapture(model, maps, token_indices=WORDS)
+        for _ in range(2):
+            with capture:
+                for run in runs:
+                    model(*run)
+            for name in LAYERS:
+                expected = torch.stack([single[name] for single in singles]).mean(0)
+                torch.testing.assert_close(maps[name], expected, rtol=1e-6, atol=0)
+
+
+def test_calls_in_inference_mode_and_outside_of_it_are_averaged():
+    model = as_velocity_model(cogvideox())
+    runs, maps, expected = [inputs(seed=seed) for seed in range(2)], {}, {}
+    with torch.no_grad(), AttnMapsCapture(model, expected, token_indices=WORDS):
+        for run in runs:
+            model(*run)
+    with AttnMapsCapture(model, maps, token_indices=WORDS):
+        for run, mode in zip(runs, (torch.inference_mode, torch.no_grad), strict=True):
+            with mode():
+                model(*run)
+    assert all(torch.equal(maps[name], expected[name]) for name in LAYERS)
+
+
+@pytest.mark.parametrize("batches", [(2, 1), (1, 2)])
+def test_calls_of_different_shapes_are_not_averaged(batches):
+    model = as_velocity_model(cogvideox())
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"averaged over calls of one shape: had \(\d, 48\), got \(\d, 48\)"),
+        AttnMapsCapture(model, {}, token_indices=WORDS),
+    ):
+        for batch in batches:
+            model(*inputs(batch=batch))
+
+
+def test_guidance_batch_with_different_words_a_sample():
+    model = as_velocity_model(cogvideox())
+    x_t, t, cond = inputs(batch=2)
+    maps, pair = {}, {}
+    with torch.no_grad():
+        with AttnMapsCapture(model, pair, token_indices=WORDS):
+            model(x_t, t, cond)
+        with AttnMapsCapture(model, maps, token_indices=torch.tensor([[-1, -1]] * 2 + [WORDS] * 2)):
+            model(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2), torch.cat([torch.zeros_like(cond), cond]))
+    for name in LAYERS:
+        assert not maps[name][:2].any()
+        torch.testing.assert_close(maps[name][2:], pair[name], rtol=1e-5, atol=1e-7)
+
+
+def test_both_forms_make_the_same_masks():
+    model = as_velocity_model(cogvideox(rope=True))
+    maps, concept_maps = {}, {}
+    with AttnMapsCapture(model, maps), AttnMapsCapture(model, concept_maps, token_indices=WORDS):
+        model(*inputs())
+    full = get_mask(maps, WORDS, 0.31, 8, 8, HEADS, TEXT, patch_size=2)
+    concept = get_mask(concept_maps, None, 0.31, 8, 8, patch_size=2)
+    assert full["average_mask"].shape == (2, *GRID)
+    assert 0 < full["average_mask"].mean() < 1
+    assert all(torch.equal(full[name], concept[name]) for name in full)
+
+
+def gradients(erasers):
+    return [p.grad.clone() for eraser in erasers.values() for p in eraser.parameters()]
+
+
+@of_every_family
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_gradient_checkpointing_changes_nothing(family, backward_inside):
+    results = []
+    for checkpointing in (False, True):
+        transformer = family.make()
+        erasers = attach_erasers(transformer, rank=4)
+        train_a_little(erasers)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        model, maps, outputs = as_velocity_model(transformer), {}, {}
+        with contextlib.ExitStack() as captures:
+            captures.enter_context(AttnMapsCapture(model, maps, token_indices=WORDS))
+            captures.enter_context(EraserOutputsCapture(model, erasers, outputs))
+            velocity = model(*family.inputs())
+            loss = velocity.square().mean() + sum(o.square().sum() for o in outputs.values())
+            kept = dict(outputs)
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        assert all(outputs[name] is kept[name] for name in family.layers), "recomputation must not replace outputs"
+        results.append((velocity, *maps.values(), *outputs.values(), *gradients(erasers)))
+    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+    assert results[0][-1].any()
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_reentrant_checkpointing_is_refused(low_rank):
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    transformer.enable_gradient_checkpointing(
+        lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+    )
+    capture = EraserOutputsCapture(transformer, erasers, {}, low_rank=low_rank)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), capture:
+        as_velocity_model(transformer)(*inputs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@of_every_family
+def test_low_rank_outputs_give_the_localization_loss_of_the_outputs(family, dtype, checkpointing):
+    results = []
+    for low_rank in (False, True):
+        transformer = family.make().to(dtype)
+        erasers = attach_erasers(transformer, rank=4)
+        train_a_little(erasers)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        model, outputs = as_velocity_model(transformer), {}
+        with EraserOutputsCapture(model, erasers, outputs, low_rank=low_rank):
+            velocity = model(*family.inputs(dtype=dtype))
+        if low_rank:
+            kept = outputs[family.layers[0]]
+            assert kept.hidden.shape == (2, VIDEO, 4)
+            assert kept.hidden.dtype == dtype
+            assert kept.weight is erasers[family.layers[0]].up.weight
+        mask = torch.rand(2, VIDEO, generator=torch.Generator().manual_seed(0))
+        loss = localization_loss(outputs, mask).loss + 0 * velocity.sum()
+        loss.backward()
+        results.append((loss, *gradients(erasers)))
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.05}
+    torch.testing.assert_close(*results, **tolerance)
+    assert results[0][-1].any()
+
+
+def test_low_rank_outputs_of_other_erasers_are_refused():
+    transformer = cogvideox()
+    erasers = {name: torch.nn.Identity() for name in attach_erasers(transformer, rank=4)}
+    with pytest.raises(ValueError, match="Linear called up"):
+        EraserOutputsCapture(transformer, erasers, {}, low_rank=True)
+
+
+def test_low_rank_outputs_of_a_compiled_model():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    expected, outputs = {}, {}
+    with EraserOutputsCapture(transformer, erasers, expected, low_rank=True):
+        as_velocity_model(transformer)(*inputs())
+    torch.compiler.reset()
+    with EraserOutputsCapture(transformer, erasers, outputs, low_rank=True):
+        torch.compile(as_velocity_model(transformer), backend="aot_eager")(*inputs())
+    torch.testing.assert_close(outputs, expected)
+
+
+@of_every_family
+def test_eraser_outputs_are_what_the_attentions_gain(family):
+    transformer, layer = family.make(), family.layers[0]
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    model, outputs, seen = as_velocity_model(transformer), {}, {}
+    for name in family.layers:
+        transformer.get_submodule(name).register_forward_hook(
+            lambda _, args, out, name=name: seen.update({name: out[0] if isinstance(out, tuple) else out})
+        )
+    with EraserOutputsCapture(model, erasers, outputs):
+        model(*family.inputs(seed=5))
+        model(*family.inputs())
+    assert list(outputs) == family.layers
+    first, with_erasers = outputs[layer], seen[layer]
+    assert first.shape == (2, VIDEO, family.dim)
+    with erasers_disabled(model):
+        model(*family.inputs())
+    torch.testing.assert_close(first, with_erasers - seen[layer], rtol=1e-4, atol=1e-5)
+    first.sum().backward()
+    assert erasers[layer].up.weight.grad.any()
+
+
+def test_eraser_outputs_are_captured_unscaled():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    results = []
+    for scale in (1.0, 0.25):
+        set_eraser_scale(transformer, "default", scale)
+        outputs = {}
+        with EraserOutputsCapture(transformer, erasers, outputs):
+            velocity = as_velocity_model(transformer)(*inputs())
+        results.append((outputs[LAYERS[0]], velocity))
+    (output, velocity), (output_scaled, velocity_scaled) = results
+    assert torch.equal(output, output_scaled)
+    assert not torch.equal(velocity, velocity_scaled)
+
+
+def test_only_the_given_erasers_are_captured():
+    transformer = cogvideox()
+    attach_erasers(transformer, rank=4, name="other")
+    erasers = attach_erasers(transformer, rank=4)
+    outputs = {}
+    with EraserOutputsCapture(transformer, {LAYERS[1]: erasers[LAYERS[1]]}, outputs):
+        as_velocity_model(transformer)(*inputs())
+    assert list(outputs) == LAYERS[1:]
+
+
+class NoNativeAttention:
+    """An attention processor that computes by itself, as those of attention libraries do."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        return hidden_states, encoder_hidden_states
+
+
+def test_capturing_nothing_is_an_error():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    model = as_velocity_model(transformer)
+    for capture in (AttnMapsCapture(model, {}), EraserOutputsCapture(model, erasers, {})):
+        with pytest.raises(RuntimeError, match="captured nothing.*not called"), capture:
+            pass
+        with pytest.raises(KeyError), capture:  # what went wrong first is what is told
+            raise KeyError
+    with (
+        pytest.raises(RuntimeError, match="disabled"),
+        EraserOutputsCapture(model, erasers, {}),
+        erasers_disabled(model),
+    ):
+        model(*inputs())
+    transformer.set_attn_processor(NoNativeAttention())
+    with pytest.raises(RuntimeError, match="native attention backend"), AttnMapsCapture(model, {}):
+        model(*inputs())
+
+
+def hooks_and_attributes(model):
+    return [
+        (name, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for name, m in model.named_modules()
+    ]
+
+
+def test_captures_leave_no_trace_even_after_an_error():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    before = hooks_and_attributes(transformer)
+    maps, outputs = AttnMapsCapture(transformer, {}), EraserOutputsCapture(transformer, erasers, {})
+    with pytest.raises(RuntimeError, match="mat1"), maps, outputs:
+        as_velocity_model(transformer)(*inputs()[:2], torch.zeros(2, TEXT, 33))
+    assert hooks_and_attributes(transformer) == before
+    assert not torch.overrides._get_current_function_mode_stack()
+    with maps, outputs, pytest.raises(RuntimeError, match="active already"):
+        as_velocity_model(transformer)(*inputs())
+        maps.__enter__()
+    assert hooks_and_attributes(transformer) == before
+
+
+@pytest.mark.parametrize(
+    "token_indices", [[], [0.5], [True], [TEXT], [-2], [[1], [1, 2]], "ab", torch.zeros(3, 1).int()]
+)
+def test_wrong_token_indices_are_named(token_indices):
+    transformer = cogvideox()
+    with pytest.raises((TypeError, ValueError), match="token_indices"):  # noqa: SIM117
+        with AttnMapsCapture(transformer, {}, token_indices=token_indices):
+            as_velocity_model(transformer)(*inputs())
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_nothing_as_large_as_tokens_times_tokens_is_made():
+    model = as_velocity_model(cogvideox(rope=True))
+    x_t, t, cond = torch.randn(1, 3, 4, 16, 24), torch.tensor([100]), torch.randn(1, TEXT, 32)
+    tokens = 3 * 8 * 12 + TEXT
+    maps = {}
+    with torch.no_grad(), LargestTensor() as largest:
+        with AttnMapsCapture(model, maps, token_indices=WORDS):
+            model(x_t, t, cond)
+        assert maps[LAYERS[0]].shape == (1, tokens - TEXT)
+        assert largest.elements < tokens * tokens
+        softmax(*torch.zeros(2, 1, 1, tokens, 16))
+        assert largest.elements == tokens * tokens, "the meter works"
+
+
+def test_autocast_is_the_model_s_and_not_the_maps(monkeypatch):
+    model = as_velocity_model(cogvideox(rope=True))
+    maps = {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with recorded_attention(monkeypatch) as calls:
+            expected = model(*inputs())
+        with AttnMapsCapture(model, maps, token_indices=WORDS):
+            assert torch.equal(model(*inputs()), expected)
+    query, key, _ = calls[0]
+    query, key = query.bfloat16(), key.bfloat16()
+    exact, eager = (softmax(query, key, dtype=d)[:, :, TEXT:, WORDS] for d in (torch.float64, torch.bfloat16))
+    assert_close(maps[LAYERS[0]], exact.sum(-1).mean(1), eager.float().sum(-1).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [None, "key", "added"])
+def test_autocast_casts_as_the_attention_does(dtype, kind):
+    query, key, kept = torch.randn(2, HEADS, 6, 16).to(dtype), torch.randn(2, HEADS, 5, 16).to(dtype), []
+    mask = mask_of(kind, 2, 6, 5)
+    if kind == "added" and dtype == torch.float64:
+        mask = mask.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+        with interception.Interception(kept.append):
+            output = F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    assert output.dtype == expected.dtype
+    assert torch.equal(output, expected)
+    cast = query.dtype if dtype == torch.float64 else torch.bfloat16
+    if kind == "added":
+        mask = mask.to(cast)
+    exact, eager = (softmax(query.to(cast), key.to(cast), mask, dtype=d) for d in (torch.float64, cast))
+    assert_close(kept[0].with_lse().probabilities(), exact, eager)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_queries_whose_keys_are_all_masked_attend_to_nothing(is_told, monkeypatch):
+    if not is_told:
+        monkeypatch.setattr(interception, "_attention_and_lse", lambda *_: None)
+    query, key, kept = torch.randn(2, HEADS, 6, 16), torch.randn(2, HEADS, 5, 16), []
+    mask = mask_of("head", 2, 6, 5)
+    mask[0, :, 3] = False
+    with interception.Interception(kept.append):
+        F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
+    exact = softmax(query, key, mask).nan_to_num(0)
+    assert exact[0, :, 3].eq(0).all()
+    torch.testing.assert_close(kept[0].with_lse().probabilities(), exact.float())
+
+
+@pytest.mark.parametrize("family", FAMILIES[:2], ids=str)  # text before and after the video
+def test_a_model_compiled_inside_the_capture(family):
+    transformer = family.make()
+    erasers = attach_erasers(transformer, rank=4)
+    train_a_little(erasers)
+    model, results = as_velocity_model(transformer), []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        maps, outputs = {}, {}
+        with AttnMapsCapture(run, maps, token_indices=WORDS), EraserOutputsCapture(run, erasers, outputs):
+            run(*family.inputs())
+        results.append((*maps.values(), *outputs.values()))
+    torch._dynamo.reset()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_mappings_are_named():
+    transformer = cogvideox()
+    erasers = attach_erasers(transformer, rank=4)
+    for make, name in (
+        (lambda: AttnMapsCapture(transformer, None), "attn_maps.*NoneType"),
+        (lambda: EraserOutputsCapture(transformer, erasers, []), "eraser_outputs.*list"),
+        (lambda: EraserOutputsCapture(transformer, list(erasers.values()), {}), "erasers.*list"),
+        (lambda: EraserOutputsCapture(transformer, {"layer": 1}, {}), r"erasers\['layer'\].*int"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            make()

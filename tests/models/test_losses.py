@@ -1,0 +1,782 @@
+"""The loss modules: signatures and keys of the original, values and gradients against the oracle, and the teacher."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import GRID, LAYERS, cogvideox, inputs, train_a_little
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastunlearn
+from fastunlearn import (
+    ConceptPreservationLoss,
+    EraserOutputsCapture,
+    MaskLocalizationLoss,
+    NegativelyGuidedVelocityLoss,
+    T2VUnlearningLoss,
+    as_velocity_model,
+    attach_erasers,
+    erasers_disabled,
+)
+from fastunlearn.ops import definition
+from fastunlearn.testing import oracle
+from fastunlearn.testing.error_bound import compare
+
+# CogVideoX's last alpha is exactly 0; the first is set to 1 to meet the other end too.
+ALPHAS = torch.linspace(1, 0, 11, dtype=torch.float64)
+SHAPE = (2, 3, 4, 6, 5)
+T = torch.tensor([3, 10])
+NAMES = ("concept", "kept", "empty", "negative")
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Table(nn.Module):
+    """A model whose velocity for every condition is a parameter of its own, so that gradients can be read there."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...] = SHAPE) -> None:
+        super().__init__()
+        self.velocities = nn.ParameterDict({name: random(*shape, seed=seed + i) for i, name in enumerate(NAMES)})
+        self.calls: list[tuple[Tensor, Tensor, Any]] = []
+        self.grad_modes: set[bool] = set()
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        self.calls.append((x_t, t, cond))
+        self.grad_modes.add(torch.is_grad_enabled())
+        return self.velocities[cond].clone()
+
+    @property
+    def conditions(self) -> list[Any]:
+        return [cond for _, _, cond in self.calls]
+
+
+class Linear(nn.Module):
+    """A model that computes with tensors as conditions and, if `empty` is given, takes None."""
+
+    def __init__(self, empty: float | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(random(4, 3, seed=7))
+        self.empty = empty
+        self.calls = 0
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        self.calls += 1
+        shift = self.empty if cond is None and self.empty is not None else cond.mean(1) @ self.weight
+        return x_t * 0.5 + (shift if isinstance(shift, float) else shift[:, :, None, None, None])
+
+
+@pytest.fixture(autouse=True)
+def unexpected_warnings_are_errors() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+@pytest.fixture
+def student() -> Table:
+    return Table(0)
+
+
+@pytest.fixture
+def teacher() -> Table:
+    return Table(100)
+
+
+X_T = random(*SHAPE, seed=50)
+MASK = torch.rand(2, 4, 3, 5, generator=torch.Generator().manual_seed(51))
+
+
+def close(actual: Tensor, eager_value: Tensor, exact: Any, terms: int = X_T.numel()) -> None:
+    compare("result", actual, eager_value, exact, terms=terms, compute=torch.float32)
+
+
+def check_velocity_term(
+    loss: Tensor, student: Table, name: str, teachers: list[Tensor], weight: float = 1.0, **options: Any
+) -> dict[str, np.ndarray]:
+    """The value, and the gradient that a backward pass has left at the student's velocity. Returns the oracle's."""
+    leaf = student.velocities[name].detach().clone().requires_grad_()
+    tensors = (leaf, *[x.detach() for x in teachers])
+    by_eager = definition.velocity_loss(*tensors, weight=weight, **options)
+    by_eager.sum().backward()
+    exact = oracle.velocity_loss(*tensors, weight=weight, **options)
+    close(loss, by_eager.detach(), exact["loss"])
+    close(student.velocities[name].grad, leaf.grad, exact["prediction"])
+    return exact
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss_type", ["l2", "l1"])
+@pytest.mark.parametrize("as_functions", [False, True])
+def test_unlearning(student: Table, teacher: Table, loss_type: str, reduction: str, as_functions: bool) -> None:
+    loss_fn = NegativelyGuidedVelocityLoss(ALPHAS, 3.0, loss_type, reduction)
+    models = [(lambda *given, table=table: table(*given)) if as_functions else table for table in (student, teacher)]
+    loss, entries = loss_fn(models[0], X_T, T, "concept", uncond="empty", mask=MASK, model_original=models[1])
+    loss.sum().backward()
+    options = {"guidance_scale": 3.0, "mask": MASK, "loss_type": loss_type, "reduction": reduction}
+    velocities = [teacher.velocities[name] for name in ("empty", "concept")]
+    exact = check_velocity_term(loss.detach(), student, "concept", velocities, **options)
+    assert entries.keys() == {"unlearning_loss", "v_pred_norm", "v_neg_norm"}
+    assert torch.equal(entries["unlearning_loss"], loss.detach())
+    close(entries["v_pred_norm"], student.velocities["concept"].detach().norm(), exact["prediction_norm"])
+    target = fastunlearn.negatively_guided_velocity(*velocities, 3.0).detach()
+    close(entries["v_neg_norm"], target.norm(), exact["target_norm"])
+    assert not any(value.requires_grad for value in entries.values())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert sorted(teacher.conditions) == ["concept", "empty"]
+    assert student.conditions == ["concept"]
+    assert (student.grad_modes, teacher.grad_modes) == ({True}, {False})
+    assert all(x_t is X_T and t is T for x_t, t, _ in student.calls + teacher.calls)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss_type", ["l2", "l1"])
+def test_preservation(student: Table, teacher: Table, loss_type: str, reduction: str) -> None:
+    loss, entries = ConceptPreservationLoss(loss_type, reduction)(teacher, student, X_T, T, "kept", MASK)
+    loss.sum().backward()
+    target = teacher.velocities["kept"]
+    options = {"mask": MASK, "loss_type": loss_type, "reduction": reduction}
+    exact = check_velocity_term(loss.detach(), student, "kept", [target], **options)
+    assert entries.keys() == {"preservation_loss", "v_orig_norm", "v_unlearn_norm"}
+    assert torch.equal(entries["preservation_loss"], loss.detach())
+    close(entries["v_orig_norm"], target.detach().norm(), exact["target_norm"])
+    close(entries["v_unlearn_norm"], student.velocities["kept"].detach().norm(), exact["prediction_norm"])
+    assert not any(value.requires_grad for value in entries.values())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("mask_normalization", ["all", "mask"])
+def test_channel_dim_and_mask_normalization(student: Table, teacher: Table, mask_normalization: str) -> None:
+    # (B, F, C, H, W) = (2, 3, 4, 6, 5): read with the channels at dim 1, this mask would be another.
+    mask = torch.rand(2, 3, 3, 5, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"channel_dim": 2, "mask_normalization": mask_normalization}
+    total = T2VUnlearningLoss(ALPHAS, guidance_scale=2.0, **options)
+    loss, entries = total(teacher, student, X_T, T, "concept", "kept", uncond="empty", mask=mask)
+    loss.backward()
+    velocities = [teacher.velocities[name] for name in ("empty", "concept")]
+    key = "unlearning_loss_weighted"
+    check_velocity_term(entries[key], student, "concept", velocities, guidance_scale=2.0, mask=mask, **options)
+    key, kept = "preservation_loss_weighted", [teacher.velocities["kept"]]
+    check_velocity_term(entries[key], student, "kept", kept, mask=mask, weight=0.5, **options)
+
+
+def eraser_outputs(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name: random(*shape, seed=len(name)).requires_grad_() for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("loss_type", ["l2", "l1"])
+@pytest.mark.parametrize("normalization", ["sum", "background_mean"])
+def test_localization(loss_type: str, reduction: str, normalization: str) -> None:
+    outputs = eraser_outputs(first=(2, 12, 5), second=(2, 12, 8), feature_map=(2, 7, 3, 2, 2))
+    masks = {name: torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(len(name))) for name in outputs}
+    loss, entries = MaskLocalizationLoss(loss_type, reduction, normalization=normalization)(outputs, masks)
+    loss.sum().backward()
+    flat = [mask if name == "feature_map" else mask.flatten(1) for name, mask in masks.items()]
+    weight = 1.0 if reduction == "mean" else len(outputs)
+    options: dict[str, Any] = {"loss_type": loss_type, "normalization": normalization}
+    leaves = [output.detach().clone().requires_grad_() for output in outputs.values()]
+    exact = oracle.localization_loss(leaves, flat, weight=weight, **options)
+    by_eager = definition.localization_loss(leaves, flat, weight=weight, **options)
+    by_eager.backward()
+    per_layer = [
+        definition.localization_loss([leaf], [mask], **options) for leaf, mask in zip(leaves, flat, strict=True)
+    ]
+    if reduction == "none":
+        close(loss.detach(), torch.stack(per_layer).detach(), exact["per_layer"])
+    else:
+        close(loss.detach(), by_eager.detach(), exact["loss"])
+    for index, (name, output) in enumerate(outputs.items()):
+        close(output.grad, leaves[index].grad, exact["gradients"][index])
+        close(entries[f"{name}/loss"], per_layer[index].detach(), exact["per_layer"][index])
+    assert entries.keys() == {"total_loss", "num_layers", "first/loss", "second/loss", "feature_map/loss"}
+    assert torch.equal(entries["total_loss"], loss.detach())
+    assert entries["num_layers"] == 3
+    assert not any(value.requires_grad for value in entries.values())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_localization_of_nothing(reduction: str) -> None:
+    loss, entries = MaskLocalizationLoss(reduction=reduction)({}, MASK)
+    assert loss.sum() == 0
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    assert entries.keys() == {"total_loss", "num_layers"}
+    assert entries["num_layers"] == 0
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0, 0.5, 1.0), (2.0, 0.25, 3.0), (0.0, 0.5, 1.0), (1.0, 0.0, 0.5), (1.0, 0.5, 0)]
+)
+def test_total(student: Table, teacher: Table, weights: tuple[float, float, float]) -> None:
+    outputs = eraser_outputs(first=(2, 60, 5), second=(2, 60, 8))
+    loss_fn = T2VUnlearningLoss(ALPHAS, *weights, 3.0)
+    loss, entries = loss_fn(
+        teacher, student, X_T, T, "concept", "kept", uncond="empty", mask=MASK, eraser_outputs=outputs
+    )
+    loss.backward()
+    exact = [
+        oracle.velocity_loss(
+            *[x.detach() for x in (student.velocities["concept"], *map(teacher.velocities.get, ("empty", "concept")))],
+            guidance_scale=3.0,
+            mask=MASK,
+        ),
+        oracle.velocity_loss(student.velocities["kept"], teacher.velocities["kept"], mask=MASK),
+        oracle.localization_loss(list(outputs.values()), [MASK.flatten(1)] * 2),
+    ]
+    # float32's roundings on sums of at most 600 numbers of one sign.
+    tolerance: dict[str, Any] = {"rtol": 4e-6, "atol": 0}
+    terms = (
+        ("unlearning_loss_weighted", "unlearning/unlearning_loss"),
+        ("preservation_loss_weighted", "preservation/preservation_loss"),
+        ("localization_loss_weighted", "localization/total_loss"),
+    )
+    for (weighted, unweighted), term, weight in zip(terms, exact, weights, strict=True):
+        np.testing.assert_allclose(entries[weighted], weight * term["loss"], **tolerance)
+        np.testing.assert_allclose(entries[unweighted], term["loss"], **tolerance)
+    expected = sum(weight * term["loss"] for weight, term in zip(weights, exact, strict=True))
+    np.testing.assert_allclose(loss.detach(), expected, **tolerance)
+    assert torch.equal(entries["total_loss"], loss.detach())
+    gradients = [
+        (weights[0] * exact[0]["prediction"], student.velocities["concept"]),
+        (weights[1] * exact[1]["prediction"], student.velocities["kept"]),
+        *zip([weights[2] * g for g in exact[2]["gradients"]], outputs.values(), strict=True),
+    ]
+    for gradient, leaf in gradients:
+        if np.any(gradient):
+            np.testing.assert_allclose(leaf.grad, gradient, rtol=1e-5, atol=1e-6 * np.abs(gradient).max())
+        else:
+            assert leaf.grad is None
+    assert not any(value.requires_grad for value in entries.values())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+ORIGINAL_KEYS = {
+    "total_loss",
+    "unlearning_loss_weighted",
+    "preservation_loss_weighted",
+    "localization_loss_weighted",
+    "unlearning/unlearning_loss",
+    "unlearning/v_pred_norm",
+    "unlearning/v_neg_norm",
+    "preservation/preservation_loss",
+    "preservation/v_orig_norm",
+    "preservation/v_unlearn_norm",
+    "localization/total_loss",
+    "localization/num_layers",
+    "localization/first/loss",
+}
+
+
+def test_keys(student: Table, teacher: Table) -> None:
+    loss_fn = T2VUnlearningLoss(ALPHAS)
+    terms = {"mask": MASK, "eraser_outputs": eraser_outputs(first=(2, 60, 5))}
+    _, entries = loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **terms)
+    assert entries.keys() == ORIGINAL_KEYS
+    assert all(isinstance(value, Tensor) and value.dim() == 0 for value in entries.values())
+    _, entries = loss_fn(teacher, student, X_T, T, "concept", uncond="empty")
+    assert entries.keys() == {key for key in ORIGINAL_KEYS if "/" not in key or key.startswith("unlearning/")}
+    assert entries["preservation_loss_weighted"] == entries["localization_loss_weighted"] == 0
+    assert entries["total_loss"] == entries["unlearning_loss_weighted"] == entries["unlearning/unlearning_loss"] > 0
+
+
+REQUIRED = inspect.Parameter.empty
+SIGNATURES: dict[Any, dict[str, Any]] = {
+    T2VUnlearningLoss: {
+        "alphas_cumprod": REQUIRED,
+        "unlearning_weight": 1.0,
+        "preservation_weight": 0.5,
+        "localization_weight": 1.0,
+        "guidance_scale": 7.5,
+        "loss_type": "l2",
+    },
+    T2VUnlearningLoss.forward: {
+        "self": REQUIRED,
+        "model_original": REQUIRED,
+        "model_unlearned": REQUIRED,
+        "x_t": REQUIRED,
+        "t": REQUIRED,
+        "cond_target": REQUIRED,
+        "cond_preserve": None,
+        "cond_neg": None,
+        "uncond": None,
+        "mask": None,
+        "eraser_outputs": None,
+    },
+    NegativelyGuidedVelocityLoss: {
+        "alphas_cumprod": REQUIRED,
+        "guidance_scale": 7.5,
+        "loss_type": "l2",
+        "reduction": "mean",
+    },
+    NegativelyGuidedVelocityLoss.forward: {
+        "self": REQUIRED,
+        "model": REQUIRED,
+        "x_t": REQUIRED,
+        "t": REQUIRED,
+        "cond_c": REQUIRED,
+        "cond_neg": None,
+        "uncond": None,
+        "mask": None,
+    },
+    ConceptPreservationLoss: {"loss_type": "l2", "reduction": "mean"},
+    ConceptPreservationLoss.forward: {
+        "self": REQUIRED,
+        "model_original": REQUIRED,
+        "model_unlearned": REQUIRED,
+        "x_t": REQUIRED,
+        "t": REQUIRED,
+        "cond_preserve": REQUIRED,
+        "mask": None,
+    },
+    MaskLocalizationLoss: {"loss_type": "l2", "reduction": "mean"},
+    MaskLocalizationLoss.forward: {"self": REQUIRED, "eraser_outputs": REQUIRED, "mask": REQUIRED},
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_positional_arguments_are_the_originals(function: Any) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(positional.items()) == list(SIGNATURES[function].items())
+    assert all(p.default is not REQUIRED for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def test_exported() -> None:
+    names = {"T2VUnlearningLoss", "AttnMapsCapture", "EraserOutputsCapture", "get_mask", "AdapterEraser"}
+    assert names <= set(fastunlearn.__all__)
+
+
+def test_uncond_wins_over_cond_neg_and_says_so_once(student: Table, teacher: Table) -> None:
+    loss_fn = T2VUnlearningLoss(ALPHAS)
+    for _ in range(2):
+        loss_fn(teacher, student, X_T, T, "concept", cond_neg="negative")
+    assert teacher.conditions == ["negative", "concept"] * 2
+    teacher.calls.clear()
+    with pytest.warns(UserWarning, match="both uncond and cond_neg were given: uncond is used") as caught:
+        for _ in range(2):
+            loss_fn(teacher, student, X_T, T, "concept", cond_neg="negative", uncond="empty")
+    assert teacher.conditions == ["empty", "concept"] * 2
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("total", [True, False])
+def test_zeros_stand_in_for_none_and_it_is_said_once(total: bool) -> None:
+    cond = random(2, 6, 4, seed=1)
+    teacher, student = Linear(), Linear()
+
+    def loss(loss_fn: Any, **conditions: Any) -> Tensor:
+        models = {"model_original": teacher, "model_unlearned" if total else "model": student}
+        return loss_fn(x_t=X_T, t=T, **models, **{"cond_target" if total else "cond_c": cond}, **conditions)[0]
+
+    loss_fn: Any = (T2VUnlearningLoss if total else NegativelyGuidedVelocityLoss)(ALPHAS)
+    with pytest.warns(UserWarning, match="zeros of cond_c's shape") as caught:
+        first, second = loss(loss_fn), loss(loss_fn)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert torch.equal(first, second)
+    assert torch.equal(first, loss(loss_fn, uncond=torch.zeros_like(cond)))
+    assert not torch.equal(first, loss(loss_fn, uncond=cond))
+
+
+def test_a_model_that_takes_none_is_given_none() -> None:
+    cond = random(2, 6, 4, seed=1)
+    teacher = Linear(empty=2.0)
+    loss, _ = NegativelyGuidedVelocityLoss(None, 3.0)(Linear(), X_T, T, cond, model_original=teacher)
+    assert teacher.calls == 2
+    target = fastunlearn.negatively_guided_velocity(teacher(X_T, T, None), teacher(X_T, T, cond), 3.0)
+    assert torch.equal(loss, fastunlearn.velocity_loss(Linear()(X_T, T, cond), target).loss)
+
+
+def test_errors_of_the_model_are_not_taken_for_a_refusal_of_none(student: Table) -> None:
+    def broken(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        raise ValueError("broken anyway")
+
+    def out_of_memory(x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        if cond is None:
+            raise RuntimeError("out of memory")
+        return x_t
+
+    # No warning about zeros, which would be an error here: nothing was made of them.
+    loss_fn = T2VUnlearningLoss(ALPHAS)
+    with pytest.raises(ValueError, match="broken anyway"):
+        loss_fn(broken, student, X_T, T, torch.zeros(2, 6, 4))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss_fn(out_of_memory, student, X_T, T, torch.zeros(2, 6, 4))
+    with pytest.raises(ValueError, match="broken anyway"):
+        loss_fn(broken, student, X_T, T, "concept")
+
+
+def test_given_teacher_tensors_replace_calls_and_get_no_gradient(student: Table, teacher: Table) -> None:
+    loss_fn = T2VUnlearningLoss(ALPHAS, guidance_scale=3.0)
+    expected, _ = loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", mask=MASK)
+    teacher.calls.clear()
+    given = {
+        "v_uncond": teacher.velocities["empty"],
+        "v_cond": teacher.velocities["concept"],
+        "v_preserve": teacher.velocities["kept"],
+    }
+    left = {"v_uncond": "empty", "v_cond": "concept", "v_preserve": "kept"}
+    for name, velocity in given.items():
+        conditions = [cond for key, cond in left.items() if key != name]
+        loss, _ = loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", mask=MASK, **{name: velocity})
+        assert torch.equal(loss, expected)
+        assert teacher.conditions == conditions
+        teacher.calls.clear()
+    # With all of them no frozen model is needed, and no warning that there is none.
+    for original in (None, student, teacher):
+        student.calls.clear()
+        loss, _ = loss_fn(original, student, X_T, T, "concept", "kept", mask=MASK, **given)
+        loss.backward()
+        assert torch.equal(loss, expected)
+        assert student.conditions == ["concept", "kept"]
+    assert not teacher.calls
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_teacher_that_enables_gradients_gets_none(student: Table, teacher: Table) -> None:
+    with_gradients = torch.enable_grad()(teacher.forward)
+    T2VUnlearningLoss(ALPHAS)(with_gradients, student, X_T, T, "concept", "kept", uncond="empty")[0].backward()
+    assert student.velocities["concept"].grad.any()
+    assert student.velocities["kept"].grad.any()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_mask_is_for_preservation_only_at_the_same_latents(student: Table, teacher: Table) -> None:
+    loss_fn = T2VUnlearningLoss(ALPHAS)
+    other_x_t, other_t = random(*SHAPE, seed=60), torch.tensor([1, 2])
+    kept = (student.velocities["kept"].detach(), teacher.velocities["kept"].detach())
+    masked, unmasked = (fastunlearn.velocity_loss(*kept, mask=mask).loss for mask in (MASK, None))
+    assert masked < unmasked * 0.9
+
+    def preservation(**options: Any) -> Tensor:
+        student.calls.clear()
+        teacher.calls.clear()
+        _, entries = loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **options)
+        return entries["preservation/preservation_loss"]
+
+    torch.testing.assert_close(preservation(), unmasked, rtol=1e-6, atol=0)
+    torch.testing.assert_close(preservation(mask=MASK), masked, rtol=1e-6, atol=0)
+    torch.testing.assert_close(preservation(mask=MASK, t_preserve=other_t), masked, rtol=1e-6, atol=0)
+    assert student.calls[-1][0] is teacher.calls[-1][0] is X_T
+    assert student.calls[-1][1] is teacher.calls[-1][1] is other_t
+    assert student.calls[0][1] is T
+    loss = preservation(mask=MASK, x_t_preserve=other_x_t, t_preserve=other_t)
+    torch.testing.assert_close(loss, unmasked, rtol=1e-6, atol=0)
+    assert student.calls[-1][0] is teacher.calls[-1][0] is other_x_t
+    assert student.calls[0][0] is X_T
+    preservation(mask=MASK, x_t_preserve=other_x_t)
+    assert student.calls[-1][1] is T
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+@pytest.mark.parametrize("loss_type", ["l2", "l1"])
+def test_prediction_types(student: Table, teacher: Table, prediction_type: str, loss_type: str) -> None:
+    x_t_preserve, t_preserve = random(*SHAPE, seed=60), torch.tensor([0, 5])
+    loss_fn = T2VUnlearningLoss(ALPHAS, guidance_scale=3.0, loss_type=loss_type, prediction_type=prediction_type)
+    apart = {"x_t_preserve": x_t_preserve, "t_preserve": t_preserve}
+    loss, entries = loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **apart)
+    loss.backward()
+    for name, teachers, t, weight, key, eta in (
+        ("concept", ("empty", "concept"), T, 1.0, "unlearning_loss_weighted", 3.0),
+        ("kept", ("kept",), t_preserve, 0.5, "preservation_loss_weighted", 0.0),
+    ):
+        weights = torch.tensor(oracle.velocity_error_weight(ALPHAS, t, prediction_type, loss_type)).float()
+        options = {"sample_weight": weights, "guidance_scale": eta, "weight": weight, "loss_type": loss_type}
+        velocities = [teacher.velocities[teacher_name] for teacher_name in teachers]
+        check_velocity_term(entries[key], student, name, velocities, **options)
+    # alpha is 0 at the last timestep, and sigma at the first: nothing can be learnt there.
+    undefined = student.velocities["concept"].grad[1] if prediction_type == "epsilon" else None
+    undefined = student.velocities["kept"].grad[0] if undefined is None else undefined
+    assert not undefined.any()
+    assert student.velocities["concept"].grad[0].any()
+    assert student.velocities["kept"].grad[1].any()
+
+
+def test_localization_may_have_a_mask_of_its_own(student: Table, teacher: Table) -> None:
+    loss_fn = T2VUnlearningLoss(ALPHAS)
+    other = 1 - MASK
+    outputs = eraser_outputs(first=(2, 60, 5), second=(2, 60, 3))
+
+    def entries(**masks: Any) -> dict[str, Any]:
+        return loss_fn(teacher, student, X_T, T, "concept", uncond="empty", eraser_outputs=outputs, **masks)[1]
+
+    both, apart = entries(mask=MASK), entries(mask=MASK, localization_mask=other)
+    alone = entries(localization_mask={"first": other, "second": other})
+    term, layers = "unlearning/unlearning_loss", "localization/total_loss"
+    assert torch.equal(both[term], apart[term]) and not torch.equal(both[term], alone[term])
+    assert torch.equal(alone[layers], apart[layers]) and not torch.equal(both[layers], apart[layers])
+    assert torch.equal(alone[layers], MaskLocalizationLoss()(outputs, other)[0])
+    assert torch.equal(alone[term], entries(localization_mask=MASK)[term])
+
+
+def test_one_timestep_for_all_samples(student: Table, teacher: Table) -> None:
+    loss_fn = ConceptPreservationLoss(alphas_cumprod=ALPHAS, prediction_type="epsilon")
+    expected = loss_fn(teacher, student, X_T, torch.tensor([7, 7]), "kept")[0]
+    for t in (torch.tensor([7]), torch.tensor(7)):
+        assert torch.equal(loss_fn(teacher, student, X_T, t, "kept")[0], expected)
+    assert not torch.equal(loss_fn(teacher, student, X_T, torch.tensor(6), "kept")[0], expected)
+
+
+def test_half_precision_leaves_the_schedule_alone(student: Table, teacher: Table) -> None:
+    alphas = torch.tensor([0.9, 3e-8], dtype=torch.float64)  # 0 in half precision
+    options: dict[str, Any] = {"alphas_cumprod": alphas, "prediction_type": "epsilon"}
+    arguments = (teacher, student, X_T, torch.tensor([0, 1]), "kept")
+    expected = ConceptPreservationLoss(**options)(*arguments)[0]
+    half = ConceptPreservationLoss(**options).half()
+    assert torch.equal(half(*arguments)[0], expected)
+    assert half.state_dict() == {}
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes a host wait for a GPU."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_back(student: Table, teacher: Table) -> None:
+    loss_fn = T2VUnlearningLoss(ALPHAS, 1.0, 0.5, 0.0, mask_normalization="mask", prediction_type="epsilon")
+    outputs = eraser_outputs(first=(2, 60, 5))
+    terms = {"mask": MASK, "eraser_outputs": outputs}
+    with NoSync(), pytest.raises(AssertionError):
+        X_T.sum().item()
+    with NoSync():
+        loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **terms)[0].backward()
+    assert student.velocities["concept"].grad.any()
+
+
+# The tiny CogVideoX.
+
+
+@pytest.fixture(scope="module")
+def erased() -> tuple[Any, Any, dict[str, Any]]:
+    """The model as it was, the same with erasers that do something, and the erasers."""
+    original = as_velocity_model(cogvideox())
+    model = copy.deepcopy(original)
+    erasers = attach_erasers(model, rank=4)
+    train_a_little(erasers)
+    return original, model, erasers
+
+
+def cogvideox_arguments() -> dict[str, Any]:
+    x_t, t, cond = inputs()
+    kept, uncond = inputs(seed=5)[2], inputs(seed=6)[2]
+    mask = (torch.rand(2, *GRID, generator=torch.Generator().manual_seed(3)) > 0.6).float()
+    return {"x_t": x_t, "t": t, "cond_target": cond, "cond_preserve": kept, "uncond": uncond, "mask": mask}
+
+
+@pytest.mark.parametrize("frozen", ["none", "same", "wrapper", "copy"])
+def test_the_teacher_is_the_model_without_erasers(erased: Any, frozen: str) -> None:
+    original, model, erasers = erased
+    wrapper = as_velocity_model(model.transformer)
+    assert wrapper is not model
+    teacher = {"none": None, "same": model, "wrapper": wrapper, "copy": original}[frozen]
+    arguments = cogvideox_arguments()
+    x_t, t, cond, uncond = (arguments[name] for name in ("x_t", "t", "cond_target", "uncond"))
+    loss, entries = T2VUnlearningLoss(None, guidance_scale=2.0, channel_dim=2)(teacher, model, **arguments)
+    model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        v_uncond, v_cond, v_kept = (original(x_t, t, c) for c in (uncond, cond, arguments["cond_preserve"]))
+        prediction, kept = model(x_t, t, cond), model(x_t, t, arguments["cond_preserve"])
+    assert (prediction - v_cond).norm() > 0.01 * v_cond.norm()
+    exact = oracle.velocity_loss(
+        prediction, v_uncond, v_cond, guidance_scale=2.0, mask=arguments["mask"], channel_dim=2
+    )
+    np.testing.assert_allclose(entries["unlearning/unlearning_loss"], exact["loss"], rtol=1e-5)
+    np.testing.assert_allclose(entries["unlearning/v_neg_norm"], exact["target_norm"], rtol=1e-5)
+    exact_kept = oracle.velocity_loss(kept, v_kept, mask=arguments["mask"], channel_dim=2)
+    np.testing.assert_allclose(entries["preservation/preservation_loss"], exact_kept["loss"], rtol=1e-5)
+    np.testing.assert_allclose(entries["preservation/v_orig_norm"], exact_kept["target_norm"], rtol=1e-5)
+    np.testing.assert_allclose(loss.detach(), exact["loss"] + 0.5 * exact_kept["loss"], rtol=1e-5)
+    trained = {id(parameter) for eraser in erasers.values() for parameter in eraser.parameters()}
+    for name, parameter in [*model.named_parameters(), *original.named_parameters()]:
+        if id(parameter) in trained:
+            assert parameter.grad.any(), name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_the_other_modules_find_the_teacher_too(erased: Any) -> None:
+    original, model, _ = erased
+    x_t, t, cond = inputs()
+    uncond = inputs(seed=6)[2]
+    unlearning = NegativelyGuidedVelocityLoss(None)
+    by_itself, apart = (unlearning(model, x_t, t, cond, None, uncond, model_original=m)[0] for m in (None, original))
+    torch.testing.assert_close(by_itself, apart, rtol=1e-6, atol=0)
+    with erasers_disabled(model):
+        assert not torch.isclose(unlearning(model, x_t, t, cond, None, uncond)[0], apart, rtol=1e-3)
+    preservation = ConceptPreservationLoss()
+    losses = [preservation(m, model, x_t, t, cond)[0] for m in (None, model, original)]
+    torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses[1], losses[2], rtol=1e-6, atol=0)
+    assert losses[2] > 0
+
+
+@pytest.mark.parametrize("original", ["none", "same"])
+@pytest.mark.parametrize("as_module", [True, False])
+def test_a_model_that_would_be_its_own_target_is_told_once(student: Table, original: str, as_module: bool) -> None:
+    conditions: dict[Any, dict[str, str]] = {
+        T2VUnlearningLoss(ALPHAS): {"cond_target": "concept", "cond_preserve": "kept", "uncond": "empty"},
+        ConceptPreservationLoss(): {"cond_preserve": "kept"},
+    }
+    model = student if as_module else lambda *given: student(*given)
+    for loss_fn, given in conditions.items():
+        with pytest.warns(UserWarning, match="pass a frozen model_original") as caught:
+            for _ in range(2):
+                loss_fn(None if original == "none" else model, model, x_t=X_T, t=T, **given)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+@pytest.mark.parametrize("frozen", ["none", "copy"])
+def test_a_live_capture_saves_a_forward_pass(erased: Any, preserve: bool, frozen: str) -> None:
+    original, model, erasers = erased
+    teacher = None if frozen == "none" else original
+    loss_fn = T2VUnlearningLoss(None, channel_dim=2)
+    arguments = cogvideox_arguments()
+    if not preserve:
+        del arguments["cond_preserve"]
+    captured: dict[str, Tensor] = {}
+    gradients, calls = [], []
+    losses: list[tuple[Tensor, dict[str, Tensor]]] = []
+    counter = model.register_forward_hook(lambda *_: calls[-1].append(1))
+    for live in (False, True):
+        model.zero_grad()
+        calls.append([])
+        outputs: dict[str, Tensor] = {}
+        with EraserOutputsCapture(model, erasers, outputs):
+            if live:
+                losses.append(loss_fn(teacher, model, **arguments, eraser_outputs=outputs))
+            else:
+                model(arguments["x_t"], arguments["t"], arguments["cond_target"])
+        if not live:
+            captured = {name: output.detach().clone() for name, output in outputs.items()}
+            losses.append(loss_fn(teacher, model, **arguments, eraser_outputs=outputs))
+        losses[-1][0].backward()
+        gradients.append([p.grad.clone() for eraser in erasers.values() for p in eraser.parameters()])
+    counter.remove()
+    assert len(calls[0]) == len(calls[1]) + 1
+    (_, separate), (_, live_entries) = losses
+    assert separate.keys() == live_entries.keys()
+    assert separate.keys() >= {f"localization/{layer}/loss" for layer in LAYERS}
+    for name, value in separate.items():
+        torch.testing.assert_close(live_entries[name], value, rtol=1e-6, atol=0, msg=name)
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * first.abs().max().item())
+    exact = oracle.localization_loss(list(captured.values()), [arguments["mask"].flatten(1)] * len(captured))
+    np.testing.assert_allclose(separate["localization/total_loss"], exact["loss"], rtol=1e-5)
+    for layer, term in zip(LAYERS, exact["per_layer"], strict=True):
+        np.testing.assert_allclose(separate[f"localization/{layer}/loss"], term, rtol=1e-5)
+
+
+def test_localization_reaches_only_erasers(erased: Any) -> None:
+    _, model, erasers = erased
+    x_t, t, cond = inputs()
+    outputs: dict[str, Tensor] = {}
+    with EraserOutputsCapture(model, erasers, outputs):
+        model(x_t, t, cond)
+    model.zero_grad()
+    loss, _ = MaskLocalizationLoss()(outputs, cogvideox_arguments()["mask"])
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any()) == (".erasers." in name), name
+
+
+# What a caller gets wrong.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: T2VUnlearningLoss([0.5]), TypeError, "alphas_cumprod must be a tensor, got list"),
+        (lambda: T2VUnlearningLoss(ALPHAS[None]), ValueError, r"alphas_cumprod must .*\(timesteps,\), got \(1, 11\)"),
+        (lambda: T2VUnlearningLoss(None, prediction_type="epsilon"), ValueError, "alphas_cumprod is required"),
+        (lambda: T2VUnlearningLoss(ALPHAS, prediction_type="v"), ValueError, "prediction_type must .* got 'v'"),
+        (lambda: T2VUnlearningLoss(ALPHAS, loss_type="huber"), ValueError, "loss_type must .* got 'huber'"),
+        (lambda: T2VUnlearningLoss(ALPHAS, normalization="mean"), ValueError, "normalization must .* got 'mean'"),
+        (lambda: T2VUnlearningLoss(ALPHAS, mask_normalization="m"), ValueError, "mask_normalization must .* got 'm'"),
+        (lambda: T2VUnlearningLoss(ALPHAS, torch.ones(())), TypeError, "unlearning_weight must .* got Tensor"),
+        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, "0.5"), TypeError, "preservation_weight must .* got str"),
+        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, 0.5, None), TypeError, "localization_weight must .* got NoneType"),
+        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, "7"), TypeError, "guidance_scale must be a number, got str"),
+        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, reduction="avg"), ValueError, "reduction must .* got 'avg'"),
+        (lambda: ConceptPreservationLoss("l3"), ValueError, "loss_type must .* got 'l3'"),
+        (lambda: MaskLocalizationLoss("l3"), ValueError, "loss_type must .* got 'l3'"),
+        (lambda: MaskLocalizationLoss(reduction="avg"), ValueError, "reduction must .* got 'avg'"),
+    ],
+)
+def test_bad_construction(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"eraser_outputs": {}}, ValueError, "is required with eraser_outputs"),
+        ({"localization_mask": torch.ones(2, 3, 4, 5)}, ValueError, "eraser_outputs is required"),
+        ({"mask": MASK, "eraser_outputs": [X_T]}, TypeError, "eraser_outputs must be a mapping .* got list"),
+        ({"mask": {"average_mask": MASK}}, TypeError, r"mask must be a tensor.*'average_mask'.* got dict"),
+        ({"v_uncond": 1.0}, TypeError, "v_uncond must be a tensor, got float"),
+        ({"v_cond": [X_T]}, TypeError, "v_cond must be a tensor, got list"),
+        ({"v_preserve": X_T}, ValueError, "cond_preserve is required with v_preserve"),
+        ({"x_t_preserve": X_T}, ValueError, "cond_preserve is required with x_t_preserve"),
+        ({"t_preserve": T}, ValueError, "cond_preserve is required with t_preserve"),
+        ({"cond_preserve": "kept", "v_preserve": "v"}, TypeError, "v_preserve must be a tensor, got str"),
+    ],
+)
+def test_bad_calls_reach_no_model(
+    student: Table, teacher: Table, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        T2VUnlearningLoss(ALPHAS)(teacher, student, X_T, T, "concept", uncond="empty", **options)
+    assert not student.calls
+    assert not teacher.calls
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_outputs_without_names_are_refused(reduction: str) -> None:
+    with pytest.raises(TypeError, match="eraser_outputs must be a mapping .* got list"):
+        MaskLocalizationLoss(reduction=reduction)([torch.ones(2, 60, 5)], MASK)
+
+
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        (T.float(), TypeError, "t must have one of the dtypes.*float32"),
+        (T + 1, ValueError, "t must be from 0 to 10, got 11"),
+        (torch.tensor([1, 2, 3]), ValueError, r"t must be one timestep or \(2,\), got shape \(3,\)"),
+    ],
+)
+def test_bad_timesteps(student: Table, teacher: Table, t: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        T2VUnlearningLoss(ALPHAS, prediction_type="epsilon")(teacher, student, X_T, t, "concept", uncond="empty")
+
+
+def test_bad_models(student: Table, teacher: Table) -> None:
+    transformer = cogvideox()
+    wrapped = as_velocity_model(transformer)
+    x_t, t, cond = inputs()
+    loss_fn = T2VUnlearningLoss(ALPHAS)
+    for models, name in (((transformer, wrapped), "model_original"), ((wrapped, transformer), "model_unlearned")):
+        with pytest.raises(TypeError, match=rf"{name} must take \(x_t, t, cond\): .*as_velocity_model"):
+            loss_fn(*models, x_t, t, cond, uncond=cond)
+    with pytest.raises(TypeError, match="model_unlearned must return the velocity as a tensor, got tuple"):
+        loss_fn(teacher, lambda *given: (student(*given),), X_T, T, "concept", uncond="empty")
+    # With channels at dim 1, the mask (B, F, h, w) would be read along (C, H, W) without a complaint.
+    for call in (
+        lambda mask: loss_fn(None, wrapped, x_t, t, cond, uncond=cond, mask=mask),
+        lambda mask: NegativelyGuidedVelocityLoss(ALPHAS)(wrapped, x_t, t, cond, None, cond, mask),
+        lambda mask: ConceptPreservationLoss()(None, wrapped, x_t, t, cond, mask),
+    ):
+        with pytest.raises(ValueError, match="channel_dim must be 2 for this model's masks, got 1"):
+            call(torch.ones(2, *GRID))

@@ -1,0 +1,216 @@
+"""Which backend runs, and what bad input is told."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastunlearn import functional
+from fastunlearn.functional import (
+    choose_backend,
+    concept_attention,
+    localization_loss,
+    negatively_guided_velocity,
+    negatively_guided_velocity_loss,
+    velocity_loss,
+)
+from fastunlearn.ops import dispatch
+
+CPU = torch.device("cpu")
+
+
+def test_torch_is_the_choice_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "KERNELS", {})
+    for op in dispatch.OPS:
+        choice = choose_backend(op, CPU)
+        assert choice.name == "torch"
+        assert f"no Triton kernel exists for {op}" in choice.reason
+        assert choose_backend(op, CPU, "compile") == ("compile", "asked for by backend=compile")
+        with pytest.raises(ValueError, match=f"backend .* got 'triton': no Triton kernel exists for {op} in float32"):
+            choose_backend(op, CPU, "triton")
+
+
+def test_kernels_run_on_the_devices_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels = SimpleNamespace(velocity_loss=lambda *_, **__: (1, 2, 3))
+    monkeypatch.setattr(dispatch, "KERNELS", {"velocity_loss": lambda: kernels})
+    assert choose_backend("velocity_loss", torch.device("cuda")).name == "triton"
+    assert choose_backend("velocity_loss", torch.device("cuda"), "torch").name == "torch"
+    assert choose_backend("velocity_loss", CPU).name == "torch"
+    with pytest.raises(ValueError, match="does not run on cpu tensors"):
+        choose_backend("velocity_loss", CPU, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("velocity_loss", CPU).name == "torch"
+    assert velocity_loss(torch.ones(1), torch.ones(1), backend="triton") == (1, 2, 3)
+
+
+def test_matrices_of_float64_are_not_multiplied_by_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
+    cuda = torch.device("cuda")
+    assert choose_backend("concept_attention", cuda).name == "triton"
+    assert choose_backend("concept_attention", cuda, None, torch.float64).name == "torch"
+    assert choose_backend("velocity_loss", cuda, None, torch.float64).name == "triton"
+    with pytest.raises(ValueError, match="no Triton kernel exists for concept_attention in float64 on cuda tensors"):
+        choose_backend("concept_attention", cuda, "triton", torch.float64)
+
+
+def test_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    assert choose_backend("velocity_loss", torch.device("cuda")) == ("torch", "Triton is not installed")
+    with pytest.raises(ValueError, match="backend .* got 'triton': Triton is not installed"):
+        choose_backend("velocity_loss", torch.device("cuda"), "triton")
+
+
+def test_environment_variable_leaves_operations_without_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", "triton")
+    monkeypatch.setattr(dispatch, "KERNELS", {})
+    assert choose_backend("concept_attention", torch.device("cuda")).name == "torch"
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", "compile")
+    assert choose_backend("velocity_loss", CPU) == ("compile", "asked for by FASTUNLEARN_BACKEND=compile")
+    assert choose_backend("velocity_loss", CPU, "torch").name == "torch"
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="FASTUNLEARN_BACKEND must be one of 'torch', 'compile', 'triton'; got 'cuda'"):
+        velocity_loss(torch.ones(1), torch.ones(1))
+
+
+def test_compile_backend_needs_a_compiler(tmp_path: Path) -> None:
+    code = "import torch, fastunlearn as f; f.velocity_loss(torch.ones(2), torch.ones(2), backend='compile')"
+    environment = {
+        "PATH": "",
+        "CXX": "/nonexistent/c++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "compiler" in result.stderr.lower()
+
+
+def test_compile_backend_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        dispatch, "_compiled", lambda op: torch.compile(getattr(dispatch.reference, op), backend="eager")
+    )
+    prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    compiled = velocity_loss(prediction, target, backend="compile")
+    torch.testing.assert_close(compiled, velocity_loss(prediction, target, backend="torch"))
+
+
+def test_signatures() -> None:
+    assert str(inspect.signature(negatively_guided_velocity).parameters["guidance_scale"].default) == "7.5"
+    common = {
+        "mask": None,
+        "sample_weight": None,
+        "channel_dim": 1,
+        "loss_type": "l2",
+        "reduction": "mean",
+        "mask_normalization": "all",
+        "weight": 1.0,
+        "backend": None,
+        "group": None,
+    }
+    expected = {
+        "velocity_loss": common,
+        "negatively_guided_velocity_loss": {"guidance_scale": 7.5, **common},
+        "localization_loss": {
+            "loss_type": "l2",
+            "normalization": "sum",
+            "weight": 1.0,
+            "backend": None,
+            "group": None,
+        },
+        "concept_attention": {"scale": None, "key_mask": None, "lse": None, "backend": None},
+    }
+    for name, keywords in expected.items():
+        parameters = inspect.signature(getattr(functional, name)).parameters.values()
+        assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == keywords
+
+
+V = torch.zeros(2, 3, 4, 5)
+TOKENS = torch.zeros(2, 20, 3)
+Q = torch.zeros(2, 3, 7, 4)
+MASK = torch.zeros(2, 4, 5)
+Call = Callable[[], Any]
+
+
+def velocity(**options: Any) -> Call:
+    return lambda: velocity_loss(V, V, **options)
+
+
+def localization(outputs: Any, mask: Any = MASK, **options: Any) -> Call:
+    return lambda: localization_loss(outputs, mask, **options)
+
+
+def attention(query: Tensor = Q, key: Tensor = Q, indices: Any = (0,), **options: Any) -> Call:
+    return lambda: concept_attention(query, key, indices, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: velocity_loss([1.0], V), TypeError, "prediction must be a tensor, got list"),
+        (lambda: velocity_loss(V.long(), V), TypeError, "prediction must have one of the dtypes float16.*got int64"),
+        (lambda: velocity_loss(V, V[:1]), ValueError, r"target must have shape \(2, 3, 4, 5\).*got \(1, 3, 4, 5\)"),
+        (lambda: velocity_loss(V, V.to("meta")), ValueError, "target must be on cpu.*got meta"),
+        (lambda: velocity_loss(V[0, 0, 0, 0], V[0, 0, 0, 0]), ValueError, "prediction must have a batch dim"),
+        (lambda: negatively_guided_velocity_loss(V, V[:, :1], V), ValueError, "uncond must have shape"),
+        (lambda: negatively_guided_velocity_loss(V, V, V[:, :1]), ValueError, "cond must have shape"),
+        (
+            lambda: negatively_guided_velocity_loss(V, V, V, guidance_scale=torch.ones(1)),
+            TypeError,
+            "guidance_scale must be a number, got Tensor",
+        ),
+        (lambda: negatively_guided_velocity(V, V[0]), ValueError, "cond must have shape"),
+        (velocity(mask=MASK, channel_dim=True), ValueError, "channel_dim must be from 1 to 3, got True"),
+        (velocity(loss_type="huber"), ValueError, "loss_type must be one of 'l2', 'l1'; got 'huber'"),
+        (velocity(reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'avg'"),
+        (velocity(mask_normalization="sum"), ValueError, "mask_normalization must be one of 'all', 'mask'"),
+        (velocity(weight="1"), TypeError, "weight must be a number, got str"),
+        (velocity(backend="cuda"), ValueError, "backend must be one of 'torch', 'compile', 'triton'; got 'cuda'"),
+        (velocity(group=object()), TypeError, "group must be a torch.distributed.ProcessGroup, got object"),
+        (velocity(mask=MASK.to(torch.complex64)), TypeError, "mask must have one of the dtypes bool.*got complex64"),
+        (velocity(mask=MASK[0]), ValueError, r"mask must be \(B or 1, \*spatial\).*\(2, 4, 5\); got \(4, 5\)"),
+        (velocity(mask=torch.zeros(3, 4, 5)), ValueError, r"mask must be.*got \(3, 4, 5\)"),
+        (velocity(mask=torch.zeros(2, 3, 4, 5)), ValueError, r"size 1 at dim 1.*got \(2, 3, 4, 5\)"),
+        (velocity(mask=torch.zeros(2, 0, 5)), ValueError, r"mask must be.*got \(2, 0, 5\)"),
+        (velocity(mask=MASK, channel_dim=4), ValueError, "channel_dim must be from 1 to 3, got 4"),
+        (velocity(sample_weight=torch.ones(3)), ValueError, r"sample_weight must have shape \(2,\).*got \(3,\)"),
+        (localization(TOKENS), TypeError, "eraser_outputs must be a sequence or mapping of tensors, got Tensor"),
+        (localization([None]), TypeError, r"eraser_outputs\[0\] must be a tensor, got NoneType"),
+        (localization([TOKENS[0]]), ValueError, r"eraser_outputs\[0\] must be tokens.*got \(20, 3\)"),
+        (localization([TOKENS], MASK[:, :3]), ValueError, r"mask of layer 0 .*20 positions.*got \(2, 3, 5\)"),
+        (localization([V], MASK[0]), ValueError, "mask of layer 0 must be"),
+        (localization({"a": TOKENS}, {"b": MASK}), ValueError, "mask must have an entry for every layer.*'a' has none"),
+        (localization([TOKENS], {"b": MASK}), TypeError, "eraser_outputs is a sequence, got a mapping"),
+        (localization([TOKENS], None), TypeError, "mask of layer 0 must be a tensor, got NoneType"),
+        (localization([TOKENS], normalization="mean"), ValueError, "normalization must be one of 'sum', 'background"),
+        (localization([TOKENS], group=1), TypeError, "group must be a torch.distributed.ProcessGroup, got int"),
+        (attention(query=Q[0]), ValueError, r"query must be \(B, H, Sq, d\), got \(3, 7, 4\)"),
+        (attention(key=Q[:, :2]), ValueError, r"key must be \(2, 3, Sk, 4\).*got \(2, 2, 7, 4\)"),
+        (attention(key=Q[:, :, :0]), ValueError, "at least one head, key"),
+        (attention(indices=[7]), ValueError, "token_indices must be from -1 to 6.*got 7"),
+        (attention(indices=[-2]), ValueError, "token_indices must be from -1 to 6.*got -2"),
+        (attention(indices=torch.zeros(3, 1).long()), ValueError, r"token_indices must be \(T,\) or \(2, T\)"),
+        (attention(indices=torch.zeros(1)), TypeError, "token_indices must have one of the dtypes.*got float32"),
+        (attention(key_mask=torch.ones(2, 7)), TypeError, "key_mask must have one of the dtypes bool"),
+        (attention(key_mask=torch.ones(2, 6).bool()), ValueError, r"key_mask must have shape \(2, 7\), \(B, Sk\)"),
+        (attention(lse=torch.ones(2, 3)), ValueError, r"lse must have shape \(2, 3, 7\), \(B, H, Sq\)"),
+        (attention(scale=torch.ones(1)), TypeError, "scale must be a number, got Tensor"),
+    ],
+)
+def test_bad_input_is_told(call: Call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,430 @@
+import errno
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import safetensors.torch
+import torch
+
+from fastunlearn.training.cache import shards
+from fastunlearn.training.cache.index import fingerprint_of
+from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.cache.writer import CacheWriter
+
+LATENT, GRID = (3, 4, 8, 8), (3, 4, 4)
+FACTS = {
+    "latent_shape": LATENT,
+    "token_grid": GRID,
+    "dtype": "bfloat16",
+    "boundary": 500.0,
+    "concept": "circle",
+    "seed": 0,
+}
+CONDITIONS = {
+    prompt: {"encoder_hidden_states": torch.full((5, 6), float(number)), "mask": torch.ones(5, dtype=torch.bool)}
+    for number, prompt in enumerate(("a circle", "a square", ""))
+}
+GROUPS = ["target", "target", "kept"]
+POINTS = [3, 1, 2]
+ORIGIN = {"model": "somewhere", "versions": {"torch": "1"}}
+
+
+def unit(index):
+    """What a unit of work writes: the same every time."""
+    generator = torch.Generator().manual_seed(index)
+    count = POINTS[index]
+    latents = [torch.randn(count, *LATENT, generator=generator).bfloat16() for _ in range(3)]
+    return {
+        "prompts": ["a circle" if GROUPS[index] == "target" else "a square"] * count,
+        "x_t": latents[0],
+        "t": torch.linspace(900, 100, count),
+        "v_uncond": latents[1],
+        "v_cond": latents[2],
+        "mask": torch.rand(count, *GRID, generator=generator) > 0.5 if GROUPS[index] == "target" else None,
+    }
+
+
+def begin(folder, process_index=0, **facts):
+    return CacheWriter(folder, FACTS | facts, CONDITIONS, GROUPS, origin=ORIGIN, process_index=process_index)
+
+
+def write(folder, units=range(3), finish=True, **facts):
+    writer = begin(folder, **facts)
+    for index in units:
+        if not writer.has(index):
+            writer.write(index, **unit(index))
+    if finish:
+        writer.finish()
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "cache")
+
+
+def rewrite_index(folder, change, keep_fingerprint=False):
+    """The index as a stranger would write it: consistent in itself."""
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    if not keep_fingerprint:
+        index["fingerprint"] = fingerprint_of(index["facts"], index["conditions"]["sha256"])
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_what_was_written_is_read(folder):
+    cache = TeacherCache.open(folder, verify=True)
+    assert {name: len(points) for name, points in cache.groups.items()} == {"target": 4, "kept": 2}
+    assert cache.facts["latent_shape"] == list(LATENT) and cache.facts["concept"] == "circle"
+    assert cache.facts["model"] == "somewhere" and cache.prompts == list(CONDITIONS)
+    target, kept = cache.groups["target"], cache.groups["kept"]
+    first, second = unit(0), unit(1)
+    got = target.rows(torch.tensor([3, 0, 2, 0]))  # across shards, out of order, twice
+    for name in ("x_t", "v_uncond", "v_cond", "mask"):
+        rows = [second[name][0], first[name][0], first[name][2], first[name][0]]
+        expected = torch.stack(rows)
+        assert getattr(got, name).dtype == expected.dtype and torch.equal(getattr(got, name), expected), name
+    assert torch.equal(got.t, torch.tensor([900.0, 900, 100, 900])) and got.t.dtype == torch.float32
+    assert got.condition.keys() == CONDITIONS["a circle"].keys()
+    assert all(torch.equal(x, CONDITIONS["a circle"][name].expand_as(x)) for name, x in got.condition.items())
+    assert got.condition["mask"].dtype == torch.bool and len(got.condition["mask"]) == 4
+    assert target.experts.tolist() == [0, 0, 1, 0]  # t = 900, 500, 100, 900: from the boundary on is the first's
+    of_kept = kept.rows([1])
+    assert of_kept.mask is None and not kept.has_masks and target.has_masks
+    assert torch.equal(of_kept.condition["encoder_hidden_states"], torch.ones(1, 5, 6))
+
+
+@pytest.mark.parametrize(
+    ("indices", "error"),
+    [([], ValueError), ([4], ValueError), ([-1], ValueError), ([0.5], TypeError), ([[0]], ValueError)],
+)
+def test_rows_that_are_not_there(folder, indices, error):
+    with pytest.raises(error, match="indices"):
+        TeacherCache.open(folder).groups["target"].rows(indices)
+
+
+def test_without_a_boundary_there_is_one_expert(tmp_path):
+    cache = TeacherCache.open(write(tmp_path, boundary=None))
+    assert not cache.groups["target"].experts.any()
+
+
+def test_the_same_work_gives_the_same_bytes_whoever_does_it(folder, tmp_path):
+    apart = tmp_path / "apart"
+    second = begin(apart, process_index=1)
+    second.write(1, **unit(1))
+    first = begin(apart)
+    first.write(2, **unit(2))
+    with pytest.raises(ValueError, match="1 of 3 shards are missing.*shard-00000"):
+        first.finish()
+    first.write(0, **unit(0))
+    first.finish()
+    assert contents(apart) == contents(folder)
+
+
+def test_a_shard_is_read_row_by_row(tmp_path):
+    """Resident memory, with a shard much larger than what is read of it."""
+    code = f"""
+        import torch
+        from fastunlearn.training.cache.reader import TeacherCache
+        from fastunlearn.training.cache.writer import CacheWriter
+        facts = {{"latent_shape": [1 << 20], "token_grid": [1, 1, 1], "dtype": "float32", "boundary": None}}
+        writer = CacheWriter({str(tmp_path)!r}, facts, {{"": {{"encoder_hidden_states": torch.ones(1)}}}}, ["kept"])
+        x = torch.zeros(1, 1 << 20).expand(20, -1)
+        writer.write(0, [""] * 20, x_t=x, t=torch.zeros(20), v_uncond=x, v_cond=x)
+        writer.finish()
+    """
+    reading = f"""
+        import torch
+        from fastunlearn.training.cache.reader import TeacherCache
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+        points = TeacherCache.open({str(tmp_path)!r}).groups["kept"]
+        before = resident()
+        for _ in range(2):
+            rows = points.rows([7])
+        print(resident() - before)
+    """
+    for text in (code, reading):
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    # One row is 12 MB of the shard's 240.
+    assert float(done.stdout) < 60
+
+
+def test_resuming_leaves_what_is_there(folder, tmp_path):
+    begun = tmp_path / "begun"
+    write(begun, [0], finish=False)
+    with pytest.raises(ValueError, match="not finished; run prepare again"):
+        TeacherCache.open(begun)
+    before = (begun / "shard-00000.safetensors").stat()
+    (begun / "shard-00001.safetensors.0.partial").write_bytes(b"half of it")
+    (begun / "notes.txt").write_text("a user's own")
+    write(begun)
+    assert (begun / "shard-00000.safetensors").stat() == before
+    assert contents(begun) == contents(folder) | {"notes.txt": b"a user's own"}
+    write(begun)  # finished already
+    assert contents(begun) == contents(folder) | {"notes.txt": b"a user's own"}
+    (begun / "shard-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="shard-00002.*run prepare again"):
+        TeacherCache.open(begun)
+    write(begun)
+    (begun / "index.json").unlink()  # the shards know by themselves what they belong to
+    (begun / "prompts.safetensors").write_bytes(b"damaged")
+    (begun / "notes.txt").unlink()
+    write(begun)
+    assert contents(begun) == contents(folder)
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def one_bit_changed(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def of_another_unit(path):
+    path.write_bytes((path.parent / "shard-00000.safetensors").read_bytes())
+
+
+def not_of_a_cache(path):
+    safetensors.torch.save_file({"x_t": torch.zeros(1)}, path)
+
+
+DAMAGES = {
+    truncated: "not a whole safetensors file",
+    one_bit_changed: "does not have the digest",
+    emptied: "not a whole safetensors file",
+    of_another_unit: "another run.*unit is 0, not 1",
+    not_of_a_cache: "not a shard of a teacher cache",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_wrong_shard_is_named_and_left_alone(tmp_path, damage):
+    write(tmp_path, [0, 1], finish=False)
+    damage(tmp_path / "shard-00001.safetensors")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s)shard-00001.safetensors: .*{DAMAGES[damage]}.*delete the file"):
+        write(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_shard_of_other_arguments_is_known_without_the_index(tmp_path):
+    write(tmp_path, [0], finish=False, seed=1)
+    (tmp_path / "index.json").unlink()
+    with pytest.raises(ValueError, match="shard-00000.*other arguments.*fingerprint"):
+        write(tmp_path)
+
+
+def test_changed_arguments_are_listed(folder):
+    before = contents(folder)
+    with pytest.raises(ValueError) as caught:
+        write(folder, seed=3, concept="square", extra=[1, 2])
+    lines = str(caught.value).splitlines()
+    assert lines[1:] == ["  concept: 'circle' -> 'square'", "  seed: 0 -> 3", "  extra: None -> [1, 2]"]
+    with pytest.raises(ValueError, match="text encoders or their precision changed"):
+        changed = CONDITIONS | {"": {name: 0 * x for name, x in CONDITIONS[""].items()}}
+        changed["a circle"] = {name: x + 1 if x.is_floating_point() else x for name, x in changed["a circle"].items()}
+        CacheWriter(folder, FACTS, changed, GROUPS, origin=ORIGIN)
+    assert contents(folder) == before
+
+
+def test_other_versions_go_on_with_a_warning(folder):
+    before = contents(folder)
+    with pytest.warns(UserWarning, match="begun with.*'1'.*goes on with.*'2'"):
+        CacheWriter(folder, FACTS, CONDITIONS, GROUPS, origin=ORIGIN | {"versions": {"torch": "2"}}).finish()
+    assert contents(folder) == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="expected a new folder or a teacher cache, found thesis.tex"):
+        begin(tmp_path)
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the index of a teacher cache"):
+        begin(tmp_path)
+    assert contents(tmp_path) == {"thesis.tex": b"years of work", "index.json": b"{}"}
+
+
+def test_a_full_disk(tmp_path, folder, monkeypatch):
+    begun = tmp_path / "begun"
+    write(begun, [0], finish=False)
+    before = contents(begun)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space left.*make room and run the same again.*shard-00001") as caught:
+            write(begun)
+    assert caught.value.errno == errno.ENOSPC
+    assert contents(begun) == before  # no part of a file either
+    assert contents(write(begun)) == contents(folder)
+
+
+def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path):
+    writer = begin(tmp_path)
+    good = unit(0)
+    bad = good["v_cond"].clone()
+    bad[1, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="v_cond: not finite in unit 0.*'a circle'.*mixed_precision"):
+        writer.write(0, **good | {"v_cond": bad})
+    with pytest.raises(ValueError, match="x_t"):
+        writer.write(0, **good | {"x_t": good["x_t"][:, :1]})
+    with pytest.raises(ValueError, match="mask"):
+        writer.write(0, **good | {"mask": good["mask"][:, :1]})
+    assert not (tmp_path / "shard-00000.safetensors").exists()
+
+
+def test_checksums_find_what_sizes_do_not(folder):
+    one_bit_changed(folder / "shard-00001.safetensors")
+    TeacherCache.open(folder)
+    with pytest.raises(ValueError, match="shard-00001.*checksum"):
+        TeacherCache.open(folder, verify=True)
+
+
+@pytest.mark.parametrize("file", ["shard-00001.safetensors", "prompts.safetensors"])
+def test_truncated_files_are_found_on_opening(folder, file):
+    truncated(folder / file)
+    with pytest.raises(ValueError, match=f"{file}: expected .* bytes.*truncated"):
+        TeacherCache.open(folder)
+
+
+def set_shard(key, value):
+    return lambda index: index["shards"][1].__setitem__(key, value)
+
+
+def set_fact(key, value):
+    return lambda index: index["facts"].__setitem__(key, value)
+
+
+HOSTILE = {
+    "path outside": (set_shard("file", "../../secret.safetensors"), "file name.*secret"),
+    "absolute path": (set_shard("file", "/etc/passwd"), "file name.*passwd"),
+    "other file": (set_shard("file", "prompts.safetensors"), "file name.*prompts"),
+    "no file name": (set_shard("file", None), "file name.*None"),
+    "huge count": (set_shard("points", 10**18), "1000000000000000000 points"),
+    "negative count": (set_shard("points", -1), "-1 points"),
+    "other group": (set_shard("group", "kept"), "another run or unit"),
+    "no list of shards": (lambda index: index.__setitem__("shards", {"0": 1}), "list of objects as 'shards'"),
+    "no conditions": (lambda index: index["conditions"].__setitem__("file", "shard-00000.safetensors"), "file name"),
+    "another unit's file": (set_shard("file", "shard-00000.safetensors"), "bytes"),
+}
+HOSTILE_FACTS = {
+    "latent shape": (set_fact("latent_shape", [2**40]), "'latent_shape'"),
+    "latent shape of text": (set_fact("latent_shape", "ab"), "'latent_shape'"),
+    "dtype": (set_fact("dtype", "os.system"), "'dtype'"),
+    "dtype no text": (set_fact("dtype", ["float32"]), "'dtype'"),
+    "boundary": (set_fact("boundary", "x"), "'boundary'"),
+    "boundary true": (set_fact("boundary", True), "'boundary'"),
+    "prompts": (set_fact("prompts", [1]), "'prompts'"),
+    "few prompts": (set_fact("prompts", []), "0 prompts"),
+    "other seed": (set_fact("seed", 7), "another run"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE | HOSTILE_FACTS)
+def test_a_hostile_index_is_refused(folder, case):
+    change, message = (HOSTILE | HOSTILE_FACTS)[case]
+    rewrite_index(folder, change)
+    with pytest.raises(ValueError, match=message):
+        TeacherCache.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "not the index"),
+        ('{"format": "fastunlearn-teacher-cache", "format_version": 99}', "format_version 1, got 99"),
+        ('{"format": "fastunlearn-teacher-cache", "format_version": 1}', "'facts'"),
+        ('{"format": NaN}', "NaN is no JSON"),
+        ("\xff\xfe", "not valid JSON|not the index"),
+    ],
+)
+def test_a_damaged_index_is_refused(folder, text, message):
+    (folder / "index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"index.json: .*({message})"):
+        TeacherCache.open(folder)
+
+
+def test_facts_changed_by_hand_are_noticed(folder):
+    rewrite_index(folder, set_fact("concept", "square"), keep_fingerprint=True)
+    with pytest.raises(ValueError, match="do not have its fingerprint"):
+        TeacherCache.open(folder)
+
+
+HOSTILE_TENSORS = {
+    "NaN timestep": ({"t": torch.full((1,), float("nan"))}, "timesteps from 0 to 1000"),
+    "prompt out of range": ({"prompt": torch.full((1,), 3, dtype=torch.int32)}, "numbers of the 3 prompts"),
+    "negative prompt": ({"prompt": torch.full((1,), -1, dtype=torch.int32)}, "numbers of the 3 prompts"),
+    "other dtype": ({"x_t": torch.zeros(1, *LATENT)}, "1 points"),
+    "other shape": ({"v_cond": torch.zeros(1, 3, dtype=torch.bfloat16)}, "1 points"),
+    "other count": ({"t": torch.zeros(2)}, "1 points"),
+    "one more tensor": ({"extra": torch.zeros(2)}, "1 points"),
+    "no mask": ({"mask": None}, "some shards of group 'target' have masks"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_TENSORS)
+def test_hostile_tensors_are_refused(folder, case):
+    change, message = HOSTILE_TENSORS[case]
+    path = folder / "shard-00001.safetensors"
+    tensors = safetensors.torch.load_file(path) | change
+    index = json.loads((folder / "index.json").read_text())
+    label = shards.Label(index["fingerprint"], 1, "target")
+    content = shards.serialize({name: x for name, x in tensors.items() if x is not None}, label)
+    path.write_bytes(content)
+    sums = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite_index(folder, lambda index: index["shards"][1].update(sums))
+    with pytest.raises(ValueError, match=message):
+        TeacherCache.open(folder, verify=True)
+
+
+def test_no_cache_at_all(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no teacher cache; run prepare first"):
+        TeacherCache.open(tmp_path / "nowhere")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("file", ["index.json", "prompts.safetensors", "shard-00001.safetensors"])
+def test_no_code_is_run(folder, tmp_path, file):
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    (folder / file).write_bytes(bomb)
+    if file != "index.json":
+        sums = {"bytes": len(bomb), "sha256": hashlib.sha256(bomb).hexdigest()}
+        rewrite_index(
+            folder, lambda index: (index["shards"][1] if "shard" in file else index["conditions"]).update(sums)
+        )
+    with pytest.raises(ValueError, match=file):
+        TeacherCache.open(folder, verify=True)
+    with pytest.raises(ValueError):
+        write(folder)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb)
+    assert (tmp_path / "exploded").exists()

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fastunlearn.training import evaluate, prepare
+from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.evaluate import KEPT, run
+from fastunlearn.training.evaluation.measure import batches, measure, parts
+from fastunlearn.training.evaluation.report import draw, table
+from fastunlearn.training.model.loading import load_model
+from fastunlearn.training.options import EvaluateOptions
+
+Pipelines = Callable[[str], Path]
+TARGETS = "a red circle\na blue circle\ta blue square\n"
+KEPTS = "a red square\n"
+
+
+def save_erasers(pipeline: Path, folder: Path, std: float) -> Path:
+    model = load_model(pipeline, dtype=torch.float32, device="cpu")
+    torch.manual_seed(0)
+    for layers in model.attach_erasers(rank=4):
+        for eraser in layers.values():
+            torch.nn.init.normal_(eraser.up.weight, std=std)
+    model.save_erasers(folder, concept="circle")
+    return folder
+
+
+def options(pipeline: Path, folder: Path, erasers: Path, **more: Any) -> EvaluateOptions:
+    folder.mkdir(exist_ok=True)
+    (folder / "targets.txt").write_text(TARGETS)
+    (folder / "kept.txt").write_text(KEPTS)
+    settings: dict[str, Any] = {
+        "concept": "circle",
+        "target_prompts": folder / "targets.txt",
+        "kept_prompts": folder / "kept.txt",
+        "num_trajectories": 3,
+        "timesteps_per_trajectory": 2,
+        "num_inference_steps": 4,
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+        "batch_size": 2,
+        "mixed_precision": "no",
+        "device": "cpu",
+    }
+    return EvaluateOptions(str(pipeline), (erasers,), folder / "out", **{**settings, **more})
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    tiny_pipeline: Pipelines, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EvaluateOptions, dict[str, Any]]:
+    """An evaluation of the tiny Wan with two transformers."""
+    pipeline, folder = tiny_pipeline("wan-2.2"), tmp_path_factory.mktemp("evaluated")
+    chosen = options(pipeline, folder, save_erasers(pipeline, folder / "erasers", 0.3))
+    return chosen, run(chosen)
+
+
+def test_the_report_is_what_the_definitions_say(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+    chosen, report = evaluated
+    cache = TeacherCache.open(chosen.output_dir / "cache")
+    model = load_model(chosen.pretrained_model_name_or_path, dtype=torch.float32, device="cpu")
+    model.load_erasers(chosen.erasers)
+    sums = {name: [0.0, 0.0] for name in ("erasure", "drift", "inside")}
+    at: dict[float, list[float]] = {}
+    for name, points in cache.groups.items():
+        for index in range(len(points)):
+            row = points.rows([index])
+            with torch.no_grad():
+                velocity = model.experts[model.expert_index(row.t.item())](row.x_t, row.t, row.condition).double()
+            v_cond, v_uncond = row.v_cond.double(), row.v_uncond.double()
+            change = (velocity - v_cond).square()
+            if name == KEPT:
+                sums["drift"][0] += change.sum().item()
+                sums["drift"][1] += v_cond.square().sum().item()
+                continue
+            along = ((velocity - v_uncond) * (v_cond - v_uncond)).sum().item()
+            length = (v_cond - v_uncond).square().sum().item()
+            entry = at.setdefault(row.t.item(), [0.0, 0.0])
+            for totals in (sums["erasure"], entry):
+                totals[0] += along
+                totals[1] += length
+            assert row.mask is not None
+            mask = row.mask.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+            sums["inside"][0] += (change * mask).sum().item()
+            sums["inside"][1] += change.sum().item()
+    assert report["erasure_coefficient"] == pytest.approx(sums["erasure"][0] / sums["erasure"][1], rel=1e-4)
+    assert report["preserved_drift"] == pytest.approx((sums["drift"][0] / sums["drift"][1]) ** 0.5, rel=1e-4)
+    assert report["localization"] == pytest.approx(sums["inside"][0] / sums["inside"][1], rel=1e-4)
+    assert 0 < report["localization"] < 1
+    assert abs(report["erasure_coefficient"] - 1) > 1e-3 and report["preserved_drift"] > 1e-3
+    rows = {row["from"]: row for row in report["by_timestep"]}
+    for t, (along, length) in at.items():
+        assert rows[t]["erasure_coefficient"] == pytest.approx(along / length, rel=1e-4)
+    assert {0, 1} == {model.expert_index(t) for t in at}
+
+
+def test_the_report_says_what_it_is_of(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+    chosen, report = evaluated
+    written = json.loads((chosen.output_dir / "evaluation.json").read_text())
+    assert written == json.loads(json.dumps(report))
+    assert written["concept"] == "circle"
+    assert written["options"]["num_inference_steps"] == 4
+    assert written["erasers"] == [{"folder": str(chosen.erasers[0]), "scale": 1.0}]
+    assert written["versions"]["torch"] == torch.__version__
+    assert (written["target_points"], written["kept_points"]) == (6, 6)
+    prompts = {row["prompt"]: row["points"] for row in written["by_prompt"]}
+    assert prompts == {"a red circle": 4, "a blue circle": 2, "a red square": 6}
+    assert written["frozen_drift"] < 1e-4  # in float32 the frozen model says again what the cache has
+    share = written["mask_share"]
+    assert 0 < share["least"] <= share["mean"] <= share["most"] < 1
+    width, height = Image.open(chosen.output_dir / "evaluation.png").size
+    assert width > 2 * height
+
+
+def test_the_held_out_seed_is_not_the_training_one() -> None:
+    from fastunlearn.training.options import PrepareOptions
+
+    seeds = [{f.name: f.default for f in dataclasses.fields(cls)}["seed"] for cls in (EvaluateOptions, PrepareOptions)]
+    assert seeds == [1000, 0]
+
+
+@pytest.mark.parametrize("family", ["cogvideox-rope", "hunyuan_video"])
+def test_erasers_of_no_strength_change_nothing(family: str, tiny_pipeline: Pipelines, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(family)
+    erasers = save_erasers(pipeline, tmp_path / "erasers", 0.3)
+    strong = options(pipeline, tmp_path, erasers, num_trajectories=1)
+    assert run(strong)["erasure_coefficient"] != pytest.approx(1, abs=1e-3)
+    cache = tmp_path / "out" / "cache"
+    none = {"concept": None, "target_prompts": None, "kept_prompts": None}
+    report = run(options(pipeline, tmp_path, erasers, eraser_scales=(0.0,), cache_dir=cache, batch_size=1, **none))
+    assert report["concept"] == "circle"
+    assert report["erasure_coefficient"] == pytest.approx(1, abs=1e-4)
+    assert report["preserved_drift"] < 1e-4
+
+
+def test_it_goes_on_with_its_cache(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen, report = evaluated
+    times = {path: path.stat().st_mtime_ns for path in (chosen.output_dir / "cache").glob("shard-*")}
+    capsys.readouterr()
+    again = run(chosen)
+    assert {path: path.stat().st_mtime_ns for path in (chosen.output_dir / "cache").glob("shard-*")} == times
+    assert again == report
+    printed = capsys.readouterr().out
+    assert "evaluation.json" in printed and table(report) in printed
+    with pytest.raises(ValueError, match="begun with other arguments(.|\n)*seed: 1000 -> 1001"):
+        run(dataclasses.replace(chosen, seed=1001))
+
+
+def test_the_wrong_model_is_told_in_a_line(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]],
+    tiny_pipeline: Pipelines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen, _ = evaluated
+    cache = chosen.output_dir / "cache"
+    wan, cogvideox = tiny_pipeline("wan"), tiny_pipeline("cogvideox")
+    of_wan = save_erasers(wan, tmp_path / "erasers", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "prepare", lambda *a, **k: pytest.fail("sampled before the erasers were tried"))
+        with pytest.raises(ValueError, match="^[^\n]*erasers for wan, but the model is cogvideox$"):
+            run(options(cogvideox, tmp_path, of_wan))
+    erasers = save_erasers(cogvideox, tmp_path / "cog", 0.1)
+    with pytest.raises(ValueError, match="of a wan, but the model is cogvideox"):
+        run(options(cogvideox, tmp_path, erasers, cache_dir=cache))
+    from fastunlearn.testing.tiny_pipelines import save_tiny_pipeline
+
+    save_tiny_pipeline("wan-2.2", tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="without erasers differs from this cache by [0-9]+%"):
+        run(dataclasses.replace(chosen, pretrained_model_name_or_path=str(tmp_path / "other"), cache_dir=cache))
+
+
+def test_a_model_that_overflows_is_told(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+    chosen, _ = evaluated
+    cache = TeacherCache.open(chosen.output_dir / "cache")
+    model = load_model(chosen.pretrained_model_name_or_path, dtype=torch.float32, device="cpu")
+    for layers in model.attach_erasers(rank=2):
+        next(iter(layers.values())).up.bias.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="finite ones, got nan"):
+        measure(model, cache, 2)
+
+
+def test_what_is_missing_is_told_before_anything_is_loaded(
+    tiny_pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.erased, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    pipeline, erasers = tiny_pipeline("wan"), tmp_path / "erasers"
+    with pytest.raises(FileNotFoundError, match="erasers: no folder"):
+        run(options(pipeline, tmp_path, erasers))
+    erasers.mkdir()
+    (erasers / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no.txt"):
+        run(options(pipeline, tmp_path, erasers, target_prompts=tmp_path / "no.txt"))
+    with pytest.raises(FileNotFoundError, match="index.json is missing"):
+        run(options(pipeline, tmp_path, erasers, cache_dir=tmp_path / "no cache"))
+    with pytest.raises(ValueError, match="kept_prompts: expected where there is no cache_dir"):
+        options(pipeline, tmp_path, erasers, kept_prompts=None)
+
+
+def test_too_little_memory_is_told(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, "measure", fails)
+    with pytest.raises(MemoryError, match="What helps: --batch-size 1; --mixed-precision bf16; a smaller --height"):
+        run(evaluated[0])
+
+
+def test_timesteps_are_put_together() -> None:
+    assert parts([], 10) == []
+    assert parts([3.0, 2.0, 1.0], 10) == [[3.0], [2.0], [1.0]]
+    together = parts([float(t) for t in range(50, 0, -1)], 10)
+    assert [len(part) for part in together] == [5] * 10
+    assert [t for part in together for t in part] == [float(t) for t in range(50, 0, -1)]
+
+
+def test_batches_are_of_one_transformer_each(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+    chosen, _ = evaluated
+    points = TeacherCache.open(chosen.output_dir / "cache").groups["target"]
+    found = batches(points, 4)
+    assert sorted(torch.cat(found).tolist()) == list(range(len(points)))
+    assert all(len(points.experts[rows].unique()) == 1 and len(rows) <= 4 for rows in found)
+
+
+def test_what_was_not_measured_is_left_out(evaluated: tuple[EvaluateOptions, dict[str, Any]], tmp_path: Path) -> None:
+    _, report = evaluated
+    nothing = {"localization": None, "preserved_drift": None}
+    bare = {**report, **nothing, "mask_share": None, "frozen_drift": None, "concept": None}
+    bare["by_timestep"] = [{**row, **nothing} for row in report["by_timestep"]]
+    bare["by_timesteps"] = [{**row, **nothing} for row in report["by_timesteps"]]
+    bare["by_prompt"] = []
+    text = table(bare)
+    assert text.splitlines()[-1].endswith("it repels")
+    assert [line.split()[-1] for line in text.splitlines() if "total" in line] == ["-"]
+    draw(bare, tmp_path / "a.png")
+    draw(report, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastunlearn.training import sample
+from fastunlearn.training.data.videos import read_video
+from fastunlearn.training.model import erased
+from fastunlearn.training.model.loading import load_model
+from fastunlearn.training.options import SampleOptions
+from fastunlearn.training.sample import Size, file_names, run
+
+SIZE = {"height": 32, "width": 32, "num_frames": 9}
+Pipelines = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def erasers(tiny_pipeline: Pipelines, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved erasers of a family that do something."""
+
+    def saved(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("erasers") / family
+        model = load_model(tiny_pipeline(family), dtype=torch.float32, device="cpu")
+        torch.manual_seed(0)
+        for layers in model.attach_erasers(rank=4):
+            for eraser in layers.values():
+                torch.nn.init.normal_(eraser.up.weight, std=1.0)
+        model.save_erasers(folder, concept="circle")
+        return folder
+
+    return saved
+
+
+def options(pipeline: Path, erasers: Path, output: Path, **more: Any) -> SampleOptions:
+    settings = {"prompt": ("a red circle",), "num_inference_steps": 2, "mixed_precision": "no", "device": "cpu"}
+    return SampleOptions(str(pipeline), output, (erasers,), **{**settings, **SIZE, **more})
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video", "wan-2.2"])
+def test_before_is_the_pipelines_own_video_and_after_another(
+    family: str, tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    videos: dict[str, torch.Tensor] = {}
+    write = sample.write_video
+    monkeypatch.setattr(sample, "write_video", lambda p, f, fps: (videos.update({p.name: f}), write(p, f, fps)))
+    written = run(options(tiny_pipeline(family), erasers(family), tmp_path, seed=3, guidance_scale=4.0))
+    names = ["a-red-circle-before.mp4", "a-red-circle-after.mp4", "a-red-circle.mp4", "a-red-circle.png"]
+    assert [file.name for file in written] == names
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tiny_pipeline(family))
+    pipeline.set_progress_bar_config(disable=True)
+    scale = {"true_cfg_scale" if family == "hunyuan_video" else "guidance_scale": 4.0}
+    expected = pipeline(
+        prompt="a red circle",
+        negative_prompt="",
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        **scale,
+        **SIZE,
+    ).frames[0]
+    before, after = videos[names[0]], videos[names[1]]
+    torch.testing.assert_close(before, expected, atol=2e-4, rtol=0)
+    assert before.shape == after.shape == (9, 3, 32, 32)
+    assert (after - before).abs().max() > 0.02
+    assert torch.equal(videos[names[2]][:, :, -32:, :32], before)
+    assert torch.equal(videos[names[2]][:, :, -32:, -32:], after)
+    assert (read_video(written[0]) - before).abs().mean() < 0.2  # a video of noise, in half the colours
+
+
+def test_a_prompts_video_depends_on_itself_and_the_seed(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pipeline, folder = tiny_pipeline("wan"), erasers("wan")
+
+    def made(name: str, **more: Any) -> dict[str, bytes]:
+        run(options(pipeline, folder, tmp_path / name, before=False, format="gif", guidance_scale=1.0, **more))
+        return {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+
+    (tmp_path / "prompts.txt").write_text("# two\na square\tnothing\n\na red circle\n")
+    alone = made("alone")
+    assert sorted(alone) == ["a-red-circle-after.gif", "a-red-circle.png"]
+    beside = made("beside", prompts=tmp_path / "prompts.txt")
+    assert sorted(beside) == [*sorted(alone), "a-square-after.gif", "a-square.png"]
+    assert {name: beside[name] for name in alone} == alone
+    assert beside["a-square-after.gif"] != alone["a-red-circle-after.gif"]
+    assert made("seed", seed=1)["a-red-circle-after.gif"] != alone["a-red-circle-after.gif"]
+    assert made("scale", eraser_scales=(0.0,))["a-red-circle-after.gif"] != alone["a-red-circle-after.gif"]
+
+
+def test_erasers_add_up_and_have_their_strengths(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pipeline, folder = tiny_pipeline("cogvideox"), erasers("cogvideox")
+
+    def strip(name: str, folders: tuple[Path, ...], scales: tuple[float, ...]) -> np.ndarray:
+        more = {"erasers": folders, "eraser_scales": scales, "num_inference_steps": 1}
+        settings = {**vars(options(pipeline, folder, tmp_path / name)), **more}
+        run(SampleOptions(**settings))
+        return np.array(Image.open(tmp_path / name / "a-red-circle.png")).astype(float)
+
+    twice = strip("twice", (folder, folder), (0.5, 0.5))
+    once = strip("once", (folder,), (1.0,))
+    off = strip("off", (folder,), (0.0,))
+    assert np.abs(twice - once).max() <= 1  # one value in 255
+    rows = off[-14 - 2 * 160 - 4 :, -14 - 6 * 160 - 5 * 4 :]  # without margin, title and labels
+    np.testing.assert_array_equal(rows[:160], rows[164:324])  # scale 0: after is before
+    assert np.abs(once - off).max() > 10
+
+
+def test_defaults_are_the_pipelines(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked: list[Any] = []
+    rates: list[float] = []
+    monkeypatch.setattr(sample, "video", lambda *a, **k: (asked.append((a, k)), torch.zeros(9, 3, 64, 64))[1])
+    monkeypatch.setattr(sample, "write_video", lambda path, frames, fps: rates.append(fps))
+    more = {"height": None, "width": None, "num_frames": None, "before": False}
+    run(options(tiny_pipeline("cogvideox"), erasers("cogvideox"), tmp_path, **more))
+    assert asked[0][0][2] == Size(64, 64, 9)
+    assert asked[0][1]["guidance_scale"] == 6.0
+    assert rates == [8]
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "wan"])
+def test_a_wrong_model_is_told_in_a_line(
+    family: str, tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"erasers for cogvideox, but the model is \w+$"):
+        run(options(tiny_pipeline(family), erasers("cogvideox"), tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_told_before_anything_is_loaded(
+    tiny_pipeline: Pipelines, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sample, "encode_prompts", lambda *a, **k: pytest.fail("loaded a model"))
+    pipeline, empty = tiny_pipeline("wan"), tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "file").write_text("")
+    for erasers, output, more, message in (
+        (tmp_path / "no", tmp_path / "out", {}, r"erasers: no folder .*no$"),
+        (empty, tmp_path / "out", {}, r"erasers: .*empty holds none; expected config.json in it"),
+        (empty, tmp_path / "file", {}, "file"),
+    ):
+        with pytest.raises(OSError, match=message):
+            run(options(pipeline, erasers, output, **more))
+    with pytest.raises(ValueError, match="prompt: expected a prompt, or a file"):
+        options(pipeline, empty, tmp_path, prompt=())
+    with pytest.raises(ValueError, match="eraser_scales: expected one for each of 1 folders, got 2"):
+        options(pipeline, empty, tmp_path, eraser_scales=(1.0, 2.0))
+    for name, value in {
+        "eraser_scales": (math.nan,),
+        "guidance_scale": math.nan,
+        "height": 0,
+        "num_frames": 0,
+        "seed": 2**32,
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            options(pipeline, empty, tmp_path, **{name: value})
+
+
+def test_a_video_that_is_not_finite_is_told(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(FloatingPointError, match="after 2 steps of sampling the video is not finite"):
+        run(options(tiny_pipeline("wan"), erasers("wan"), tmp_path, eraser_scales=(3e38,), num_inference_steps=2))
+
+
+def test_a_size_that_does_not_divide_and_too_little_memory_are_told(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    pipeline, folder = tiny_pipeline("wan"), erasers("wan")
+    with pytest.raises(ValueError, match="height: expected a positive multiple of 16, got 40"):
+        run(options(pipeline, folder, tmp_path, height=40))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore")
+
+    helps = r"Tried to allocate 20 GiB.\). What helps: --mixed-precision bf16; a smaller --height, --width or --num-f"
+    for module, name in ((sample, "video"), (sample, "encode_prompts"), (erased, "load_model")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fails)
+            with pytest.raises(MemoryError, match=helps):
+                run(options(pipeline, folder, tmp_path))
+
+
+def test_names_of_files_are_safe_and_distinct() -> None:
+    prompts = [
+        "A red circle!",
+        "a red   circle",
+        "../../etc/passwd",
+        "红圆圈, twice",
+        "…",
+        "?!",
+        "x_y\n" * 40,
+        "w" * 99,
+    ]
+    names = file_names(prompts)
+    assert names[:6] == ["a-red-circle", "a-red-circle-2", "etc-passwd", "红圆圈-twice", "video", "video-2"]
+    assert len(names[6]) <= 56 and names[6].endswith("-y")
+    assert names[7] == "w" * 56
+    assert file_names(["a", "a after", "a before"]) == ["a", "a-after-2", "a-before-2"]
+    assert file_names(["a after", "a"]) == ["a-after", "a-2"]
+    assert len(f"{file_names(['𠀀' * 99])[0]}-before.mp4.partial".encode()) <= 255

@@ -1,0 +1,465 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_cases import options_for, tiny_cache, tiny_model, weights
+
+from fastunlearn import EraserOutputsCapture, load_erasers
+from fastunlearn.families import find_transformer
+from fastunlearn.training.cache.model_check import check_made_with, digest_of_weights
+from fastunlearn.training.loop.batches import Batches
+from fastunlearn.training.loop.optimizer import ErasersOptimizer, learning_rate_factor
+from fastunlearn.training.loop.terms import Terms
+from fastunlearn.training.loop.trainer import TrainingSummary
+from fastunlearn.training.model.video_model import VideoModel
+from fastunlearn.training.options import TargetGroup
+from fastunlearn.training.train import train
+
+Metrics = list[dict[str, float]]
+# With a large epsilon Adam's step follows the gradient, where a small one makes a full step of its rounding error.
+SMOOTH = {"adam_epsilon": 1e-2, "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+def trained(
+    output: Path, family: str = "cogvideox", *, experts: int = 1, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[VideoModel, Metrics]:
+    """A tiny model after some steps, and their metrics."""
+    keywords = {name: changes.pop(name) for name in ("targets", "kept", "lr_lambda") if name in changes}
+    model = tiny_model(family, dtype, experts)
+    metrics: Metrics = []
+    train(
+        model,
+        tiny_cache(model),  # type: ignore[arg-type]
+        output,
+        options_for(output, **changes),
+        on_step=lambda step, of_step: metrics.append(of_step | {"step": step}),
+        **keywords,
+    )
+    return model, metrics
+
+
+def largest_difference(one: VideoModel, other: VideoModel) -> float:
+    """Between erasers, as a share of the largest weight."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and len(a) > 0
+    trained_at_all = max(value.abs().max().item() for name, value in a.items() if ".up." in name)
+    assert trained_at_all > 1e-4
+    return max((a[name] - b[name]).abs().max().item() for name in a) / trained_at_all
+
+
+def same_bits(one: VideoModel, other: VideoModel) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("family", "experts"), [("cogvideox", 1), ("hunyuan_video", 1), ("wan", 1), ("wan", 2)])
+def test_erasers_learn_and_nothing_else(family: str, experts: int, tmp_path: Path) -> None:
+    model = tiny_model(family, experts=experts)
+    before = [{name: p.clone() for name, p in expert.named_parameters()} for expert in model.experts]
+    cache = tiny_cache(model, points=2)
+    options = options_for(tmp_path, max_train_steps=25, learning_rate=2e-2, train_batch_size=2, adam_weight_decay=0.0)
+    metrics: Metrics = []
+    summary = train(model, cache, tmp_path, options, on_step=lambda _, of_step: metrics.append(of_step))  # type: ignore[arg-type]
+    first, last = (sum(m["unlearning_loss"] for m in some) for some in (metrics[:8], metrics[-8:]))
+    assert last < 0.95 * first
+    for expert, was in zip(model.experts, before, strict=True):
+        now = dict(expert.named_parameters())
+        assert all(torch.equal(now[name], value) for name, value in was.items())
+        assert all(parameter.grad is None for parameter in now.values())
+    assert summary == TrainingSummary(tmp_path / "erasers", 25, None, metrics[-1])
+    again = tiny_model(family, experts=experts)
+    again.load_erasers(summary.erasers)
+    assert same_bits(model, again)
+
+
+def test_the_losses_are_those_of_the_formulas(tmp_path: Path) -> None:
+    """Computed by hand after one step, from dense outputs; several groups, each with its own guidance."""
+    weighted = {"unlearning_weight": 0.7, "preservation_weight": 0.4, "localization_weight": 3.0}
+    targets = (TargetGroup("target", 7.5, 1.0), TargetGroup("other", 2.0, 1.0))
+    options: dict[str, Any] = {**weighted, "train_batch_size": 3, "targets": targets, "learning_rate": 0.05}
+    for loss_type, masked in (("l2", False), ("l1", True)):
+        options |= {"loss_type": loss_type, "mask_unlearning": masked}
+        model, _ = trained(tmp_path / f"one-{loss_type}", max_train_steps=1, **options)
+        _, metrics = trained(tmp_path / f"two-{loss_type}", max_train_steps=2, **options)
+        cache = tiny_cache(tiny_model())
+        draw = Batches(cache.groups, targets, "kept", size=3, seed=0).draw(1)
+        target = cache.groups[draw.target.name].rows(draw.target_rows)
+        kept = cache.groups["kept"].rows(draw.kept_rows)
+        (student,) = model.experts
+        erasers = {layer: attention.erasers["default"] for layer, attention in _attentions(student)}
+        outputs: dict[str, Tensor] = {}
+        with torch.no_grad(), EraserOutputsCapture(student, erasers, outputs):
+            v_target = student(target.x_t, target.t, target.condition)
+        with torch.no_grad():
+            v_kept = student(kept.x_t, kept.t, kept.condition)
+
+        def rho(error: Tensor, loss_type: str = loss_type) -> Tensor:
+            return error.square() if loss_type == "l2" else error.abs()
+
+        v_neg = target.v_uncond + draw.target.guidance_scale * (target.v_uncond - target.v_cond)
+        pixels = target.mask.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, None] if masked else 1
+        background = (~target.mask).float().flatten(1)[..., None]
+        expected = {
+            "unlearning_loss": 0.7 * (pixels * rho(v_target - v_neg)).mean(),
+            "preservation_loss": 0.4 * rho(v_kept - kept.v_cond).mean(),
+            "localization_loss": 3.0 * torch.stack([rho(o * background).mean() for o in outputs.values()]).mean(),
+        }
+        expected["loss"] = sum(expected.values())
+        for name, value in expected.items():
+            assert metrics[1][name] == pytest.approx(value.item(), rel=1e-4), name
+        assert metrics[1]["localization_loss"] > 0
+
+
+def _attentions(student: nn.Module) -> list[tuple[str, Any]]:
+    blocks: Any = student.transformer.transformer_blocks
+    return [(f"transformer_blocks.{index}.attn1", block.attn1) for index, block in enumerate(blocks)]
+
+
+def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
+    whole, metrics = trained(tmp_path / "whole", train_batch_size=4, **SMOOTH)
+    parts, of_parts = trained(tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=4, **SMOOTH)
+    assert largest_difference(whole, parts) < 1e-4
+    for one, other in zip(metrics, of_parts, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video", "wan"])
+def test_sequential_terms_and_checkpointing_change_no_gradient(family: str, tmp_path: Path) -> None:
+    joint, _ = trained(tmp_path / "joint", family, **SMOOTH)
+    sequential, _ = trained(tmp_path / "sequential", family, sequential_terms=True, **SMOOTH)
+    assert largest_difference(joint, sequential) < 1e-4
+    checkpointed, _ = trained(tmp_path / "checkpointed", family, gradient_checkpointing=True, **SMOOTH)
+    assert largest_difference(joint, checkpointed) < 1e-6
+
+
+def peak_saved_bytes(output: Path, **changes: Any) -> int:
+    """The most that was kept for backward passes at a time, in a run of one step."""
+    alive = peak = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal alive, peak
+            self.tensor = tensor
+            alive += tensor.nbytes
+            peak = max(peak, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        trained(output, max_train_steps=1, train_batch_size=2, **changes)
+    return peak
+
+
+def test_sequential_terms_keep_half_of_the_activations(tmp_path: Path) -> None:
+    joint = peak_saved_bytes(tmp_path / "joint")
+    assert peak_saved_bytes(tmp_path / "sequential", sequential_terms=True) < 0.55 * joint
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    one, _ = trained(tmp_path / "one", seed=3)
+    torch.manual_seed(99)
+    again, _ = trained(tmp_path / "again", seed=3)
+    other, _ = trained(tmp_path / "other", seed=4)
+    assert same_bits(one, again) and not same_bits(one, other)
+
+
+def test_training_leaves_the_caller_s_random_numbers_alone(tmp_path: Path) -> None:
+    model = tiny_model()
+    cache = tiny_cache(model)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(model, cache, tmp_path, options_for(tmp_path, max_train_steps=1))  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_step_trains_one_of_two_transformers(tmp_path: Path) -> None:
+    """The other's erasers stay as they are to the bit: no decay and no momentum of zero gradients."""
+    options: dict[str, Any] = {"adam_weight_decay": 0.1, "experts": 2}
+    previous = weights(trained(tmp_path / "0", "wan", max_train_steps=1, learning_rate=0.0, **options)[0])
+    moved = []
+    for steps in (1, 2, 3, 4):
+        now = weights(trained(tmp_path / str(steps), "wan", max_train_steps=steps, **options)[0])
+        moved.append({name[0] for name in now if not torch.equal(now[name], previous[name])})
+        previous = now
+    assert all(len(experts) == 1 for experts in moved)
+    assert {"0", "1"} == set.union(*moved)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "optimizer"), [(torch.float16, "adamw"), (torch.float16, "muon"), (torch.bfloat16, "adamw")]
+)
+def test_half_precision_base_has_float32_erasers_and_no_nan(dtype: torch.dtype, optimizer: str, tmp_path: Path) -> None:
+    changes = {"max_train_steps": 25, "learning_rate": 1e-3, "optimizer": optimizer}
+    _, exact = trained(tmp_path / "exact", **changes)
+    model, metrics = trained(tmp_path / "half", dtype=dtype, **changes)
+    assert {value.dtype for value in weights(model).values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in weights(model).values())
+    assert all(math.isfinite(value) for of_step in metrics for value in of_step.values())
+    assert ("loss_scale" in metrics[0]) == (dtype == torch.float16)
+    for one, other in zip(metrics, exact, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.1)
+
+
+def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale(tmp_path: Path) -> None:
+    changes = {"dtype": torch.float16, "unlearning_weight": 1e4, "optimizer": "muon"}
+    start, _ = trained(tmp_path / "0", max_train_steps=1, **changes | {"learning_rate": 0.0, "adam_weight_decay": 0.0})
+    skipped, metrics = trained(tmp_path / "1", max_train_steps=1, **changes)
+    assert metrics[0]["loss_scale"] == 2.0**15 and not math.isfinite(metrics[0]["gradient_norm"])
+    assert same_bits(start, skipped)
+    later, metrics = trained(tmp_path / "2", max_train_steps=16, **changes)
+    assert math.isfinite(metrics[-1]["gradient_norm"]) and not same_bits(start, later)
+
+
+def test_an_overflow_of_one_optimizer_s_gradients_skips_the_other_too(tmp_path: Path) -> None:
+    matrix, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    options = options_for(tmp_path, optimizer="muon", learning_rate=0.1, max_grad_norm=0.0)
+    optimizer = ErasersOptimizer([[matrix, bias]], options, lambda _: 1.0, processes=1, losses=1, dtype=torch.float16)
+    for factor, moves in ((1e36, False), (1.0, True)):
+        optimizer.start(0)
+        optimizer.backward([matrix.sum() + factor * bias.sum()])
+        optimizer.finish(0, lambda losses, norm: None)
+        assert ((matrix != 1).any(), (bias != 1).any()) == (moves, moves)
+
+
+def test_a_gradient_that_no_scale_mends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_kept = Terms.of_kept
+
+    def with_nan_gradient(*args: Any) -> Tensor:
+        loss = of_kept(*args)
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    monkeypatch.setattr(Terms, "of_kept", with_nan_gradient)
+    with pytest.raises(FloatingPointError, match="float16 at any loss scale; use bf16"):
+        trained(tmp_path / "half", dtype=torch.float16, max_train_steps=60)
+    with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan"):
+        trained(tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("value", "group", "term"), [(math.nan, "kept", "preservation"), (math.inf, "target", "unlearning")]
+)
+def test_a_loss_that_is_not_finite_stops(value: float, group: str, term: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    cache = tiny_cache(model)
+    draws = Batches(cache.groups, [TargetGroup()], "kept", size=1, seed=0)
+    rows = {"target": "target_rows", "kept": "kept_rows"}[group]
+    # The first step from the third on whose point no earlier one has.
+    seen = [int(getattr(draws.draw(step), rows)) for step in range(12)]
+    bad = next(step for step in range(2, 12) if seen[step] not in seen[:step])
+    cache.groups[group].points.v_cond[seen[bad], 0, 0, 0, 0] = value
+    options = options_for(tmp_path, max_train_steps=12, checkpointing_steps=1)
+    kept: list[dict[str, Tensor]] = []
+    with pytest.raises(FloatingPointError, match=rf"step {bad + 1}: the {term} loss is .*checkpoint-{bad}$"):
+        train(model, cache, tmp_path, options, on_step=lambda *_: kept.append(weights(model)))  # type: ignore[arg-type]
+    assert all(torch.equal(value, kept[-1][name]) for name, value in weights(model).items())
+    load_erasers(tiny_model().experts[0], tmp_path / f"checkpoint-{bad}" / "erasers")
+    assert not (tmp_path / f"checkpoint-{bad + 1}").exists() and not (tmp_path / "erasers").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_helps(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Terms, "of_kept", fail)
+    with pytest.raises(MemoryError) as raised:
+        trained(tmp_path, train_batch_size=2)
+    for knob in (
+        "--gradient-checkpointing",
+        "--sequential-terms",
+        "--train-batch-size 1",
+        "--mixed-precision bf16",
+        "--height",
+    ):
+        assert knob in str(raised.value)
+    with pytest.raises(MemoryError) as raised:
+        trained(tmp_path, sequential_terms=True, gradient_checkpointing=True, mixed_precision="bf16")
+    for knob in ("--gradient-checkpointing", "--sequential-terms", "--train-batch-size", "--mixed-precision"):
+        assert knob not in str(raised.value)
+
+
+def test_other_runtime_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Terms, "of_kept", fail)
+    with pytest.raises(RuntimeError, match="^something else$"):
+        trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+)
+def test_learning_rates_are_diffusers(name: Any, tmp_path: Path) -> None:
+    from diffusers.optimization import get_scheduler
+
+    options = options_for(
+        tmp_path, lr_scheduler=name, max_train_steps=9, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.learning_rate)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=9, num_cycles=2, power=2.0)
+    factor = learning_rate_factor(options)
+    for step in range(9):
+        assert options.learning_rate * factor(step) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_learning_rate_of_one_s_own(tmp_path: Path) -> None:
+    still, metrics = trained(tmp_path / "0", lr_lambda=lambda step: 0.0, adam_weight_decay=0.0)
+    assert all(not value.any() for name, value in weights(still).items() if ".up." in name)
+    _, metrics = trained(tmp_path / "1", lr_lambda=lambda step: 1 / (step + 1))
+    assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3 / n for n in (1, 2, 3, 4)])
+
+
+def test_biases_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+    for optimizer in ("adamw", "muon"):
+        model, _ = trained(tmp_path / optimizer, optimizer=optimizer, learning_rate=0.0, bias_learning_rate=1e-2)
+        for name, value in weights(model).items():
+            if ".up." in name:
+                assert value.any() == name.endswith("bias"), name
+
+
+def test_clipping(tmp_path: Path) -> None:
+    parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3))]
+    for limit, expected in ((0.5, 0.5), (100.0, 6.0), (0.0, 6.0)):
+        options = options_for(tmp_path, max_grad_norm=limit)
+        optimizer = ErasersOptimizer([parameters], options, lambda _: 1.0, processes=1, losses=2, dtype=torch.float32)
+        optimizer.start(0)
+        loss = 2 * sum(parameter.sum() for parameter in parameters)
+        optimizer.backward([None, torch.as_tensor(loss)])
+        facts = optimizer.finish(0, lambda losses, norm: None)
+        assert facts["gradient_norm"] == pytest.approx(6.0)
+        clipped = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+        assert clipped.norm().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_terms_of_weight_zero_are_left_out(tmp_path: Path) -> None:
+    """Without preservation the cache needs no kept points, without localization no masks."""
+    model = tiny_model()
+    cache = tiny_cache(model)
+    del cache.groups["kept"]
+    target = cache.groups["target"]
+    target.points = target.points._replace(mask=None)
+    metrics: Metrics = []
+    options = options_for(tmp_path / "0", preservation_weight=0.0, localization_weight=0.0)
+    train(model, cache, tmp_path / "0", options, on_step=lambda _, of_step: metrics.append(of_step))  # type: ignore[arg-type]
+    assert all(m["preservation_loss"] == m["localization_loss"] == 0 for m in metrics)
+    assert all(m["loss"] == m["unlearning_loss"] > 0 for m in metrics)
+    for changes in ({"localization_weight": 1.0}, {"localization_weight": 0.0, "mask_unlearning": True}):
+        options = options_for(tmp_path / "1", preservation_weight=0.0, **changes)
+        with pytest.raises(ValueError, match="have no masks"):
+            train(tiny_model(), cache, tmp_path / "1", options)  # type: ignore[arg-type]
+
+
+def test_draws_follow_shares_and_depend_on_seed_and_step_alone() -> None:
+    model = tiny_model("wan", experts=2)
+    groups = tiny_cache(model, points=12).groups
+    targets = [TargetGroup("target", share=1.0), TargetGroup("other", share=3.0)]
+    batches = Batches(groups, targets, "kept", size=4, seed=7)
+    draws = [batches.draw(step) for step in range(400)]
+    assert sum(draw.target.name == "target" for draw in draws) == pytest.approx(100, abs=3)
+    # Also within a short while.
+    assert all(2 <= sum(d.target.name == "target" for d in draws[i : i + 16]) <= 6 for i in range(0, 400, 16))
+    for name in ("target", "other"):
+        share = groups[name].experts.float().mean().item()
+        of_group = [draw.expert for draw in draws if draw.target.name == name]
+        assert sum(of_group) / len(of_group) == pytest.approx(share, abs=0.05)
+        rows = torch.cat([draw.target_rows for draw in draws if draw.target.name == name])
+        assert len(rows.unique()) == len(groups[name])
+    for draw in draws:
+        assert (groups[draw.target.name].experts[draw.target_rows] == draw.expert).all()
+        assert (groups["kept"].experts[draw.kept_rows] == draw.expert).all()
+        enough = (groups[draw.target.name].experts == draw.expert).sum() >= 4
+        assert len(draw.target_rows) == len(draw.kept_rows) == 4
+        assert not enough or len(draw.target_rows.unique()) == 4
+    again = Batches(groups, targets, "kept", size=4, seed=7).draw(123)
+    assert torch.equal(again.target_rows, draws[123].target_rows) and torch.equal(again.kept_rows, draws[123].kept_rows)
+    # Seeds that differ only beyond 32 bits count, too.
+    for seed in (8, 7 + (1 << 32)):
+        others = [Batches(groups, targets, "kept", size=4, seed=seed).draw(step).target_rows for step in range(20)]
+        assert any(not torch.equal(rows, draw.target_rows) for rows, draw in zip(others, draws, strict=False))
+
+
+def test_a_cache_that_does_not_fit(tmp_path: Path) -> None:
+    model = tiny_model()
+
+    def refused(match: str, change: dict[str, Any] | None = None, **keywords: Any) -> None:
+        cache = tiny_cache(model)
+        cache.facts |= change or {}
+        if change == {}:
+            cache.groups["kept"].experts = cache.groups["kept"].experts[:0]
+        with pytest.raises(ValueError, match=match):
+            train(model, cache, tmp_path, options_for(tmp_path), **keywords)  # type: ignore[arg-type]
+
+    refused("made with a wan model, but this one is cogvideox", {"backbone": "wan"})
+    refused("divided at timestep 875.0", {"boundary": 875.0})
+    refused(r"latents have shape \(16, 3, 8, 8\), but this model's have 4 channels", {"latent_shape": [16, 3, 8, 8]})
+    refused("no group 'else', only 'target', 'other', 'kept'", targets=[TargetGroup("else")])
+    refused("at least one group", targets=[])
+    refused("group 'kept' is empty", {})
+    model.path = "there/CogVideoX-5b"
+    changed = tiny_model()
+    next(find_transformer(changed.experts[0])[0].parameters()).data.flatten()[0] += 1e-3
+    other = {"model": "here/CogVideoX-2b", "dtype": "float32", "weights": digest_of_weights(changed)}
+    refused("made with the model here/CogVideoX-2b, and this one, there/CogVideoX-5b, has other weights", other)
+    assert digest_of_weights(tiny_model()) == digest_of_weights(model), "the same model elsewhere is the same"
+    check_made_with(tiny_cache(model).facts | other | {"weights": digest_of_weights(model)}, model)
+    check_made_with(tiny_cache(model).facts | other | {"dtype": "bfloat16"}, model)
+    two = tiny_model("wan", experts=2)
+    cache = tiny_cache(two)
+    cache.groups["kept"].experts.zero_()
+    with pytest.raises(ValueError, match=r"'kept' has no points for transformer 1, which \d+ points of group 'target'"):
+        train(two, cache, tmp_path, options_for(tmp_path))  # type: ignore[arg-type]
+
+
+def test_options_are_checked() -> None:
+    for changes in (
+        {"rank": 0},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"learning_rate": math.nan},
+        {"checkpoints_total_limit": 0},
+    ):
+        (name,) = changes
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            options_for("", **changes)
+    with pytest.raises(ValueError, match="share: expected a positive number, got 0"):
+        TargetGroup(share=0)
+    with pytest.raises(ValueError, match="guidance_scale: expected a finite number"):
+        replace(TargetGroup(), guidance_scale=math.inf)
+
+
+def test_metrics_go_to_tensorboard(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _, metrics = trained(tmp_path, report_to="tensorboard")
+    (events,) = (tmp_path / "logs").rglob("events.out.tfevents.*.0")
+    log = event_accumulator.EventAccumulator(str(events)).Reload()
+    for name in ("loss", "unlearning_loss", "preservation_loss", "localization_loss", "learning_rate"):
+        logged = [(scalar.step, scalar.value) for scalar in log.Scalars(name)]
+        assert logged == [(m["step"], pytest.approx(m[name])) for m in metrics]
+
+
+def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="report_to: wandb is not installed"):
+        trained(tmp_path, report_to="wandb")

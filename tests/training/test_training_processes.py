@@ -1,0 +1,135 @@
+"""Two processes train what one does with twice the batch. Each launcher starts once: importing takes seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_worker import CASES, train_case
+
+from fastunlearn import eraser_files
+from fastunlearn.training import prepare, train
+from fastunlearn.training.loop.processes import accelerator_of, fsdp_plugin
+from fastunlearn.training.options import PrepareOptions, TrainingOptions
+
+WORKER = Path(__file__).parents[1] / "workers/training_worker.py"
+
+
+def launch(arguments: Sequence[str]) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": str(WORKER.parent),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "view tensor" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("torchrun")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch([*launcher, str(WORKER), str(output), *CASES])
+    return output
+
+
+def erasers(folder: Path) -> dict[str, torch.Tensor]:
+    found = sorted(path.parent for path in folder.rglob(eraser_files.CONFIG))
+    return {
+        f"{part.name}.{layer}.{name}": value
+        for part in found
+        for layer, state in eraser_files.read(part).states.items()
+        for name, value in state.items()
+    }
+
+
+def check_same(two: Path, one: Path, tolerance: float = 1e-4) -> None:
+    got, expected = erasers(two), erasers(one)
+    assert got.keys() == expected.keys() and len(got) >= 8
+    largest = max(value.abs().max().item() for name, value in expected.items() if ".up." in name)
+    assert largest > 1e-5
+    for name, value in expected.items():
+        assert (got[name] - value).abs().max().item() < tolerance * largest, name
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "not-finite"])
+def test_two_processes_are_one_with_twice_the_batch(case: str, under_torchrun: Path, tmp_path: Path) -> None:
+    train_case(tmp_path, case, batch=2, fsdp=False, gradient_checkpointing=False)
+    check_same(under_torchrun / case / "erasers", tmp_path / "erasers")
+
+
+def test_a_loss_of_one_process_that_is_not_finite_stops_all(under_torchrun: Path) -> None:
+    folder = under_torchrun / "not-finite"
+    told = [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)]
+    assert told[0] == told[1] and told[0].startswith("step 2: the preservation loss is nan")
+    assert not (folder / "erasers").exists()
+
+
+def test_the_command_under_accelerate_launch_shards(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
+    """From a real cache; in bfloat16, where Wan keeps some parameters in float32."""
+    pipeline = tiny_pipeline("wan-2.2")
+    prompts = {"target": "a circle in the park\nred circle\n", "kept": "a dog on the street\n"}
+    for name, text in prompts.items():
+        (tmp_path / name).write_text(text)
+    prepare.run(
+        PrepareOptions(
+            str(pipeline),
+            tmp_path / "cache",
+            "circle",
+            tmp_path / "target",
+            tmp_path / "kept",
+            num_trajectories=2,
+            timesteps_per_trajectory=4,
+            num_inference_steps=8,
+            height=64,
+            width=64,
+            num_frames=9,
+            device="cpu",
+        )
+    )
+    paths = {"pretrained_model_name_or_path": str(pipeline), "cache_dir": str(tmp_path / "cache")}
+    changes: dict[str, Any] = {
+        "rank": 4,
+        "max_train_steps": 3,
+        "learning_rate": 0.1,
+        "adam_epsilon": 1e-2,
+        "lr_scheduler": "constant",
+        "max_grad_norm": 0.01,
+    }
+    one = train.run(
+        TrainingOptions(**paths, output_dir=tmp_path / "one", train_batch_size=2, device="cpu", **changes)  # type: ignore[arg-type]
+    )
+    given = paths | changes | {"output_dir": str(tmp_path / "two")}
+    arguments = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    flags = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
+    launch(["accelerate.commands.launch", *flags, "-m", "fastunlearn", "train", *arguments, "--gradient-checkpointing"])
+    # Kernels round to bfloat16 otherwise in another batch; a sum in place of the mean would be off by all.
+    check_same(tmp_path / "two" / "erasers", one.erasers, tolerance=0.05)
+    assert len(list((tmp_path / "two" / "erasers").glob("*/config.json"))) == 2
+
+
+def test_fsdp_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for version in ("1", None):
+        if version is None:
+            monkeypatch.delenv("FSDP_VERSION")
+        else:
+            monkeypatch.setenv("FSDP_VERSION", version)
+        with pytest.raises(ValueError, match="expected FSDP version 2 .*, got 1"):
+            fsdp_plugin(TrainingOptions("", Path(), Path()))
+
+
+def test_processes_that_accelerate_did_not_connect_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = TrainingOptions("", tmp_path, tmp_path, device="cpu")
+    assert accelerator_of(options, tmp_path, cpu=True).num_processes == 1  # it keeps what it saw first
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device: 2 processes were launched, but Accelerate knows of 1: cpu is no"):
+        accelerator_of(options, tmp_path, cpu=True)

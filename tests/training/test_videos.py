@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastunlearn.files import writable, write_json
+from fastunlearn.training.data import videos
+from fastunlearn.training.data.videos import read_video, side_by_side, write_strip, write_video
+
+
+def moving(frames: int = 5, height: int = 32, width: int = 48, colour: tuple[float, ...] = (0.9, 0.2, 0.1)) -> Tensor:
+    """A coloured square that moves over grey."""
+    video = torch.full((frames, 3, height, width), 0.3)
+    for index in range(frames):
+        video[index, :, 8:20, 4 + 4 * index : 16 + 4 * index] = torch.tensor(colour)[:, None, None]
+    return video
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_a_video_survives_being_written_and_read(tmp_path: Path, ending: str) -> None:
+    video = moving()
+    write_video(tmp_path / f"a.{ending}", video, 8)
+    again = read_video(tmp_path / f"a.{ending}")
+    assert again.shape == video.shape
+    assert again.dtype == torch.float32
+    assert (again - video).abs().mean() < 0.01
+    # The right frames in the right order: no other frame is nearer.
+    distances = (again[:, None] - video[None]).abs().mean((2, 3, 4))
+    assert distances.argmin(1).tolist() == list(range(5))
+    assert [path.name for path in tmp_path.iterdir()] == [f"a.{ending}"]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_frames_that_repeat_are_kept(tmp_path: Path, ending: str) -> None:
+    write_video(tmp_path / f"a.{ending}", moving(1).repeat(6, 1, 1, 1), 8)
+    assert len(read_video(tmp_path / f"a.{ending}")) == 6
+
+
+def test_mp4_doubles_the_last_row_and_column_of_odd_sizes(tmp_path: Path) -> None:
+    video = moving(3, 21, 33)
+    write_video(tmp_path / "a.mp4", video, 8)
+    again = read_video(tmp_path / "a.mp4")
+    assert again.shape == (3, 3, 22, 34)
+    assert (again[:, :, :21, :33] - video).abs().mean() < 0.02
+    write_video(tmp_path / "a.gif", video, 8)
+    assert read_video(tmp_path / "a.gif").shape == video.shape
+
+
+def test_values_beyond_the_range_are_clamped(tmp_path: Path) -> None:
+    video = torch.cat([torch.full((1, 3, 16, 16), 1.7), torch.full((1, 3, 16, 16), -0.5)])
+    write_video(tmp_path / "a.gif", video.to(torch.bfloat16), 4)
+    assert read_video(tmp_path / "a.gif").flatten(1).unique(dim=1).tolist() == [[1.0], [0.0]]
+
+
+def test_the_frame_rate_is_in_the_file(tmp_path: Path) -> None:
+    import imageio_ffmpeg
+
+    write_video(tmp_path / "a.mp4", moving(8), 16)
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(tmp_path / "a.mp4")
+    assert (frames, seconds) == (8, pytest.approx(0.5, abs=0.02))
+
+
+def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="none.mp4"):
+        read_video(tmp_path / "none.mp4")
+    for ending in ("mp4", "gif"):
+        path = tmp_path / f"text.{ending}"
+        path.write_text("not a video")
+        with pytest.raises(ValueError, match=f"text.{ending}: not a readable"):
+            read_video(path)
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "-y.mp4", "100%d.mp4", "a b 'c'.gif"])
+def test_names_are_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(name, moving(2), 8)
+    assert read_video(name).shape == (2, 3, 32, 48)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, moving(), 8)
+    before = path.read_bytes()
+    monkeypatch.setattr(videos, "_MP4", ("-c:v", "no-such-encoder", "-f", "mp4"))
+    with pytest.raises(OSError, match=r"a\.mp4: cannot be written: .*no-such-encoder|a\.mp4: cannot be written"):
+        write_video(path, moving(2), 8)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        write_video(tmp_path / "no folder" / "a.gif", moving(), 8)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "name", "error", "message"),
+    [
+        (torch.zeros(2, 4, 8, 8), 8, "a.mp4", ValueError, r"expected \(F, 3, H, W\)"),
+        (torch.zeros(0, 3, 8, 8), 8, "a.mp4", ValueError, r"expected \(F, 3, H, W\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 8, "a.mp4", TypeError, "floating-point"),
+        (torch.zeros(2, 3, 8, 8), 0, "a.mp4", ValueError, "fps"),
+        (torch.zeros(2, 3, 8, 8), 8, "a.avi", ValueError, "ending"),
+    ],
+)
+def test_bad_arguments(
+    tmp_path: Path, frames: Tensor, fps: float, name: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        write_video(tmp_path / name, frames, fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_side_by_side_keeps_the_pixels_below_the_labels() -> None:
+    before, after = moving(), moving(colour=(0.1, 0.2, 0.9))
+    joined = side_by_side([before, after], ["before", "after"])
+    assert torch.equal(joined[:, :, -32:, :48], before)
+    assert torch.equal(joined[:, :, -32:, -48:], after)
+    top = joined[0, :, :-32]
+    assert (top[..., :48].min() < 0.6) and (top[..., -48:].min() < 0.6)  # ink over both
+    with pytest.raises(ValueError, match="first is"):
+        side_by_side([before, after[:2]], ["before", "after"])
+    with pytest.raises(ValueError, match="one a video"):
+        side_by_side([before, after], ["before"])
+
+
+def test_a_strip_shows_frames_from_first_to_last(tmp_path: Path) -> None:
+    before, after = moving(9), moving(9, colour=(0.1, 0.2, 0.9))
+    write_strip(tmp_path / "a.png", [before, after], ["before", "after"], "a red square", frames=3)
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).float() / 255
+    scale = 180 // 48
+    rows = [
+        torch.cat([video[index].permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1)], 0)
+        for video in (before, after)
+        for index in (0, 4, 8)
+    ]
+    height, width = 32 * scale, 48 * scale
+    bottom, right = picture.shape[0] - 14, picture.shape[1] - 14
+    for number, image in enumerate(rows):
+        row, column = divmod(number, 3)
+        y = bottom - (2 - row) * height - (1 - row) * 4
+        x = right - (3 - column) * width - (2 - column) * 4
+        torch.testing.assert_close(picture[y : y + height, x : x + width], image, atol=1 / 255, rtol=0)
+    assert picture[: bottom - 2 * height - 4].min() < 0.5  # the title
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_large_frames_are_brought_down_and_long_titles_wrap(tmp_path: Path) -> None:
+    video = torch.rand(2, 3, 96, 480)
+    write_strip(tmp_path / "a.png", [video], ["before"], "a word " * 400)
+    width, height = Image.open(tmp_path / "a.png").size
+    assert 480 < width < 700
+    assert height < 48 + 3 * 22 + 60
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(path, {"a": float("nan")})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unwritable_folder_is_found_at_once(tmp_path: Path) -> None:
+    assert writable(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        writable(tmp_path / "file")
+
+
+@pytest.mark.parametrize("text", ["a red circle " * 40, "红圆圈和蓝方块" * 60, "w" * 700])
+def test_a_title_of_any_script_stays_inside_its_lines(text: str) -> None:
+    font = videos._font(16, text)
+    lines = videos._wrapped(text, font, 500)
+    assert len(lines) == 3
+    assert all(0 < font.getlength(line) <= 500 for line in lines)
+    assert lines[-1].endswith(" …")
+    assert text.startswith(lines[0])
+    assert videos._wrapped("short", font, 500) == ["short"]
+    assert videos._wrapped("", font, 500) == []
+
+
+def test_a_missing_ffmpeg_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
+    with pytest.raises(OSError, match="No ffmpeg exe could be found"):
+        write_video(tmp_path / "a.mp4", torch.zeros(2, 3, 8, 8), 8)
+    assert not any(tmp_path.iterdir())
