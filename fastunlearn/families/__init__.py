@@ -56,8 +56,8 @@ def _family_of_class(cls: type) -> Family | None:
 
 
 def _check_variant(transformer: nn.Module, family: Family) -> None:
-    config: Any = transformer.config
     for entry, expected in family.supported_config.items():
+        config: Any = transformer.config
         got = getattr(config, entry, expected)
         if got != expected:
             raise ValueError(

@@ -65,7 +65,7 @@ def test_tiny_pipelines_are_reproducible_and_leave_the_random_numbers_alone(tmp_
 
 
 def test_a_family_that_does_not_exist(tmp_path):
-    with pytest.raises(ValueError, match="family must be one of 'cogvideox', .*; got 'mochi'"):
+    with pytest.raises(ValueError, match="variant: expected one of 'cogvideox', .*, got 'mochi'"):
         save_tiny_pipeline("mochi", tmp_path)
 
 
