@@ -22,7 +22,7 @@ from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.text import encode_prompts
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 from fastunlearn.training.prepare import prepare
-from fastunlearn.training.sample import Size, video
+from fastunlearn.training.sample import video
 from fastunlearn.training.train import train
 
 CONCEPT = "dog"
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoded = encode_prompts(path, ["", *TARGET_PROMPTS, *KEPT_PROMPTS], CONCEPT, dtype=dtype, device=device)
     model = load_model(path, dtype=dtype, device=device, vae=True)
     defaults = model.defaults
-    size = Size(given.height or defaults.height, given.width or defaults.width, given.num_frames or defaults.num_frames)
+    size = defaults.size(given.height, given.width, given.num_frames)
 
     # 1. Ask the frozen model, once: at points of trajectories, what it says with the prompt and without, and where it
     #    looks for the concept. The prompts take turns.

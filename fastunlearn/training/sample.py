@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,20 +24,12 @@ from fastunlearn.training.model import erased
 from fastunlearn.training.model.memory import explained_out_of_memory
 from fastunlearn.training.model.sampling import denoise, stack_conditions
 from fastunlearn.training.model.text import Condition, encode_prompts
-from fastunlearn.training.model.video_model import VideoModel
+from fastunlearn.training.model.video_model import VideoModel, VideoSize
 from fastunlearn.training.options import SampleOptions
 
 _NAME_LENGTH = 56  # letters of up to four bytes; a file's name may have 255
 _PROMPT, _NEGATIVE = "prompt", "negative"
 _KINDS = ("before", "after")
-
-
-class Size(NamedTuple):
-    """Of videos: pixels and frames."""
-
-    height: int
-    width: int
-    num_frames: int
 
 
 def run(options: SampleOptions) -> list[Path]:
@@ -64,10 +55,8 @@ def run(options: SampleOptions) -> list[Path]:
         encoded = encode_prompts(options.pretrained_model_name_or_path, texts, None, dtype=dtype, device=device)
     model = erased.load_erased_model(options, dtype=dtype, device=device, vae=True)
     defaults = model.defaults
-    size = Size(
-        options.height or defaults.height, options.width or defaults.width, options.num_frames or defaults.num_frames
-    )
-    guidance_scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    size = defaults.size(options.height, options.width, options.num_frames)
+    guidance_scale = defaults.guidance(options.guidance_scale)
     model.latent_shape(*size)  # raises if they do not divide
     written = []
     kinds = _KINDS if options.before else _KINDS[1:]
@@ -95,7 +84,7 @@ def run(options: SampleOptions) -> list[Path]:
 def video(
     model: VideoModel,
     conditions: dict[str, Condition],
-    size: Size,
+    size: VideoSize,
     *,
     seed: int,
     num_inference_steps: int,

@@ -15,8 +15,9 @@ from fastunlearn.training import sample
 from fastunlearn.training.data.videos import read_video
 from fastunlearn.training.model import erased
 from fastunlearn.training.model.loading import load_model
+from fastunlearn.training.model.video_model import VideoSize
 from fastunlearn.training.options import SampleOptions
-from fastunlearn.training.sample import Size, file_names, run
+from fastunlearn.training.sample import file_names, run
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9}
 Pipelines = Callable[[str], Path]
@@ -126,7 +127,7 @@ def test_defaults_are_the_pipelines(
     monkeypatch.setattr(sample, "write_video", lambda path, frames, fps: rates.append(fps))
     more = {"height": None, "width": None, "num_frames": None, "before": False}
     run(options(tiny_pipeline("cogvideox"), erasers("cogvideox"), tmp_path, **more))
-    assert asked[0][0][2] == Size(64, 64, 9)
+    assert asked[0][0][2] == VideoSize(64, 64, 9)
     assert asked[0][1]["guidance_scale"] == 6.0
     assert rates == [8]
 

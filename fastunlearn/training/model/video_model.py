@@ -19,14 +19,34 @@ Erasers = dict[str, AdapterEraser]
 _EXPERTS = ("transformer", "transformer_2")
 
 
+class VideoSize(NamedTuple):
+    """The size of a video: height and width in pixels, and how many frames."""
+
+    height: int
+    width: int
+    num_frames: int
+
+
 class Defaults(NamedTuple):
-    """How a pipeline is used unless the user says otherwise. Sizes in pixels and frames."""
+    """What a pipeline uses where the user gives nothing. Height and width are in pixels, fps in frames per second."""
 
     guidance_scale: float
     height: int
     width: int
     num_frames: int
     fps: int
+
+    def size(self, height: int | None = None, width: int | None = None, num_frames: int | None = None) -> VideoSize:
+        """The given size; the default replaces each number that is None."""
+        return VideoSize(
+            self.height if height is None else height,
+            self.width if width is None else width,
+            self.num_frames if num_frames is None else num_frames,
+        )
+
+    def guidance(self, guidance_scale: float | None) -> float:
+        """The given classifier-free guidance scale; the default if it is None."""
+        return self.guidance_scale if guidance_scale is None else guidance_scale
 
 
 class VideoModel:
