@@ -23,7 +23,7 @@ WORKER = Path(__file__).parents[1] / "workers/training_worker.py"
 
 def launch(arguments: Sequence[str]) -> None:
     environment = os.environ | {
-        "PYTHONPATH": str(WORKER.parent),
+        "PYTHONPATH": str(WORKER.parents[1] / "helpers"),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from training_cases import options_for, tiny_cache, tiny_model
 
 from fastunlearn.training.loop.batches import Batches
 from fastunlearn.training.options import TargetGroup
 from fastunlearn.training.train import train
-
-sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # a worker is a program, which pytest did not prepare
-from training_cases import options_for, tiny_cache, tiny_model  # noqa: E402
 
 # With a large epsilon Adam's step follows the gradient, where a small one makes a full step of its rounding error.
 _SMOOTH = {"adam_epsilon": 1e-2, "learning_rate": 0.1, "max_grad_norm": 0.01, "max_train_steps": 3}

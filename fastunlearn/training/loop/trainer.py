@@ -61,12 +61,12 @@ class Trainer:
         self._model, self._cache, self._options = model, cache, options
         self._output_dir, self._accelerator = output_dir, accelerator
         self._kept = kept
-        processes = accelerator.num_processes
-        sharded = plugin is not None and processes > 1
+        num_processes = accelerator.num_processes
+        sharded = plugin is not None and num_processes > 1
         device, dtype = accelerator.device if sharded else model.device, model.dtype
         share = 1 / options.gradient_accumulation_steps
         self._terms = Terms(options, device=device, dtype=dtype, share=share)
-        points = options.train_batch_size * options.gradient_accumulation_steps * processes
+        points = options.train_batch_size * options.gradient_accumulation_steps * num_processes
         self._batches = Batches(cache.groups, targets, kept, size=points, seed=options.seed)
         self._settings = RunSettings(
             options, targets, kept, points=points, cache=cache.fingerprint, dtype=str(dtype), factor=factor
@@ -81,7 +81,7 @@ class Trainer:
         if options.gradient_checkpointing or (plugin is not None and plugin.activation_checkpointing):
             model.enable_gradient_checkpointing()
         self._optimizer = ErasersOptimizer(
-            experts, options, factor, processes=processes, losses=len(TERMS), dtype=dtype
+            experts, options, factor, processes=num_processes, losses=len(TERMS), dtype=dtype
         )
         if self._resumed is not None:
             try:
