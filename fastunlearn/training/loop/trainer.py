@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastunlearn.training.cache.reader import TeacherCache
-from fastunlearn.training.loop import checkpoints
+from fastunlearn.training.loop import checkpoints, processes
 from fastunlearn.training.loop.batches import Batches
 from fastunlearn.training.loop.optimizer import ErasersOptimizer, LearningRateFactor
 from fastunlearn.training.loop.run_settings import RunSettings
