@@ -1,4 +1,4 @@
-"""Reading and writing files: whole or not there at all, JSON with a version, safetensors."""
+"""Reads and writes files: atomic replacement, versioned JSON, safetensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 
 
 def replace_file(path: Path, content: bytes, *, beside: str = ".partial") -> None:
-    """Writes `content` to a file beside `path`, makes sure it is on the disk, and renames it to `path`.
+    """Creates or replaces a file atomically: writes a temporary file next to it, syncs it to disk, and renames it.
 
-    A process that ends in between leaves the file beside, and `path` as it was. An error takes the file beside away.
+    If the process dies on the way, `path` is unchanged and the temporary file stays. On an error the temporary file is
+    removed.
 
     Args:
-        path: the file to make or replace.
-        content: of the file.
-        beside: what is appended to the name meanwhile. Processes that may write one file at a time need one each.
+        path: the file to create or replace.
+        content: the new content.
+        beside: the suffix that the temporary file's name gets. Processes that may write the same file at the same time
+            each need their own suffix.
 
     Raises:
         OSError: the file cannot be written.
@@ -37,7 +39,7 @@ def replace_file(path: Path, content: bytes, *, beside: str = ".partial") -> Non
 
 
 def writable(folder: str | os.PathLike[str]) -> Path:
-    """Makes `folder`, and raises an OSError now rather than after hours of work if nothing can be written there."""
+    """Creates `folder` and checks that files can be written into it: better an OSError now than after hours of work."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -46,22 +48,22 @@ def writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Writes `content` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON cannot hold."""
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """The `repr` of a value for an error message, cut to `most` characters."""
+    """The `repr` of a value, cut to `most` characters, for use in an error message."""
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not an object. NaN and infinity are not JSON.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not valid JSON (NaN and infinity are not), or holds something other than an object.
     """
     try:
         content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
@@ -77,17 +79,17 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_versioned_json(path: Path, *, format: str, version: int, what: str) -> dict[str, Any]:
-    """The JSON object in one of this library's own files, which say their format and its version.
+    """Reads a JSON object from one of this library's own files, which name their format and its version.
 
     Args:
-        path: of the file.
-        format: the value that its entry "format" must have.
-        version: the value that its entry "format_version" must have.
-        what: what the file should be, for the error message: "the index of a teacher cache".
+        path: the file.
+        format: the required value of the key "format".
+        version: the required value of the key "format_version".
+        what: what the file should be, for the error message, for example "the index of a teacher cache".
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, of another format, or of another version.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not valid JSON, or has another format or another version.
     """
     content = read_json(path)
     if content.get("format") != format:
@@ -102,11 +104,11 @@ def read_versioned_json(path: Path, *, format: str, version: int, what: str) -> 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file, memory-mapped: `get_slice(name)[row]` reads that row alone.
+    """Opens a safetensors file memory-mapped, so that `get_slice(name)[row]` reads only that row.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is no whole safetensors file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, damaged, or not a safetensors file.
     """
     import safetensors
 
