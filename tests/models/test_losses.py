@@ -27,6 +27,7 @@ from fastunlearn import (
 )
 from fastunlearn.ops import definition
 from fastunlearn.testing import oracle
+from fastunlearn.testing.checks import velocity_loss_of
 from fastunlearn.testing.error_bound import compare
 
 # CogVideoX's last alpha is exactly 0; the first is set to 1 to meet the other end too.
@@ -105,7 +106,7 @@ def check_velocity_term(
     """The value, and the gradient that a backward pass has left at the student's velocity. Returns the oracle's."""
     leaf = student.velocities[name].detach().clone().requires_grad_()
     tensors = (leaf, *[x.detach() for x in teachers])
-    by_eager = definition.velocity_loss(*tensors, weight=weight, **options)
+    by_eager, *_ = velocity_loss_of(tensors, definition, weight=weight, **options)
     by_eager.sum().backward()
     exact = oracle.velocity_loss(*tensors, weight=weight, **options)
     close(loss, by_eager.detach(), exact["loss"])
@@ -185,10 +186,10 @@ def test_localization(loss_type: str, reduction: str, normalization: str) -> Non
     options: dict[str, Any] = {"loss_type": loss_type, "normalization": normalization}
     leaves = [output.detach().clone().requires_grad_() for output in outputs.values()]
     exact = oracle.localization_loss(leaves, flat, weight=weight, **options)
-    by_eager = definition.localization_loss(leaves, flat, weight=weight, **options)
+    by_eager, _ = definition.localization_loss(leaves, flat, weight=weight, **options)
     by_eager.backward()
     per_layer = [
-        definition.localization_loss([leaf], [mask], **options) for leaf, mask in zip(leaves, flat, strict=True)
+        definition.localization_loss([leaf], [mask], **options)[0] for leaf, mask in zip(leaves, flat, strict=True)
     ]
     if reduction == "none":
         close(loss.detach(), torch.stack(per_layer).detach(), exact["per_layer"])
@@ -698,8 +699,16 @@ def test_localization_reaches_only_erasers(erased: Any) -> None:
     ("make", "error", "message"),
     [
         (lambda: T2VUnlearningLoss([0.5]), TypeError, "alphas_cumprod must be a tensor, got list"),
-        (lambda: T2VUnlearningLoss(ALPHAS[None]), ValueError, r"alphas_cumprod must .*\(timesteps,\), got \(1, 11\)"),
-        (lambda: T2VUnlearningLoss(None, prediction_type="epsilon"), ValueError, "alphas_cumprod is required"),
+        (
+            lambda: T2VUnlearningLoss(ALPHAS[None]),
+            ValueError,
+            r"alphas_cumprod: expected .*\(timesteps,\), got \(1, 11\)",
+        ),
+        (
+            lambda: T2VUnlearningLoss(None, prediction_type="epsilon"),
+            ValueError,
+            "alphas_cumprod: expected .*'epsilon', got None",
+        ),
         (lambda: T2VUnlearningLoss(ALPHAS, prediction_type="v"), ValueError, "prediction_type must .* got 'v'"),
         (lambda: T2VUnlearningLoss(ALPHAS, loss_type="huber"), ValueError, "loss_type must .* got 'huber'"),
         (lambda: T2VUnlearningLoss(ALPHAS, normalization="mean"), ValueError, "normalization must .* got 'mean'"),
@@ -722,15 +731,19 @@ def test_bad_construction(make: Any, error: type[Exception], message: str) -> No
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"eraser_outputs": {}}, ValueError, "is required with eraser_outputs"),
-        ({"localization_mask": torch.ones(2, 3, 4, 5)}, ValueError, "eraser_outputs is required"),
-        ({"mask": MASK, "eraser_outputs": [X_T]}, TypeError, "eraser_outputs must be a mapping .* got list"),
-        ({"mask": {"average_mask": MASK}}, TypeError, r"mask must be a tensor.*'average_mask'.* got dict"),
+        ({"eraser_outputs": {}}, ValueError, "mask: expected .* with eraser_outputs, got None"),
+        (
+            {"localization_mask": torch.ones(2, 3, 4, 5)},
+            ValueError,
+            "eraser_outputs: expected .* with localization_mask, got None",
+        ),
+        ({"mask": MASK, "eraser_outputs": [X_T]}, TypeError, "eraser_outputs: expected a mapping .* got list"),
+        ({"mask": {"average_mask": MASK}}, TypeError, r"mask: expected a tensor.*'average_mask'.* got dict"),
         ({"v_uncond": 1.0}, TypeError, "v_uncond must be a tensor, got float"),
         ({"v_cond": [X_T]}, TypeError, "v_cond must be a tensor, got list"),
-        ({"v_preserve": X_T}, ValueError, "cond_preserve is required with v_preserve"),
-        ({"x_t_preserve": X_T}, ValueError, "cond_preserve is required with x_t_preserve"),
-        ({"t_preserve": T}, ValueError, "cond_preserve is required with t_preserve"),
+        ({"v_preserve": X_T}, ValueError, "cond_preserve: expected .* with v_preserve, got None"),
+        ({"x_t_preserve": X_T}, ValueError, "cond_preserve: expected .* with x_t_preserve, got None"),
+        ({"t_preserve": T}, ValueError, "cond_preserve: expected .* with t_preserve, got None"),
         ({"cond_preserve": "kept", "v_preserve": "v"}, TypeError, "v_preserve must be a tensor, got str"),
     ],
 )
@@ -745,7 +758,7 @@ def test_bad_calls_reach_no_model(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_outputs_without_names_are_refused(reduction: str) -> None:
-    with pytest.raises(TypeError, match="eraser_outputs must be a mapping .* got list"):
+    with pytest.raises(TypeError, match="eraser_outputs: expected a mapping .* got list"):
         MaskLocalizationLoss(reduction=reduction)([torch.ones(2, 60, 5)], MASK)
 
 
@@ -754,7 +767,7 @@ def test_outputs_without_names_are_refused(reduction: str) -> None:
     [
         (T.float(), TypeError, "t must have one of the dtypes.*float32"),
         (T + 1, ValueError, "t must be from 0 to 10, got 11"),
-        (torch.tensor([1, 2, 3]), ValueError, r"t must be one timestep or \(2,\), got shape \(3,\)"),
+        (torch.tensor([1, 2, 3]), ValueError, r"t: expected one timestep or \(2,\), got shape \(3,\)"),
     ],
 )
 def test_bad_timesteps(student: Table, teacher: Table, t: Tensor, error: type[Exception], message: str) -> None:
@@ -768,9 +781,9 @@ def test_bad_models(student: Table, teacher: Table) -> None:
     x_t, t, cond = inputs()
     loss_fn = T2VUnlearningLoss(ALPHAS)
     for models, name in (((transformer, wrapped), "model_original"), ((wrapped, transformer), "model_unlearned")):
-        with pytest.raises(TypeError, match=rf"{name} must take \(x_t, t, cond\): .*as_velocity_model"):
+        with pytest.raises(TypeError, match=rf"{name}: expected .* \(x_t, t, cond\) .*as_velocity_model"):
             loss_fn(*models, x_t, t, cond, uncond=cond)
-    with pytest.raises(TypeError, match="model_unlearned must return the velocity as a tensor, got tuple"):
+    with pytest.raises(TypeError, match="model_unlearned: expected .* the velocity as a tensor, got tuple"):
         loss_fn(teacher, lambda *given: (student(*given),), X_T, T, "concept", uncond="empty")
     # With channels at dim 1, the mask (B, F, h, w) would be read along (C, H, W) without a complaint.
     for call in (
@@ -778,5 +791,5 @@ def test_bad_models(student: Table, teacher: Table) -> None:
         lambda mask: NegativelyGuidedVelocityLoss(ALPHAS)(wrapped, x_t, t, cond, None, cond, mask),
         lambda mask: ConceptPreservationLoss()(None, wrapped, x_t, t, cond, mask),
     ):
-        with pytest.raises(ValueError, match="channel_dim must be 2 for this model's masks, got 1"):
+        with pytest.raises(ValueError, match="channel_dim: expected 2 for this model's masks, got 1"):
             call(torch.ones(2, *GRID))

@@ -1,0 +1,193 @@
+"""Erasers of a model to a folder and back, checked against the model before anything is attached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn import eraser_files
+from fastunlearn.environment import installed_version
+from fastunlearn.erasers.adapter import AdapterEraser
+from fastunlearn.erasers.attached import (
+    attached_erasers,
+    check_new_name,
+    check_scale,
+    install_erasers,
+    no_such_erasers,
+)
+from fastunlearn.families import Family, attentions, find_transformer, hidden_size
+
+Folder = str | os.PathLike[str]
+
+
+def save_erasers(model: nn.Module, folder: Folder, name: str = "default", concept: str | None = None) -> None:
+    """Saves the erasers called `name` as a config.json and a safetensors file.
+
+    A crash while saving leaves what the folder held before. Erasers that were saved there earlier are replaced.
+
+    Args:
+        model: the model that the erasers are attached to.
+        folder: where to save them; created if it does not exist.
+        name: which erasers to save. The name is not stored, so they can be loaded under another one.
+        concept: what they erase, stored for the record.
+
+    Raises:
+        TypeError: the model is of no supported family, or `concept` is not a string.
+        ValueError: no erasers are called `name`, or a parameter is not finite.
+        FileExistsError: the folder holds a config.json that is not of erasers.
+        ImportError: safetensors is not installed.
+    """
+    if concept is not None and not isinstance(concept, str):
+        raise TypeError(f"concept: expected a string or None, got {type(concept).__name__}")
+    transformer, family = find_transformer(model)
+    erasers = attached_erasers(transformer, family, name)
+    if not erasers:
+        raise no_such_erasers(name)
+    states = {layer: eraser.state_dict() for layer, eraser in erasers.items()}
+    for layer, state in states.items():
+        _check_finite(layer, state)
+    rank, dim = next(iter(erasers.values())).down.weight.shape
+    config = {
+        "backbone": family.name,
+        "concept": concept,
+        "rank": rank,
+        "dim": dim,
+        "versions": {package: installed_version(package) for package in ("fastunlearn", "torch", "diffusers")},
+    }
+    eraser_files.write(folder, states, config)
+
+
+@overload
+def load_erasers(
+    model: nn.Module, folder: Folder, name: str = ..., *, scale: float = ...
+) -> dict[str, AdapterEraser]: ...
+
+
+@overload
+def load_erasers(
+    model: nn.Module, folder: Sequence[Folder], *, names: Sequence[str], scales: Sequence[float] | None = ...
+) -> dict[str, dict[str, AdapterEraser]]: ...
+
+
+def load_erasers(
+    model: nn.Module,
+    folder: Folder | Sequence[Folder],
+    name: str | None = None,
+    *,
+    scale: float | None = None,
+    names: Sequence[str] | None = None,
+    scales: Sequence[float] | None = None,
+) -> dict[str, AdapterEraser] | dict[str, dict[str, AdapterEraser]]:
+    """Attaches saved erasers and freezes everything else, like `attach_erasers`.
+
+        load_erasers(model, "erasers/car")
+        load_erasers(model, ["erasers/nudity", "erasers/car"], names=["nudity", "car"], scales=[1.0, 0.5])
+
+    Reads the folders that `save_erasers` writes and those of T2VUnlearning's scripts (`eraser_weights.pt`,
+    `eraser_config.json`; for HunyuanVideo, erasers on its single blocks only are accepted too). Pickles are loaded with
+    `weights_only=True`. The model is left as it was unless everything fits.
+
+    Args:
+        model: a supported transformer, or a VelocityModel or other wrapper of one.
+        folder: the folder of one set of saved erasers, or a sequence of folders to attach together.
+        name: what to call the erasers of a single folder; "default" if not given.
+        scale: the scale of the erasers of a single folder, see `set_eraser_scale`; 1 if not given.
+        names: what to call the erasers of several folders, one name per folder.
+        scales: the scales of the erasers of several folders, one per folder; all 1 if not given.
+
+    Returns:
+        For one folder, the erasers by layer. For several, the erasers by name, then by layer.
+
+    Raises:
+        TypeError: the model is of no supported family, `name` or `scale` came with several folders, `names` or `scales`
+            came with one, or a scale is not a number.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, the erasers are not for this model, a name is taken or repeated, a scale is not
+            finite, or the number of names or scales is not that of the folders.
+        ImportError: safetensors is not installed.
+    """
+    is_single = isinstance(folder, (str, os.PathLike))
+    for argument, value, is_allowed in (
+        ("name", name, is_single),
+        ("scale", scale, is_single),
+        ("names", names, not is_single),
+        ("scales", scales, not is_single),
+    ):
+        if value is not None and not is_allowed:
+            raise TypeError(f"{argument}: is for {'several folders' if is_single else 'one folder'}, got {value!r}")
+    if isinstance(folder, (str, os.PathLike)):
+        name = "default" if name is None else name
+        return _load(model, {name: folder}, {name: 1.0 if scale is None else scale})[name]
+    folders = list(folder)
+    if names is None or isinstance(names, str) or len(names) != len(folders) or len(set(names)) != len(names):
+        raise ValueError(f"names: expected a name of its own for each of {len(folders)} folders, got {names!r}")
+    if scales is not None and len(scales) != len(folders):
+        raise ValueError(f"scales: expected a number for each of {len(folders)} folders, got {scales!r}")
+    scales = [1.0] * len(folders) if scales is None else scales
+    return _load(model, dict(zip(names, folders, strict=True)), dict(zip(names, scales, strict=True)))
+
+
+def _load(
+    model: nn.Module, folders: Mapping[str, Folder], scales: Mapping[str, float]
+) -> dict[str, dict[str, AdapterEraser]]:
+    """Reads and checks everything before it attaches anything."""
+    transformer, family = find_transformer(model)
+    for name, scale in scales.items():
+        check_new_name(transformer, family, name)
+        check_scale(scale)
+    sets = {name: _read(transformer, family, folder) for name, folder in folders.items()}
+    if sets:
+        install_erasers(transformer, family, sets, scales)
+    return sets
+
+
+def _read(transformer: nn.Module, family: Family, folder: Folder) -> dict[str, AdapterEraser]:
+    """The erasers in a folder by layer, in the order of the model's layers."""
+    stored = eraser_files.read(folder)
+    if stored.family not in (None, family.name):
+        raise ValueError(f"{folder}: erasers for {stored.family}, but the model is {family.name}")
+    # A block list must have erasers on all of its blocks, but not every list needs erasers: T2VUnlearning puts erasers
+    # on HunyuanVideo's single blocks only.
+    block_lists = {layer.partition(".")[0] for layer in stored.states}
+    places = tuple(place for place in family.erased if place[0] in block_lists) or family.erased
+    layers = attentions(transformer, places)
+    if stored.states.keys() != layers.keys():
+        missing, unknown = sorted(layers.keys() - stored.states.keys()), sorted(stored.states.keys() - layers.keys())
+        raise ValueError(f"{folder}: erasers missing for layers {missing}, and given for layers unknown {unknown}")
+    dim = hidden_size(transformer)
+    return {layer: _restored(layer, stored.states[layer], dim, stored.rank) for layer in layers}
+
+
+def _restored(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> AdapterEraser:
+    """An eraser with the parameters in `state`, or a ValueError that says what is wrong with them."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and not _is_plain(value):
+            description = f"{value.dtype}, {value.layout} on {value.device}" + ", nested" * value.is_nested
+            raise ValueError(f"{layer}: expected {key} to be a dense floating-point tensor, got {description}")
+    # Spelled out rather than read from a new eraser: a file may claim any rank, and nothing of that size may be
+    # allocated before the tensors are known to have it.
+    expected = {"down.weight": (rank, dim), "down.bias": (rank,), "up.weight": (dim, rank), "up.bias": (dim,)}
+    got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in state.items()}
+    if got != expected:
+        raise ValueError(f"{layer}: expected parameters {expected}, got {got}")
+    weights = {key: value.to(torch.float32, copy=True) for key, value in state.items()}
+    _check_finite(layer, weights)
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced right away
+        eraser = AdapterEraser(dim, rank)
+    eraser.load_state_dict(weights, assign=True)
+    return eraser
+
+
+def _is_plain(value: Tensor) -> bool:
+    is_dense = value.layout is torch.strided and not value.is_nested and value.device.type == "cpu"
+    return is_dense and value.is_floating_point()
+
+
+def _check_finite(layer: str, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{layer}: expected finite numbers in {key}, got NaN or infinity")

@@ -1,0 +1,44 @@
+"""Calling the models: the one being erased, and the frozen one without gradient and without erasers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunlearn.erasers import erasers_disabled
+from fastunlearn.families import FAMILIES
+
+VelocityModelLike = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def call_model(model: VelocityModelLike, x_t: Tensor, t: Tensor, cond: Any, argument: str) -> Tensor:
+    """The velocity that `model` predicts. `argument` is what the caller of the loss knows the model as.
+
+    Raises:
+        TypeError: `model` is a bare diffusers transformer, or returns something other than a tensor.
+    """
+    class_name = type(model).__name__
+    # A diffusers transformer would accept the three tensors, but in another order.
+    if any(class_name == family.transformer for family in FAMILIES):
+        raise TypeError(
+            f"{argument}: expected a callable (x_t, t, cond) -> velocity, got {class_name}; "
+            "wrap it in fastunlearn.as_velocity_model"
+        )
+    velocity = model(x_t, t, cond)
+    if not isinstance(velocity, Tensor):
+        raise TypeError(
+            f"{argument}: expected the model to return the velocity as a tensor, got {type(velocity).__name__}; "
+            "wrap a diffusers transformer in fastunlearn.as_velocity_model"
+        )
+    return velocity
+
+
+def frozen_velocity(model: VelocityModelLike, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+    """The velocity of the frozen model: no gradient, and the model's erasers, if any, switched off."""
+    without_erasers = erasers_disabled(model) if isinstance(model, nn.Module) else nullcontext()
+    with torch.no_grad(), without_erasers:
+        return call_model(model, x_t, t, cond, "model_original")
