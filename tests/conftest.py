@@ -1,14 +1,23 @@
-"""Fixtures for every test."""
+"""Fixtures for every test, and how pytest-xdist's workers share the machine."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastunlearn.testing.interpreter import exact_bfloat16, is_interpreted
+
+# Workers run side by side: without this, each of them and of their subprocesses would start a thread for every core.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
+    os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+    torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,18 +32,18 @@ def exact_interpreter() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_pipeline(family)`: the folder of a tiny saved pipeline, made at the first call. Not to be written into."""
+    """`tiny_pipeline(variant)`: the folder of a tiny saved pipeline, made at the first call. Tests only read it."""
 
     @cache
-    def saved(family: str) -> Path:
+    def saved(variant: str) -> Path:
         from fastunlearn.testing.tiny_pipelines import save_tiny_pipeline
 
-        folder = tmp_path_factory.mktemp("pipelines") / family
-        save_tiny_pipeline(family, folder)
+        folder = tmp_path_factory.mktemp("pipelines") / variant
+        save_tiny_pipeline(variant, folder)
         return folder
 
     return saved
 
 
-# What needs Triton's interpreter, which is chosen when kernels are decorated, runs in a process of its own.
+# Whether Triton interprets a kernel is settled when the kernel is decorated: these tests need a process of their own.
 collect_ignore = [] if is_interpreted() else ["kernels/interpreted"]
