@@ -574,7 +574,7 @@ NATIVE_DAMAGE = {
     "cut config": (lambda f: cut(f / "config.json"), ValueError, "config.json: not valid JSON"),
     "binary config": (lambda f: (f / "config.json").write_bytes(b"\xff\x00"), ValueError, "not valid JSON"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "JSON object, got list"),
-    "foreign": (set_config(format="other"), ValueError, "not the configuration"),
+    "foreign": (set_config(format="other"), ValueError, "expected the configuration of saved erasers"),
     "future": (set_config(format_version=99), ValueError, "format_version 1, got 99"),
     "family": (set_config(backbone="wan"), ValueError, "erasers for wan.*model is cogvideox"),
     "rank": (set_config(rank="4"), ValueError, "rank, got '4'"),
