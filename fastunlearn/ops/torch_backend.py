@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastunlearn.dtypes import compute_dtype
 from fastunlearn.ops.once_differentiable import once_differentiable
 from fastunlearn.ops.spatial_masks import match_resolution
 
@@ -50,7 +51,7 @@ def negatively_guided_velocity_loss(
 
     The target is `negatively_guided_velocity(uncond, cond)`, or `uncond` itself where `cond` is None.
     """
-    dtype = _compute_dtype(prediction, uncond, cond, mask, sample_weight)
+    dtype = compute_dtype(prediction, uncond, cond, mask, sample_weight)
     scale: float | Tensor = weight
     if reduction == "mean":
         scale = weight / max(prediction.numel(), 1)
@@ -76,7 +77,7 @@ def localization_loss(
 
     Outputs are tokens (B, N, D) with a mask (B or 1, N), or feature maps (B, C, *spatial) with any coarser mask.
     """
-    dtype = _compute_dtype(*outputs, *masks)
+    dtype = compute_dtype(*outputs, *masks)
     terms = []
     for output, mask in zip(outputs, masks, strict=True):
         channel_dim = 2 if output.dim() == 3 else 1
@@ -105,7 +106,7 @@ def low_rank_localization_loss(
     With x = (1 - mask) * [hidden, 1] and W = [weight, bias], a layer's sum is that of the elements of W^T W * x^T x:
     two matrices of rank + 1 rows.
     """
-    dtype = _compute_dtype(*hiddens, *weights, *biases, *masks)
+    dtype = compute_dtype(*hiddens, *weights, *biases, *masks)
     terms = []
     for hidden, up, bias, mask in zip(hiddens, weights, biases, masks, strict=True):
         background = 1 - mask.to(dtype)
@@ -142,7 +143,7 @@ def _concept_attention(
 ) -> Tensor:
     batch, heads, queries, channels = query.shape
     keys, tokens = key.shape[2], token_indices.shape[1]
-    dtype = _compute_dtype(query, key, lse)
+    dtype = compute_dtype(query, key, lse)
     is_chosen = (token_indices >= 0) & (token_indices < keys)
     index = token_indices.clamp(0, keys - 1)
     if key_mask is not None:
@@ -186,7 +187,7 @@ def _(query: Tensor, *_: Any) -> Tensor:
 class _NegativelyGuidedVelocity(torch.autograd.Function):
     @staticmethod
     def forward(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
-        dtype = _compute_dtype(uncond, cond)
+        dtype = compute_dtype(uncond, cond)
         velocity = torch.empty_like(uncond, dtype=torch.promote_types(uncond.dtype, cond.dtype))
         for block in _blocks(uncond.shape):
             velocity[block] = _target(uncond, cond, block, guidance_scale, dtype)
@@ -206,7 +207,7 @@ class _NegativelyGuidedVelocity(torch.autograd.Function):
             for dtype, wanted in zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
         ]
         for block in _blocks(upstream.shape):
-            _write_multiples(gradients, block, upstream[block].to(_compute_dtype(upstream)), factors)
+            _write_multiples(gradients, block, upstream[block].to(compute_dtype(upstream)), factors)
         return (*gradients, None)
 
 
@@ -389,10 +390,6 @@ def _write_multiples(
     for destination, factor in zip(destinations, factors, strict=False):
         if destination is not None:
             destination[block] = factor * values
-
-
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _expanded_sum(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,9 +1,11 @@
-"""What proves the operations right, for this project's tests and for its users': `fastunlearn verify` runs it.
+"""What proves the operations correct, for this project's tests and for its users: `fastunlearn verify` runs it.
 
-The oracle is float64 NumPy. A result may be off by twice what eager torch, computing in float32 on the same inputs, is
-off by, plus what rounding and the order of a sum may add; never by a flat tolerance.
+Results are compared with a float64 oracle in NumPy. The error may be at most twice the error of eager torch computing
+in float32 on the same inputs (`fastunlearn.ops.definition`), plus what rounding and the order of a sum may add. There
+are no flat tolerances.
 """
 
+from fastunlearn.ops import definition as eager
 from fastunlearn.testing import oracle
 from fastunlearn.testing.cases import DTYPES, Case, cases, low_rank_outputs, random_mask, random_tensors
 from fastunlearn.testing.checks import (
@@ -29,6 +31,7 @@ __all__ = [
     "check_negatively_guided_velocity",
     "check_velocity_loss",
     "compare",
+    "eager",
     "low_rank_outputs",
     "oracle",
     "poisoned_memory",

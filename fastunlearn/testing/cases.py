@@ -139,7 +139,7 @@ def _velocity_gradcheck(count: int, loss_type: str) -> Callable[[torch.device, s
         inputs = [x.to(device) for x in random_tensors((2, 2, 3, 2), [torch.float64] * count)]
         # Apart by one at least, so that no finite difference crosses the kink of l1.
         inputs[0] = inputs[0] + 10
-        options = {
+        options: dict[str, Any] = {
             "mask": random_mask("soft", (2, 2, 1)).to(device),
             "sample_weight": torch.tensor([1.0, 2.0], device=device),
             "loss_type": loss_type,

@@ -10,6 +10,7 @@ import torch
 from largest_tensor import LargestTensor
 from torch import Tensor
 
+from fastunlearn.dtypes import compute_dtype
 from fastunlearn.functional import concept_attention
 from fastunlearn.ops import definition, torch_backend
 from fastunlearn.testing import cases, check_concept_attention, oracle
@@ -48,17 +49,17 @@ def log_denominator(query: Tensor, key: Tensor, key_mask: Tensor | None = None) 
 def check(query: Tensor, key: Tensor, indices: Tensor, key_mask: Tensor | None = None, **options: Any) -> None:
     actual = concept_attention(query, key, indices, key_mask=key_mask, **options)
     exact = oracle.concept_attention(query, key, indices, key_mask=key_mask)
-    expected = definition.concept_attention(query, key, indices, key_mask)
+    expected = definition.concept_attention(query, key, indices, key_mask=key_mask)
     assert not actual.requires_grad
     # The logits' own rounding, of d products each, is what the exponential magnifies.
-    compute = definition.compute_dtype(query, key)
+    compute = compute_dtype(query, key)
     compare("result", actual, expected, exact, terms=key.shape[2] * query.shape[-1], compute=compute)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("with_lse", [False, True])
-@pytest.mark.parametrize("block", [None, *(pytest.param(n, marks=pytest.mark.reference) for n in (1, 50))])
+@pytest.mark.parametrize("block", [None, *(pytest.param(n, marks=pytest.mark.torch_backend) for n in (1, 50))])
 def test_against_the_whole_softmax(
     dtype: torch.dtype, masked: bool, with_lse: bool, block: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +67,7 @@ def test_against_the_whole_softmax(
         monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", block)
     query, key = query_and_key(dtype=dtype)
     key_mask = random_key_mask() if masked else None
-    lse = log_denominator(query, key, key_mask).to(definition.compute_dtype(query)) if with_lse else None
+    lse = log_denominator(query, key, key_mask).to(compute_dtype(query)) if with_lse else None
     check(query, key, torch.tensor([2, 5, 16]), key_mask, lse=lse)
 
 
@@ -136,7 +137,7 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(concept_attention(query, key, [1]), plain)
 
 
-@pytest.mark.reference
+@pytest.mark.torch_backend
 def test_never_holds_queries_times_keys() -> None:
     query, key = query_and_key(1, 2, 1024, 1024, 8, torch.float64)
     with LargestTensor(torch.float64) as largest:
@@ -156,7 +157,7 @@ def test_compiled_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(query, key, indices, lse=lse), expected)
 
 
-@pytest.mark.reference
+@pytest.mark.torch_backend
 def test_compiling_takes_the_loop_over_blocks_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 64)
     query, key, indices = torch.randn(1, 2, 40, 4), torch.randn(1, 2, 16, 4), torch.tensor([[1, -1]])

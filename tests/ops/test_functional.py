@@ -65,7 +65,7 @@ def test_matrices_of_float64_are_not_multiplied_by_triton_on_a_gpu(monkeypatch: 
         choose_backend("concept_attention", cuda, "triton", torch.float64)
 
 
-def test_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_torch_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
     assert choose_backend("velocity_loss", torch.device("cuda")) == ("torch", "Triton is not installed")
     with pytest.raises(ValueError, match="backend .* got 'triton': Triton is not installed"):
@@ -100,9 +100,9 @@ def test_compile_backend_needs_a_compiler(tmp_path: Path) -> None:
     assert "compiler" in result.stderr.lower()
 
 
-def test_compile_backend_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_backend_compiles_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        dispatch, "_compiled", lambda op: torch.compile(getattr(dispatch.reference, op), backend="eager")
+        dispatch, "_compiled", lambda op: torch.compile(getattr(dispatch.torch_backend, op), backend="eager")
     )
     prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     compiled = velocity_loss(prediction, target, backend="compile")

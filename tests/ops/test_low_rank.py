@@ -170,7 +170,7 @@ def test_only_the_wanted_gradients() -> None:
         torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.reference
+@pytest.mark.torch_backend
 def test_no_output_is_computed() -> None:
     outputs = outputs_of(2, features=400, rank=3)
     with LargestTensor(torch.float32) as largest:
@@ -178,7 +178,7 @@ def test_no_output_is_computed() -> None:
     assert 0 < largest.elements <= 400 * 4
 
 
-@pytest.mark.reference
+@pytest.mark.torch_backend
 def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 17)
     check_low_rank_localization_loss(outputs_of(), random_mask("soft", (1, *GRID)))

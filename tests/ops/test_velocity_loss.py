@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch import Tensor
 
+from fastunlearn.dtypes import compute_dtype
 from fastunlearn.functional import (
     VelocityLoss,
     negatively_guided_velocity,
     negatively_guided_velocity_loss,
     velocity_loss,
 )
-from fastunlearn.ops import definition, torch_backend
+from fastunlearn.ops import torch_backend
 from fastunlearn.testing import DTYPES, cases, check_velocity_loss, compare, oracle, poisoned_memory, random_mask
 from fastunlearn.testing.cases import Case
 from fastunlearn.testing.checks import velocity_loss_of
@@ -169,14 +170,14 @@ def test_no_gradient_at_a_tie() -> None:
     assert not torch.autograd.grad(loss, prediction)[0].any()
 
 
-@pytest.mark.reference
+@pytest.mark.torch_backend
 def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 11)
     check_velocity_loss(velocities(count=count), mask=random_mask("soft", (2, 3, 5, 7)), mask_normalization="mask")
     check_velocity_loss(velocities(count=count), reduction="none")
 
 
-@pytest.mark.reference
+@pytest.mark.torch_backend
 def test_half_precision_is_upcast_in_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 200)
     inputs = velocities((4, 10, 10, 10), torch.bfloat16, count)
@@ -274,7 +275,7 @@ def test_anything(
 def test_negatively_guided_velocity(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     uncond, cond = velocities(dtypes=dtypes, count=2)
     velocity = negatively_guided_velocity(uncond, cond, 3.0)
-    compute, u, c = definition.compute_dtype(uncond, cond), oracle.to_numpy(uncond), oracle.to_numpy(cond)
+    compute, u, c = compute_dtype(uncond, cond), oracle.to_numpy(uncond), oracle.to_numpy(cond)
     result_dtype = torch.promote_types(*dtypes)
     expected = (uncond.to(compute) + 3 * (uncond.to(compute) - cond.to(compute))).to(result_dtype)
     compare("velocity", velocity, expected, u + 3 * (u - c), compute=compute)
