@@ -1,6 +1,6 @@
-"""The families of text-to-video models that are supported: a file each, with all that is known of it.
+"""The supported families of text-to-video models: one file per family, with all that the library knows of it.
 
-To add a family, write its file (`base.py` says what goes in) and list it in `FAMILIES` here.
+To add a family, write its file (`base.py` lists the fields to fill in) and add it to `FAMILIES` here.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ FAMILIES = (COGVIDEOX, HUNYUAN_VIDEO, WAN)
 
 
 def find_transformer(model: nn.Module) -> tuple[nn.Module, Family]:
-    """The diffusers transformer inside a VelocityModel, a compiled or a (distributed) data-parallel model; its family.
+    """The diffusers transformer inside `model`, and its family.
+
+    Looks into a VelocityModel, a model compiled by `torch.compile`, and data-parallel wrappers, in any nesting. Other
+    modules that hold a transformer are refused: nobody knows how to call them.
 
     Raises:
         TypeError: there is no transformer of a supported family inside.
-        ValueError: it is a variant of its family that is not supported.
+        ValueError: the transformer is a variant of its family that is not supported.
     """
     inner: Any = model
     while isinstance(inner, nn.Module):
@@ -43,14 +46,26 @@ def find_transformer(model: nn.Module) -> tuple[nn.Module, Family]:
         if family is not None:
             _check_variant(inner, family)
             return inner, family
-        children = inner._modules
-        inner = next((children[name] for name in ("transformer", "_orig_mod", "module") if name in children), None)
+        inner = _wrapped_module(inner)
     supported = ", ".join(family.transformer for family in FAMILIES)
     raise TypeError(f"model: expected one of {supported}, possibly wrapped, got {type(model).__name__}")
 
 
+def _wrapped_module(wrapper: nn.Module) -> nn.Module | None:
+    """The module that a known wrapper holds; None if this is not such a wrapper."""
+    from fastunlearn.velocity_model import VelocityModel  # imports this module
+
+    if isinstance(wrapper, VelocityModel):
+        return wrapper.transformer
+    children = wrapper._modules
+    return children.get("_orig_mod", children.get("module"))  # of torch.compile; of data parallelism
+
+
 def _family_of_class(cls: type) -> Family | None:
-    """By class name, through the bases: FSDP and users subclass, and diffusers need not be imported for this."""
+    """The family of a class, by the names of the class and its bases.
+
+    Names, so that diffusers need not be imported. Bases, because FSDP and users subclass transformers.
+    """
     names = {base.__name__ for base in cls.__mro__}
     return next((family for family in FAMILIES if family.transformer in names), None)
 
@@ -67,7 +82,7 @@ def _check_variant(transformer: nn.Module, family: Family) -> None:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that `model` belongs to, told by the class name of its transformer.
+    """The family of the transformer inside `model`.
 
     Raises:
         TypeError: the model is of no supported family.
@@ -91,7 +106,7 @@ def patch_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def attentions(transformer: nn.Module, places: AttentionPlaces) -> dict[str, nn.Module]:
-    """The attentions at `places`, by their path from the transformer, as "transformer_blocks.0.attn1"."""
+    """The attentions at `places`, by their path inside the transformer, such as "transformer_blocks.0.attn1"."""
     return {
         f"{blocks}.{index}.{attribute}": getattr(block, attribute)
         for blocks, attribute in places
@@ -100,6 +115,6 @@ def attentions(transformer: nn.Module, places: AttentionPlaces) -> dict[str, nn.
 
 
 def hidden_size(transformer: nn.Module) -> int:
-    """Features D of the tokens that the transformer's attentions return."""
+    """The number of features D of the tokens that the transformer's attentions return."""
     config: Any = transformer.config
     return config.num_attention_heads * config.attention_head_dim

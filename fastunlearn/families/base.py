@@ -1,7 +1,7 @@
-"""What the library has to know of a family of text-to-video models: the fields that every family fills in.
+"""The fields that describe a family of text-to-video models. Every family fills them in, in a file beside this one.
 
-A family is one file beside this one. It imports diffusers and transformers inside its functions only, so that
-`import fastunlearn` needs nothing but torch.
+A family's file imports diffusers and transformers inside its functions only, so that `import fastunlearn` needs nothing
+but torch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ AttentionPlaces = tuple[tuple[str, str], ...]
 
 
 class LatentSpace(NamedTuple):
-    """How a VAE's latents relate to a video. Normalised latents are (z - mean) / std of the VAE's own latents z.
+    """How a VAE's latents relate to a video. Normalised latents are (z - mean) / std, with z as the VAE encodes it.
 
     Attributes:
         frames: video frames per latent frame, after the first.
-        pixels: pixels per latent pixel, along either side.
+        pixels: video pixels per latent pixel, in height and in width.
         mean: one number, or one per channel.
         std: one number, or one per channel.
     """
@@ -34,12 +34,12 @@ class LatentSpace(NamedTuple):
 
 
 class TokenizerInput(NamedTuple):
-    """A prompt as the family's pipeline hands it to the tokenizer.
+    """A prompt in the form in which the family's pipeline passes it to the tokenizer.
 
     Attributes:
-        prompt: the cleaned prompt.
-        template: the text around it; the prompt goes to "{}".
-        crop_start: how many leading tokens the pipeline drops after encoding.
+        prompt: the prompt, cleaned as the pipeline cleans it.
+        template: the text around the prompt, with "{}" in the prompt's place.
+        crop_start: how many tokens the pipeline drops from the start after encoding.
     """
 
     prompt: str
@@ -48,37 +48,60 @@ class TokenizerInput(NamedTuple):
 
 
 def no_extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: float) -> dict[str, Any]:
-    """`Family.extra_inputs` of a transformer that takes latents, timestep and condition only."""
+    """`Family.extra_inputs` of a transformer that takes only latents, timestep and condition."""
     return {}
 
 
+def size_of_pipeline_call(pipeline_class: Any, config: Any, latent_space: LatentSpace) -> tuple[int, int, int]:
+    """`Family.default_size` of a pipeline that has its default size in the signature of `__call__`."""
+    import inspect
+
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    height, width, num_frames = (parameters[name].default for name in ("height", "width", "num_frames"))
+    return height, width, num_frames
+
+
 def set_step_count(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
-    """`Family.set_timesteps` of a pipeline that leaves the timesteps to its scheduler."""
+    """`Family.set_timesteps` of a pipeline that lets its scheduler choose the timesteps."""
     scheduler.set_timesteps(num_inference_steps, device=device)
 
 
+def encode_t5(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
+    """`Family.encode` of a pipeline with a single T5 encoder."""
+    embeddings, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"encoder_hidden_states": embeddings}
+
+
+def max_sequence_length(pipeline_class: Any, path: Any) -> int:
+    """`Family.text_length` of a pipeline that pads every prompt to its default `max_sequence_length`."""
+    import inspect
+
+    return int(inspect.signature(pipeline_class.__call__).parameters["max_sequence_length"].default)
+
+
 @dataclass(frozen=True, kw_only=True)
-class TransformerFacts:
-    """The transformer: where its attentions are, and how it is called.
+class TransformerSpec:
+    """The transformer: where its attentions are, and how to call it.
 
     Attributes:
-        name: the family's name, in saved erasers and caches too.
-        transformer: the class name of its diffusers transformer.
-        erased: where erasers sit: (list of blocks, attribute of the attention in a block). Such an attention returns
-            the video tokens (B, N, D), alone or first in a tuple with the text tokens.
-        text_attended: likewise, where video tokens attend to text tokens.
+        name: the name of the family, also in the files of saved erasers and teacher caches.
+        transformer: the class name of the diffusers transformer.
+        erased: the attentions that get erasers, as pairs (list of blocks, attribute of a block). Such an attention
+            returns the video tokens (B, N, D), alone or first in a tuple with the text tokens.
+        text_attended: the attentions in which video tokens attend to text tokens, likewise.
         text_position: where the text tokens are among the keys of `text_attended`: before the video tokens ("first"),
-            after them ("last"), or alone ("cross"). Queries are in the same order; under "cross" they are video tokens
-            only.
+            after them ("last"), or without them ("cross"). Queries have the same order, but "cross" queries are video
+            tokens only.
         channel_dim: the channel dimension of a latent: 2 in (B, F, C, H, W), 1 in (B, C, F, H, W).
-        conditions: the tensors of a condition, by keyword of the transformer's forward method, each with the names of
-            its dimensions after the batch. Dimensions of one name have one size.
-        condition_sizes: (transformer's configuration) -> the sizes of those dimensions, but for "L", the text tokens.
-        extra_inputs: (transformer, x_t, embedded_guidance_scale) -> the forward method's other keyword arguments.
-        embedded_guidance_scale: the default of the guidance that a distilled transformer takes as an input; None where
-            the family has no such transformers.
-        supported_config: entries of the transformer's configuration that must have these values. Image-to-video
-            variants are told by them, and refused.
+        conditions: the tensors of a condition: their names, which are keywords of the transformer's forward method,
+            and the names of their dimensions after the batch. Dimensions with the same name have the same size.
+        condition_sizes: (the transformer's configuration) -> the size of every such dimension except "L", the number
+            of text tokens.
+        extra_inputs: (transformer, x_t, embedded_guidance_scale) -> further keyword arguments of the forward method.
+        embedded_guidance_scale: the default guidance scale that a guidance-distilled transformer gets as an input;
+            None if the family has no such transformer.
+        supported_config: entries of the transformer's configuration that must have these values. This is how
+            image-to-video variants, which are not supported, are recognised.
     """
 
     name: str
@@ -94,7 +117,12 @@ class TransformerFacts:
     supported_config: Mapping[str, Any] = field(default_factory=dict)
 
     def video_and_text(self, length: int, text_length: int) -> tuple[slice, slice]:
-        """The video tokens among the queries, and the text tokens among the keys, of a `text_attended` attention."""
+        """The video tokens among `length` queries, and the text tokens among the keys, of a `text_attended` attention.
+
+        Args:
+            length: the number of queries.
+            text_length: the number of text tokens.
+        """
         if self.text_position == "first":
             return slice(text_length, None), slice(0, text_length)
         if self.text_position == "last":
@@ -103,27 +131,31 @@ class TransformerFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family(TransformerFacts):
-    """One family of text-to-video models: `TransformerFacts`, and what its diffusers pipeline does.
+class Family(TransformerSpec):
+    """A family of text-to-video models: its transformer (`TransformerSpec`), and what its diffusers pipeline does.
 
     Attributes:
-        pipeline: the class name of its diffusers pipeline.
+        pipeline: the class name of the diffusers pipeline.
         denoisers: the pipeline's components that denoise.
         text_components: the pipeline's components that encode prompts.
         encode: (pipeline, prompt, max_sequence_length) -> the condition, with a batch of 1.
-        text_length: (pipeline class, folder or Hub id) -> how many text tokens the transformer gets.
-        tokenizer_input: a prompt -> what the tokenizer gets.
-        vae: the class name of its VAE.
-        vae_dtype: the dtype that the VAE needs; None for the transformer's.
+        text_length: (pipeline class, folder or Hub id) -> the number of text tokens that the transformer gets.
+        tokenizer_input: (prompt) -> what the tokenizer gets.
+        vae: the class name of the VAE.
+        vae_dtype: the dtype to load the VAE in; None for that of the transformer.
         latent_space: (the VAE's configuration) -> its latent space.
-        flow_matching: True where the model predicts noise - x0 at x_t = (1 - s) x0 + s noise, t = 1000 s. False where
-            it predicts v, noise or x0 in a schedule of `alphas_cumprod`, as its scheduler says.
-        guidance_scale: the pipeline's default for classifier-free guidance; 1 where it takes one pass per step.
-        fps: frames per second of its videos.
+        flow_matching: True if the model predicts noise - x0 at x_t = (1 - s) x0 + s noise, t = 1000 s. False if it
+            predicts v, noise or x0 on a noise schedule `alphas_cumprod`; the scheduler's configuration says which.
+        guidance_scale: the pipeline's default for classifier-free guidance; 1 if it makes one pass per sampling step.
+        fps: frames per second of the videos.
+        default_size: (pipeline class, the transformer's configuration, latent space) -> the default height, width and
+            number of frames of a video.
         float32_latents: whether the pipeline keeps latents in float32 between sampling steps, or in the model's dtype.
-        set_timesteps: (scheduler, sampling steps, device): sets the timesteps as the pipeline does.
-        unsupported_options: entries of model_index.json that must be absent or false, each with what it means.
-        tiny_pipelines: variant -> a function that makes a tiny random pipeline of it, without a network.
+        set_timesteps: (scheduler, number of sampling steps, device); sets the timesteps as the pipeline does.
+        unsupported_options: options in model_index.json that must not be set, each with what it means.
+        tiny_transformer: (**configuration) -> a tiny random transformer for tests; the arguments override entries of
+            its configuration.
+        tiny_pipelines: functions that make a tiny random pipeline without a network, by the name of the variant.
     """
 
     pipeline: str
@@ -138,20 +170,9 @@ class Family(TransformerFacts):
     flow_matching: bool
     guidance_scale: float
     fps: int
+    default_size: Callable[[Any, Any, LatentSpace], tuple[int, int, int]] = size_of_pipeline_call
     float32_latents: bool = True
     set_timesteps: Callable[[Any, int, torch.device], None] = set_step_count
     unsupported_options: Mapping[str, str] = field(default_factory=dict)
+    tiny_transformer: Callable[..., Any]
     tiny_pipelines: Mapping[str, Callable[[], Any]]
-
-
-def encode_t5(pipeline: Any, prompt: str, length: int) -> dict[str, Tensor]:
-    """`Family.encode` of a pipeline with one T5 encoder."""
-    embeddings, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=length)
-    return {"encoder_hidden_states": embeddings}
-
-
-def max_sequence_length(pipeline_class: Any, path: Any) -> int:
-    """`Family.text_length` of a pipeline that pads every prompt to the default of its own argument."""
-    import inspect
-
-    return int(inspect.signature(pipeline_class.__call__).parameters["max_sequence_length"].default)

@@ -1,4 +1,4 @@
-"""CogVideoX: 2B, and 5B with rotary embeddings. Text tokens first, in every attention; predicts v."""
+"""CogVideoX: 2B, and 5B with rotary embeddings. Attention over text and video tokens, text first; predicts v."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _rotary_embeddings(
     size: tuple[int, int, int],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the video tokens, as `CogVideoXPipeline._prepare_rotary_positional_embeddings` has them."""
+    """Cosines and sines for the video tokens, equal to `CogVideoXPipeline._prepare_rotary_positional_embeddings`."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
@@ -47,7 +47,7 @@ def _rotary_embeddings(
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # a cached inference tensor would break the training that comes after sampling
+@torch.inference_mode(False)  # an inference tensor in the cache would break training after sampling
 def _cached_rotary_embeddings(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _rotary_embeddings(*arguments)
 
@@ -57,7 +57,7 @@ def _extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: 
     inputs: dict[str, Any] = {}
     if config.use_rotary_positional_embeddings:
         frames, _, height, width = x_t.shape[1:]
-        # A compiler makes constants of them by itself.
+        # torch.compile makes constants of them, and cannot trace the cache.
         rotary = _rotary_embeddings if torch.compiler.is_compiling() else _cached_rotary_embeddings
         inputs["image_rotary_emb"] = rotary(
             config.attention_head_dim,
@@ -68,43 +68,48 @@ def _extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: 
             x_t.device,
         )
     if config.ofs_embed_dim is not None:
-        inputs["ofs"] = x_t.new_full((1,), 2.0)  # the pipeline's constant
+        inputs["ofs"] = x_t.new_full((1,), 2.0)  # a constant in diffusers' pipeline
     return inputs
 
 
+def _default_size(pipeline_class: Any, config: Any, latent_space: LatentSpace) -> tuple[int, int, int]:
+    """The size that the transformer was trained with."""
+    return latent_space.pixels * config.sample_height, latent_space.pixels * config.sample_width, config.sample_frames
+
+
 def _text_length(pipeline_class: Any, path: Any) -> int:
-    """The transformer's configuration says it."""
+    """Read from the transformer's configuration."""
     from diffusers import CogVideoXTransformer3DModel
 
     return int(CogVideoXTransformer3DModel.load_config(path, subfolder="transformer")["max_text_seq_length"])
 
 
+def _tiny_transformer(**configuration: Any) -> Any:
+    from diffusers import CogVideoXTransformer3DModel
+
+    defaults = {
+        "num_attention_heads": tiny.HEADS,
+        "attention_head_dim": tiny.HEAD_DIM,
+        "in_channels": tiny.CHANNELS,
+        "out_channels": tiny.CHANNELS,
+        "time_embed_dim": 32,
+        "text_embed_dim": tiny.TEXT_DIM,
+        "num_layers": 2,
+        "sample_width": tiny.WIDTH // 8,
+        "sample_height": tiny.HEIGHT // 8,
+        "sample_frames": tiny.FRAMES,
+        "patch_size": 2,
+        "temporal_compression_ratio": 4,
+    }
+    return CogVideoXTransformer3DModel(**defaults | configuration)
+
+
 def _tiny_pipeline(rotary: bool = False) -> Any:
-    from diffusers import (
-        AutoencoderKLCogVideoX,
-        CogVideoXDDIMScheduler,
-        CogVideoXPipeline,
-        CogVideoXTransformer3DModel,
-    )
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
     from transformers import T5EncoderModel
 
     tokenizer = tiny.t5_tokenizer()
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=tiny.HEADS,
-        attention_head_dim=tiny.HEAD_DIM,
-        in_channels=tiny.CHANNELS,
-        out_channels=tiny.CHANNELS,
-        time_embed_dim=32,
-        text_embed_dim=tiny.TEXT_DIM,
-        num_layers=2,
-        sample_width=tiny.WIDTH // 8,
-        sample_height=tiny.HEIGHT // 8,
-        sample_frames=tiny.FRAMES,
-        patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=226,
-        use_rotary_positional_embeddings=rotary,
-    )
+    transformer = _tiny_transformer(max_text_seq_length=226, use_rotary_positional_embeddings=rotary)
     return CogVideoXPipeline(
         tokenizer=tokenizer,
         text_encoder=T5EncoderModel(tiny.t5_config("T5Config", len(tokenizer))).eval(),
@@ -117,7 +122,7 @@ def _tiny_pipeline(rotary: bool = False) -> Any:
             norm_num_groups=2,
             scaling_factor=0.7 if rotary else 1.15258426,
         ).eval(),
-        transformer=tiny.sharpen(transformer, [block.attn1 for block in transformer.transformer_blocks]),
+        transformer=tiny.sharpen(transformer, tiny.VALUE_GAIN),
         scheduler=CogVideoXDDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -156,6 +161,11 @@ COGVIDEOX = Family(
     flow_matching=False,
     guidance_scale=6.0,
     fps=8,
+    default_size=_default_size,
     float32_latents=False,
-    tiny_pipelines={"cogvideox": _tiny_pipeline, "cogvideox-rope": lambda: _tiny_pipeline(rotary=True)},
+    tiny_transformer=_tiny_transformer,
+    tiny_pipelines={
+        "cogvideox": _tiny_pipeline,  # like 2B: no rotary embeddings
+        "cogvideox-rope": lambda: _tiny_pipeline(rotary=True),  # like 5B
+    },
 )

@@ -1,4 +1,4 @@
-"""HunyuanVideo: double and single blocks, text tokens last; guidance is an input; flow matching."""
+"""HunyuanVideo: attention over video and text tokens, text last; the guidance scale is an input; flow matching."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: 
     config: Any = transformer.config
     if not config.guidance_embeds:
         return {}
-    # Multiplied after it is rounded to the model's dtype, as in the pipeline.
+    # Rounded to the model's dtype before it is multiplied, as in diffusers' pipeline.
     return {"guidance": x_t.new_full(x_t.shape[:1], embedded_guidance_scale) * 1000.0}
 
 
@@ -35,13 +35,30 @@ def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.devic
     scheduler.set_timesteps(sigmas=sigmas, device=device)
 
 
+def _tiny_transformer(**configuration: Any) -> Any:
+    """One double-stream block and two single-stream blocks."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    defaults = {
+        "in_channels": tiny.CHANNELS,
+        "out_channels": tiny.CHANNELS,
+        "num_attention_heads": tiny.HEADS,
+        "attention_head_dim": tiny.HEAD_DIM,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "guidance_embeds": True,
+        "text_embed_dim": tiny.TEXT_DIM,
+        "pooled_projection_dim": tiny.TEXT_DIM,
+        "rope_axes_dim": (4, 6, 6),
+    }
+    return HunyuanVideoTransformer3DModel(**defaults | configuration)
+
+
 def _tiny_pipeline() -> Any:
-    from diffusers import (
-        AutoencoderKLHunyuanVideo,
-        FlowMatchEulerDiscreteScheduler,
-        HunyuanVideoPipeline,
-        HunyuanVideoTransformer3DModel,
-    )
+    from diffusers import AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
     from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
@@ -52,7 +69,7 @@ def _tiny_pipeline() -> Any:
             vocab_size=len(tokenizer),
             hidden_size=tiny.TEXT_DIM,
             intermediate_size=37,
-            num_hidden_layers=4,  # the pipeline reads the output of the last but two
+            num_hidden_layers=4,  # the pipeline skips the last two layers
             num_attention_heads=4,
             num_key_value_heads=2,
             pad_token_id=tokenizer.pad_token_id,
@@ -73,22 +90,7 @@ def _tiny_pipeline() -> Any:
             initializer_factor=10.0,
         )
     )
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=tiny.CHANNELS,
-        out_channels=tiny.CHANNELS,
-        num_attention_heads=tiny.HEADS,
-        attention_head_dim=tiny.HEAD_DIM,
-        num_layers=1,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=tiny.TEXT_DIM,
-        pooled_projection_dim=tiny.TEXT_DIM,
-        rope_axes_dim=(4, 6, 6),
-    )
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    transformer = _tiny_transformer()
     return HunyuanVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder.eval(),
@@ -97,7 +99,7 @@ def _tiny_pipeline() -> Any:
         vae=AutoencoderKLHunyuanVideo(
             latent_channels=tiny.CHANNELS, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
         ).eval(),
-        transformer=tiny.sharpen(transformer, [block.attn for block in blocks]),
+        transformer=tiny.sharpen(transformer, tiny.VALUE_GAIN),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
     )
 
@@ -132,8 +134,9 @@ HUNYUAN_VIDEO = Family(
         std=1 / config["scaling_factor"],
     ),
     flow_matching=True,
-    guidance_scale=1.0,  # distilled: guidance is an input
+    guidance_scale=1.0,  # guidance-distilled: no classifier-free guidance
     fps=15,
     set_timesteps=_set_timesteps,
+    tiny_transformer=_tiny_transformer,
     tiny_pipelines={"hunyuan_video": _tiny_pipeline},
 )

@@ -1,16 +1,14 @@
-"""Parts of the tiny random pipelines: sizes, tokenizers, and weights that make attention sharp.
+"""Building blocks of the tiny random pipelines: sizes, tokenizers, and weights that make attention sharp.
 
-Everything but the sizes is as in the published pipelines: the classes, the schedulers, the lengths of texts, the prompt
-template, the compression of the VAE. A call with `height=64, width=64, num_frames=9` takes well under a second.
+Everything but the sizes is as in the published pipelines: the classes, the schedulers, the number of text tokens, the
+prompt template, the VAE's compression. A call with `height=64, width=64, num_frames=9` takes well under a second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 HEIGHT, WIDTH, FRAMES = 64, 64, 9
 HEADS, HEAD_DIM, CHANNELS, TEXT_DIM = 4, 16, 4, 32
@@ -21,21 +19,30 @@ _WORDS = (
     "person nude naked clothed man woman dog cat car cart scar church street park beach "
     "walking running standing sitting playing"
 )
-_VALUE_GAIN = 6.0
+VALUE_GAIN = 6.0  # how much larger the pipelines' values are, so that prompts change the video
 
 
-def sharpen(transformer: Any, attentions: Sequence[Any]) -> nn.Module:
-    """Random norms on queries and keys, large values: heads attend sharply, to different things, and it matters."""
+def sharpen(transformer: Any, value_gain: float = 1.0) -> Any:
+    """Randomises the norms of queries and keys, so that every head attends sharply, and to something else.
+
+    Args:
+        transformer: the transformer to change: all its attentions that normalise queries and keys.
+        value_gain: multiplies the weights of these attentions' value projections.
+
+    Returns:
+        The transformer, in eval mode.
+    """
     with torch.no_grad():
-        for attention in attentions:
-            for norm in (attention.norm_q, attention.norm_k):
-                norm.weight.normal_(1.5, 0.3)
-            attention.to_v.weight.mul_(_VALUE_GAIN)
+        for attention in transformer.modules():
+            if getattr(attention, "norm_q", None) is not None:
+                for norm in (attention.norm_q, attention.norm_k):
+                    norm.weight.normal_(1.5, 0.3)
+                attention.to_v.weight.mul_(value_gain)
     return transformer.eval()
 
 
 def t5_config(name: str, vocabulary: int) -> Any:
-    """A configuration of the transformers class `name`, of a few thousand parameters."""
+    """A configuration of transformers' class `name`, for a model of a few thousand parameters."""
     import transformers
 
     return getattr(transformers, name)(
@@ -44,7 +51,7 @@ def t5_config(name: str, vocabulary: int) -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """SentencePiece: one token per known word, one per letter elsewhere; a text ends with `</s>`."""
+    """SentencePiece with one token per known word and one per letter of other words; a text ends with `</s>`."""
     from transformers import T5Tokenizer
 
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
@@ -54,7 +61,7 @@ def t5_tokenizer() -> Any:
 
 
 def llama_tokenizer(template: str) -> Any:
-    """One token per word, sign and line break: HunyuanVideo's template then takes the 95 tokens that it crops."""
+    """One token per word, sign and line break. HunyuanVideo's template then has the 95 tokens that get cropped."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

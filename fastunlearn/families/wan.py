@@ -1,11 +1,10 @@
-"""Wan: 2.1, and 2.2 A14B with two transformers. Text enters by cross-attention; flow matching."""
+"""Wan: 2.1, and 2.2 A14B with two transformers. Cross-attention to the text; flow matching."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastunlearn.families import tiny
 from fastunlearn.families.base import Family, LatentSpace, TokenizerInput, encode_t5, max_sequence_length
@@ -15,6 +14,26 @@ def _tokenizer_input(prompt: str) -> TokenizerInput:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     return TokenizerInput(prompt_clean(prompt))
+
+
+def _tiny_transformer(**configuration: Any) -> Any:
+    from diffusers import WanTransformer3DModel
+
+    defaults = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": tiny.HEADS,
+        "attention_head_dim": 12,
+        "in_channels": tiny.CHANNELS,
+        "out_channels": tiny.CHANNELS,
+        "text_dim": tiny.TEXT_DIM,
+        "freq_dim": 32,
+        "ffn_dim": 64,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 32,
+    }
+    return WanTransformer3DModel(**defaults | configuration)
 
 
 def _tiny_pipeline(experts: int = 1) -> Any:
@@ -32,8 +51,8 @@ def _tiny_pipeline(experts: int = 1) -> Any:
             latents_mean=[-0.7, 0.3, 0.1, -0.2],
             latents_std=[2.8, 1.4, 0.6, 2.1],
         ).eval(),
-        transformer=_tiny_transformer(),
-        transformer_2=_tiny_transformer() if experts == 2 else None,
+        transformer=tiny.sharpen(_tiny_transformer(), tiny.VALUE_GAIN),
+        transformer_2=tiny.sharpen(_tiny_transformer(), tiny.VALUE_GAIN) if experts == 2 else None,
         boundary_ratio=0.875 if experts == 2 else None,
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
@@ -41,29 +60,7 @@ def _tiny_pipeline(experts: int = 1) -> Any:
     )
 
 
-def _tiny_transformer() -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=tiny.HEADS,
-        attention_head_dim=12,
-        in_channels=tiny.CHANNELS,
-        out_channels=tiny.CHANNELS,
-        text_dim=tiny.TEXT_DIM,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
-    return tiny.sharpen(
-        transformer, [attention for block in transformer.blocks for attention in (block.attn1, block.attn2)]
-    )
-
-
-_CROSS_ATTENTIONS = (("blocks", "attn2"),)  # where the text enters; the self-attention, attn1, sees no word
+_CROSS_ATTENTIONS = (("blocks", "attn2"),)  # attn1 is self-attention over video tokens
 
 WAN = Family(
     name="wan",
@@ -81,7 +78,7 @@ WAN = Family(
     text_length=max_sequence_length,
     tokenizer_input=_tokenizer_input,
     vae="AutoencoderKLWan",
-    vae_dtype=torch.float32,  # in half precision its videos are wrong
+    vae_dtype=torch.float32,  # as diffusers' example of this pipeline loads it, next to a bfloat16 transformer
     latent_space=lambda config: LatentSpace(
         frames=config["scale_factor_temporal"],
         pixels=config["scale_factor_spatial"],
@@ -91,6 +88,10 @@ WAN = Family(
     flow_matching=True,
     guidance_scale=5.0,
     fps=16,
-    unsupported_options={"expand_timesteps": "a timestep for every token, as in Wan2.2-TI2V-5B"},
-    tiny_pipelines={"wan": _tiny_pipeline, "wan-2.2": lambda: _tiny_pipeline(experts=2)},
+    unsupported_options={"expand_timesteps": "one timestep per token, as in Wan2.2-TI2V-5B"},
+    tiny_transformer=_tiny_transformer,
+    tiny_pipelines={
+        "wan": _tiny_pipeline,  # like 2.1
+        "wan-2.2": lambda: _tiny_pipeline(experts=2),  # like A14B: two transformers, boundary_ratio 0.875
+    },
 )

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastunlearn import families, interception, localization_loss
 from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
 from fastunlearn.erasers import attach_erasers, erasers_disabled, set_eraser_scale
-from fastunlearn.families.base import TransformerFacts
+from fastunlearn.families.base import TransformerSpec
 from fastunlearn.masks import get_mask
 from fastunlearn.velocity_model import as_velocity_model
 
@@ -62,17 +62,9 @@ def assert_close(actual, exact, eager):
     assert (actual.double() - exact).abs().max() <= allowed
 
 
-# Where the video stands among the queries and the text among the keys, in an attention that reads text.
-VIDEO_AND_TEXT = {
-    "cogvideox": (slice(TEXT, None), slice(0, TEXT)),
-    "hunyuan_video": (slice(0, VIDEO), slice(VIDEO, None)),
-    "wan": (slice(None), slice(None)),
-}
-
-
 def text_attentions(family, calls):
-    """Those of `calls` that the maps are of: not HunyuanVideo's refiner, nor Wan's self-attention."""
-    keys = TEXT if family.name == "wan" else TEXT + VIDEO
+    """Those of `calls` that maps are captured from: not HunyuanVideo's refiner, nor Wan's self-attention."""
+    keys = TEXT if family.text == slice(None) else TEXT + VIDEO
     return [call for call in calls if call[1].shape[2] == keys]
 
 
@@ -94,10 +86,9 @@ def test_maps_are_the_attention_that_runs(family, dtype, monkeypatch):
     assert list(maps) == list(concept_maps) == family.layers
     # The attention itself computes in the model's dtype, so that is what eager means for half precision.
     eager_dtype = torch.float32 if dtype == torch.float64 else dtype
-    video, text = VIDEO_AND_TEXT[family.name]
     for name, call in zip(family.layers, text_attentions(family, calls), strict=True):
-        exact = softmax(*call)[:, :, video, text]
-        eager = softmax(*call, dtype=eager_dtype)[:, :, video, text]
+        exact = softmax(*call)[:, :, family.video, family.text]
+        eager = softmax(*call, dtype=eager_dtype)[:, :, family.video, family.text]
         assert exact.shape == (2, HEADS, VIDEO, TEXT)
         assert_close(maps[name], exact, eager)
         assert_close(concept_maps[name], exact[..., words].sum(-1).mean(1), eager[..., words].float().sum(-1).mean(1))
@@ -144,7 +135,7 @@ class ToyTransformer(nn.Module):
 
 def toy(position):
     place = (("blocks", "attn"),)
-    return TransformerFacts(
+    return TransformerSpec(
         name="toy",
         transformer="ToyTransformer",
         erased=place,

@@ -2,24 +2,20 @@ import inspect
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoPipeline,
-    WanPipeline,
-)
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, FlowMatchEulerDiscreteScheduler
 from tiny_models import FAMILIES, cogvideox, hunyuan_video, hunyuan_video_inputs, inputs, wan
 from torch import nn
 
+from fastunlearn import families
 from fastunlearn.families import attentions, family_of, find_transformer, patch_size
 from fastunlearn.velocity_model import as_velocity_model
 
 
 class Wrapper(nn.Module):
-    """As DistributedDataParallel holds its model."""
+    """Holds its model as DistributedDataParallel does."""
 
     def __init__(self, module):
         super().__init__()
@@ -33,9 +29,9 @@ def test_the_transformer_is_found_inside_its_wrappers(family):
     compiled = torch.compile(velocity, backend="eager")
     for model in (transformer, velocity, Wrapper(transformer), compiled, Wrapper(compiled)):
         assert find_transformer(model)[0] is transformer
-    backbone = family_of(transformer)
-    assert backbone.name == family.name
-    assert list(attentions(transformer, backbone.erased)) == family.layers
+    found = family_of(transformer)
+    assert found.name == family.name
+    assert list(attentions(transformer, found.erased)) == family.layers
     assert as_velocity_model(velocity) is velocity
     assert patch_size(velocity) == (1, 2, 2)
 
@@ -46,7 +42,17 @@ def test_a_subclass_is_of_the_family():
     assert family_of(transformer).name == "cogvideox"
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), "cogvideox", None])
+def holder_of(transformer):
+    """A user's own module around a transformer, which takes nobody knows what."""
+    holder = nn.Module()
+    holder.transformer = transformer
+    return holder
+
+
+OTHER_MODELS = [nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), holder_of(cogvideox()), "cogvideox", None]
+
+
+@pytest.mark.parametrize("model", OTHER_MODELS, ids=lambda model: type(model).__name__)
 def test_another_model_is_refused_by_name(model):
     with pytest.raises(TypeError, match=f"CogVideoXTransformer3DModel.*got {type(model).__name__}"):
         family_of(model)
@@ -61,27 +67,27 @@ def test_another_model_is_refused_by_name(model):
         (wan, {"added_kv_proj_dim": 48}, "added_kv_proj_dim"),
     ],
 )
-def test_transformers_of_images_are_refused(make, config, entry):
+def test_image_to_video_transformers_are_refused(make, config, entry):
     with pytest.raises(ValueError, match=f"text-to-video.*{entry}=None.*got {entry}={next(iter(config.values()))!r}"):
         as_velocity_model(make(**config))
 
 
-def pipeline_of(family, transformer):
-    """diffusers' own, of which only the transformer is there."""
-    if family.name == "cogvideox":
-        return CogVideoXPipeline(None, None, None, transformer, CogVideoXDDIMScheduler())
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-    if family.name == "hunyuan_video":
-        return HunyuanVideoPipeline(None, None, transformer, None, scheduler, None, None)
-    return WanPipeline(None, None, None, scheduler, transformer)
+def diffusers_pipeline(transformer):
+    """diffusers' own pipeline with this transformer, without a VAE and text encoders."""
+    family = family_of(transformer)
+    pipeline_class = getattr(diffusers, family.pipeline)
+    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
+    components = {p.name: None for p in parameters if p.default is p.empty and p.name != "self"}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0) if family.flow_matching else CogVideoXDDIMScheduler()
+    return pipeline_class(**components | {"transformer": transformer, "scheduler": scheduler})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_velocity_is_what_the_pipeline_s_sampling_gets(family, dtype):
+def test_velocity_is_the_transformer_output_in_the_pipeline(family, dtype):
     transformer = family.make().to(dtype)
     _, _, cond = family.inputs(1, dtype)
-    prompt, scale = {"prompt_embeds": cond}, 1.0  # of classifier-free guidance: one call a step
+    prompt, scale = {"prompt_embeds": cond}, 1.0  # no classifier-free guidance: one forward pass per sampling step
     if isinstance(cond, dict):
         cond["encoder_attention_mask"][:, 10:] = 0
         prompt = {
@@ -89,12 +95,12 @@ def test_velocity_is_what_the_pipeline_s_sampling_gets(family, dtype):
             "pooled_prompt_embeds": cond["pooled_projections"],
             "prompt_attention_mask": cond["encoder_attention_mask"],
         }
-        scale = 4.3  # embedded; 4.3 * 1000 is not what 4300 rounds to in bfloat16
+        scale = 4.3  # an input of the transformer; in bfloat16, 4.3 * 1000 differs from 4300
     calls = []
     handle = transformer.register_forward_hook(
         lambda module, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
     )
-    pipeline = pipeline_of(family, transformer)
+    pipeline = diffusers_pipeline(transformer)
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 3}
     pipeline(**prompt, **size, guidance_scale=scale, output_type="latent")
@@ -135,18 +141,22 @@ def test_guidance_and_padding_of_hunyuan_video():
         as_velocity_model(transformer, embedded_guidance_scale=float("nan"))
 
 
-def test_the_families_sampling_defaults_are_their_pipelines():
-    for family, pipeline in zip(FAMILIES, (CogVideoXPipeline, HunyuanVideoPipeline, WanPipeline), strict=True):
-        backbone = family_of(family.make())
-        defaults = {name: p.default for name, p in inspect.signature(pipeline.__call__).parameters.items()}
-        assert backbone.guidance_scale == defaults.get("true_cfg_scale", defaults["guidance_scale"])
-        if backbone.embedded_guidance_scale is not None:
-            assert backbone.embedded_guidance_scale == defaults["guidance_scale"]
-        assert backbone.flow_matching == (family.name != "cogvideox")
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_a_family_has_the_sampling_defaults_of_its_pipeline(family):
+    pipeline_class = getattr(diffusers, family.pipeline)
+    defaults = {name: p.default for name, p in inspect.signature(pipeline_class.__call__).parameters.items()}
+    assert family.guidance_scale == defaults.get("true_cfg_scale", defaults["guidance_scale"])
+    if family.embedded_guidance_scale is not None:
+        assert family.embedded_guidance_scale == defaults["guidance_scale"]
+    assert family.flow_matching == (family.name != "cogvideox")
+
+
+def test_every_family_is_tested():
+    assert [row.name for row in FAMILIES] == [family.name for family in families.FAMILIES]
 
 
 def rotary_of_the_pipeline(transformer, x_t):
-    """What diffusers' own pipeline hands to its transformer; its VAE scales by 8."""
+    """The rotary embeddings that diffusers' pipeline passes to its transformer, with a VAE that scales by 8."""
     pipeline = CogVideoXPipeline.__new__(CogVideoXPipeline)
     pipeline.transformer, pipeline.vae_scale_factor_spatial = transformer, 8
     frames, _, height, width = x_t.shape[1:]
@@ -161,7 +171,7 @@ def rotary_of_the_pipeline(transformer, x_t):
     ids=["sincos", "rope", "rope-1.5", "ofs"],
 )
 @pytest.mark.parametrize("size", [(4, 8, 8), (2, 4, 8)])
-def test_velocity_is_what_the_pipeline_would_get(overrides, size):
+def test_cogvideox_gets_the_inputs_that_its_pipeline_computes(overrides, size):
     transformer = cogvideox(**overrides)
     frames, height, width = size
     if not overrides:
@@ -177,16 +187,16 @@ def test_velocity_is_what_the_pipeline_would_get(overrides, size):
             assert not torch.equal(transformer(x_t, cond, t, ofs=ofs, return_dict=False)[0], expected)
 
 
-def of_the_first(cond):
-    """Only the first sample's condition."""
+def first_sample(cond):
+    """The first sample's condition, with a batch of 1."""
     return {name: value[:1] for name, value in cond.items()} if isinstance(cond, dict) else cond[:1]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_one_timestep_and_one_condition_serve_the_batch(family):
+def test_one_timestep_and_one_condition_are_broadcast(family):
     velocity = as_velocity_model(family.make())
     x_t, _, cond = family.inputs()
-    first = of_the_first(cond)
+    first = first_sample(cond)
     twice = (
         {name: value.expand(2, *value.shape[1:]) for name, value in first.items()}
         if isinstance(cond, dict)
@@ -231,7 +241,7 @@ def test_wrong_input_is_named(family):
             velocity(x_t, t, whole | {name: whole[name][..., None]})
 
 
-def test_a_condition_of_hunyuan_video_must_fit_together():
+def test_the_parts_of_a_hunyuan_video_condition_must_fit_together():
     velocity = as_velocity_model(hunyuan_video())
     x_t, t, cond = hunyuan_video_inputs()
     with pytest.raises(ValueError, match=r"missing: \['encoder_attention_mask', 'pooled_projections'\]"):
