@@ -1,4 +1,8 @@
+"""Sampling step by step gives the latents of the whole pipeline, and the model's velocities on the way."""
+
+import copy
 from contextlib import nullcontext
+from functools import cache
 
 import diffusers
 import pytest
@@ -16,17 +20,23 @@ SHAPE = {"height": 32, "width": 32, "num_frames": 9}
 STEPS = 3
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def family(request, tiny_pipeline):
-    return request.param, tiny_pipeline(request.param)
+every_family = pytest.mark.parametrize("family", VARIANTS)
 
 
-def loaded(folder, dtype=torch.float32, prompts=(*PROMPTS, NEGATIVE)):
-    encoded = encode_prompts(folder, list(prompts), "circle", dtype=dtype, device="cpu")
-    return load_model(folder, dtype=dtype, device="cpu"), encoded
+@pytest.fixture(scope="module")
+def encoded_prompts(tiny_pipeline):
+    """`encoded_prompts(family)`: the encoded prompts, in float32 by default."""
+
+    @cache
+    def encoded(family, dtype=torch.float32):
+        return encode_prompts(tiny_pipeline(family), [*PROMPTS, NEGATIVE], "circle", dtype=dtype, device="cpu")
+
+    return encoded
 
 
 def conditions_of(encoded, **prompts):
+    """By name, the stacked conditions of a list of prompts."""
+
     def stacked(texts):
         return stack_conditions([encoded[text].condition for text in texts], torch.device("cpu"))
 
@@ -39,9 +49,9 @@ def noise_for(model, batch=2):
 
 
 def pipeline_latents(pipeline, noise, guidance_scale, generator=None):
-    """What the pipeline itself ends in."""
+    """The latents that the pipeline itself ends with."""
     name = type(pipeline).__name__
-    more = {"true_cfg_scale": guidance_scale} if name == "HunyuanVideoPipeline" else {"guidance_scale": guidance_scale}
+    guidance = {"true_cfg_scale" if name == "HunyuanVideoPipeline" else "guidance_scale": guidance_scale}
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         prompt=PROMPTS,
@@ -50,7 +60,7 @@ def pipeline_latents(pipeline, noise, guidance_scale, generator=None):
         num_inference_steps=STEPS,
         output_type="latent",
         generator=generator,
-        **more,
+        **guidance,
         **SHAPE,
     ).frames
 
@@ -60,13 +70,14 @@ def close(a, b, relative):
     assert (a - b).abs().max() <= relative * b.abs().max(), (a - b).abs().max() / b.abs().max()
 
 
+@every_family
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_the_pipeline_s_own_latents(family, guidance_scale):
-    _, folder = family
-    model, encoded = loaded(folder)
+def test_sampling_gives_the_latents_of_the_pipeline(
+    family, guidance_scale, loaded_model, diffusers_pipeline, encoded_prompts
+):
+    model, pipeline = loaded_model(family), diffusers_pipeline(family)
     noise = noise_for(model)
-    conditions = conditions_of(encoded, prompt=PROMPTS, negative=[NEGATIVE] * 2)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    conditions = conditions_of(encoded_prompts(family), prompt=PROMPTS, negative=[NEGATIVE] * 2)
     expected = pipeline_latents(pipeline, noise, guidance_scale)
     steps = list(
         denoise(
@@ -83,20 +94,22 @@ def test_the_pipeline_s_own_latents(family, guidance_scale):
     assert [step.index for step in steps] == [0, 1, 2]
     assert [step.t for step in steps] == pipeline.scheduler.timesteps.tolist()
     assert torch.equal(steps[0].x_t, noise) and torch.equal(steps[1].x_t, steps[0].x_next)
-    # The condition matters: what was not followed leads elsewhere.
+    # The condition matters: following the other one ends elsewhere.
     other = list(denoise(model, noise, conditions, follow="negative", guidance_scale=1, num_inference_steps=STEPS))
     assert (other[-1].x_next - expected).abs().max() > 0.01 * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 @pytest.mark.parametrize("scheduler", ["CogVideoXDPMScheduler", "DPMSolverMultistepScheduler"])
-def test_other_schedulers(tiny_pipeline, scheduler):
+def test_other_schedulers(scheduler, loaded_model, diffusers_pipeline, encoded_prompts):
     family = "cogvideox" if "Cog" in scheduler else "wan"
-    folder = tiny_pipeline(family)
-    model, encoded = loaded(folder)
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
-    more = {} if "Cog" in scheduler else {"algorithm_type": "dpmsolver++"}
-    pipeline.scheduler = getattr(diffusers, scheduler).from_config(model.scheduler.config, **more)
-    model.scheduler = getattr(diffusers, scheduler).from_config(model.scheduler.config, **more)
+    settings = {} if "Cog" in scheduler else {"algorithm_type": "dpmsolver++"}
+    scheduler_class = getattr(diffusers, scheduler)
+    model, encoded = copy.copy(loaded_model(family)), encoded_prompts(family)
+    model.scheduler = scheduler_class.from_config(model.scheduler.config, **settings)
+    components = diffusers_pipeline(family).components
+    components["scheduler"] = scheduler_class.from_config(model.scheduler.config, **settings)
+    pipeline = type(diffusers_pipeline(family))(**components)
     noise = noise_for(model)
     generators = [random_generator("noise on the way", sample) for sample in range(2)]
     expected = pipeline_latents(
@@ -108,33 +121,33 @@ def test_other_schedulers(tiny_pipeline, scheduler):
     close(last.x_next, expected, 1e-4)
     first, second = ([*denoise(model, noise, conditions, **settings)][-1].x_next for _ in range(2))
     assert torch.equal(first, second)  # without generators too
-    # A sample does not depend on what is beside it.
+    # A sample does not depend on the rest of its batch.
     alone = {name: {key: value[:1] for key, value in condition.items()} for name, condition in conditions.items()}
-    *_, of_one = denoise(model, noise[:1], alone, **settings)
-    close(of_one.x_next, first[:1], 1e-4)
+    *_, last = denoise(model, noise[:1], alone, **settings)
+    close(last.x_next, first[:1], 1e-4)
 
 
-def test_velocities_are_the_model_s(family):
-    name, folder = family
-    model, encoded = loaded(folder)
+@every_family
+def test_the_velocities_of_a_step_are_the_experts_own(family, loaded_model, encoded_prompts):
+    model = loaded_model(family)
     noise = noise_for(model)
-    conditions = conditions_of(encoded, prompt=PROMPTS, negative=[NEGATIVE] * 2)
+    conditions = conditions_of(encoded_prompts(family), prompt=PROMPTS, negative=[NEGATIVE] * 2)
     for step in denoise(model, noise, conditions, follow="prompt", num_inference_steps=STEPS):
         expert = model.experts[model.expert_index(step.t)]
         assert step.velocities.keys() == conditions.keys()
         for key, velocity in step.velocities.items():
             with torch.no_grad():
                 close(velocity, expert(step.x_t, step.t, conditions[key]), 1e-4)
-        apart = velocities(model, step.x_t, torch.tensor(step.t), conditions, one_at_a_time=True)
-        for key, velocity in apart.items():
+        one_at_a_time = velocities(model, step.x_t, torch.tensor(step.t), conditions, one_at_a_time=True)
+        for key, velocity in one_at_a_time.items():
             close(velocity, step.velocities[key], 1e-4)
     used = {model.expert_index(t) for t in scheduler_for(model, STEPS).timesteps.tolist()}
-    assert used == ({0, 1} if name == "wan-2.2" else {0})
+    assert used == ({0, 1} if family == "wan-2.2" else {0})
 
 
-def test_conditions_of_different_lengths_go_one_at_a_time(tiny_pipeline):
-    model, encoded = loaded(tiny_pipeline("wan"))
-    conditions = conditions_of(encoded, prompt=PROMPTS, negative=[NEGATIVE] * 2)
+def test_conditions_of_different_lengths_go_one_at_a_time(loaded_model, encoded_prompts):
+    model = loaded_model("wan")
+    conditions = conditions_of(encoded_prompts("wan"), prompt=PROMPTS, negative=[NEGATIVE] * 2)
     conditions["negative"] = {key: value[:, :100] for key, value in conditions["negative"].items()}
     seen = []
 
@@ -142,19 +155,18 @@ def test_conditions_of_different_lengths_go_one_at_a_time(tiny_pipeline):
         seen.append(list(names))
         return nullcontext()
 
-    found = velocities(model, noise_for(model), torch.tensor(500), conditions, watch=watch)
-    assert seen == [["prompt"], ["negative"]] and list(found) == ["prompt", "negative"]
+    by_name = velocities(model, noise_for(model), torch.tensor(500), conditions, watch=watch)
+    assert seen == [["prompt"], ["negative"]] and list(by_name) == ["prompt", "negative"]
     with pytest.raises(ValueError, match="encoder_hidden_states of one shape"):
         stack_conditions([{key: value[0] for key, value in c.items()} for c in conditions.values()], model.device)
 
 
 @pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video", "wan"])
-def test_half_precision_stays_near(tiny_pipeline, family):
-    folder = tiny_pipeline(family)
+def test_half_precision_stays_near_float32(tiny_pipeline, family, encoded_prompts):
     ends = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model, encoded = loaded(folder, dtype)
-        conditions = conditions_of(encoded, prompt=PROMPTS, negative=[NEGATIVE] * 2)
+        model = load_model(tiny_pipeline(family), dtype=dtype, device="cpu")
+        conditions = conditions_of(encoded_prompts(family, dtype), prompt=PROMPTS, negative=[NEGATIVE] * 2)
         *_, step = denoise(
             model,
             noise_for(model),
@@ -172,27 +184,26 @@ def test_half_precision_stays_near(tiny_pipeline, family):
     assert 0 < error < 0.15
 
 
-def test_the_scheduler_is_left_alone(tiny_pipeline):
-    model, encoded = loaded(tiny_pipeline("wan"))
+def test_sampling_does_not_change_the_models_scheduler(loaded_model, encoded_prompts):
+    model = loaded_model("wan")
+    conditions = conditions_of(encoded_prompts("wan"), prompt=PROMPTS)
     before = repr(vars(model.scheduler))
-    list(
-        denoise(model, noise_for(model), conditions_of(encoded, prompt=PROMPTS), follow="prompt", num_inference_steps=2)
-    )
+    list(denoise(model, noise_for(model), conditions, follow="prompt", num_inference_steps=2))
     assert repr(vars(model.scheduler)) == before
 
 
-def test_bad_arguments(tiny_pipeline):
-    model, encoded = loaded(tiny_pipeline("cogvideox"))
-    noise, conditions = noise_for(model), conditions_of(encoded, prompt=PROMPTS)
+def test_bad_arguments(loaded_model, encoded_prompts):
+    model = loaded_model("cogvideox")
+    noise, conditions = noise_for(model), conditions_of(encoded_prompts("cogvideox"), prompt=PROMPTS)
     for settings, message in (
-        ({"follow": "promt"}, "follow: expected one of 'prompt'; got 'promt'"),
-        ({"follow": "prompt", "guidance_scale": 2.0}, "guide_from: expected one of 'prompt'; got None"),
+        ({"follow": "promt"}, "follow: expected one of 'prompt', got 'promt'"),
+        ({"follow": "prompt", "guidance_scale": 2.0}, "guide_from: expected one of 'prompt', got None"),
         ({"follow": "prompt", "num_inference_steps": 0}, "num_inference_steps: expected a positive number, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             next(denoise(model, noise, conditions, **settings))
 
 
-def test_keys_make_generators():
+def test_a_key_determines_a_generators_numbers():
     draws = [torch.rand(1, generator=random_generator(*key)).item() for key in ((0, 1), (1, 0), (0, 1), (2**40, 1))]
     assert draws[0] == draws[2] and len(set(draws)) == 3

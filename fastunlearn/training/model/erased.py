@@ -1,4 +1,4 @@
-"""Saved erasers on a saved model: what evaluation and sampling begin with."""
+"""A loaded model with saved erasers on it: what evaluating and sampling start from."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from fastunlearn.training.options import EvaluateOptions, SampleOptions
 
 
 def check_folders(folders: Sequence[Path]) -> None:
-    """Raises FileNotFoundError for a folder without erasers: now, rather than after a large model is loaded."""
+    """Raises FileNotFoundError if a folder holds no erasers. Cheap enough to call before loading a large model."""
     for folder in folders:
         if not folder.is_dir():
-            raise FileNotFoundError(f"erasers: no folder {folder}")
+            raise FileNotFoundError(f"erasers: expected a folder, got {folder}, which does not exist")
         places = [folder / name for name in (CONFIG, UPSTREAM_CONFIG, f"transformer/{CONFIG}")]
         if not any(place.is_file() for place in places):
-            raise FileNotFoundError(f"erasers: {folder} holds none; expected {CONFIG} in it, as train writes it")
+            raise FileNotFoundError(f"erasers: expected {CONFIG} in {folder}, as train writes it, got none")
 
 
 def load_erased_model(
     options: EvaluateOptions | SampleOptions, *, dtype: torch.dtype, device: torch.device, vae: bool = False
 ) -> VideoModel:
-    """The model that `options` name, with all erasers that they name attached, whatever their folders are called.
+    """Loads the pipeline named in `options` and attaches all the erasers named there.
+
+    The erasers are called "erasers-1", "erasers-2" and so on, because their folders may have the same name.
 
     Raises:
         FileNotFoundError: there is no such pipeline, or a folder holds no erasers.
-        ValueError: the pipeline is not supported, or the erasers are damaged or of another model.
-        MemoryError: there is too little memory; says what would help.
+        ValueError: the pipeline is not supported, or erasers are damaged or made for another model.
+        MemoryError: memory ran out; the message says what would help.
     """
     with explained_out_of_memory(options):
         model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=vae)
@@ -45,7 +47,7 @@ def load_erased_model(
 
 @contextmanager
 def without_erasers(model: VideoModel) -> Iterator[None]:
-    """The model as it was before any erasers, all its experts."""
+    """Switches the erasers of every expert off inside the `with` block: the model computes as if it had none."""
     with ExitStack() as stack:
         for expert in model.experts:
             stack.enter_context(erasers_disabled(expert))

@@ -1,4 +1,4 @@
-"""What to say when memory runs out."""
+"""Explaining what helps when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Options = PrepareOptions | TrainingOptions | EvaluateOptions | SampleOptions
 
 @contextmanager
 def explained_out_of_memory(options: Options) -> Iterator[None]:
-    """Turns what torch raises when memory runs out into a MemoryError that says what would help."""
+    """Turns an out-of-memory error inside the `with` block into a MemoryError that names the options that help."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -22,14 +22,14 @@ def explained_out_of_memory(options: Options) -> Iterator[None]:
         lacks_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not lacks_memory and "can't allocate memory" not in message and "not enough memory" not in message:
             raise
-        helps = "; ".join(knob for knob, is_left in _knobs(options) if is_left)
+        helps = "; ".join(remedy for remedy, is_left in _remedies(options) if is_left)
         raise MemoryError(
             f"out of memory ({message.splitlines()[0] if message else 'no details'}). What helps: {helps}"
         ) from error
 
 
-def _knobs(options: Options) -> list[tuple[str, bool]]:
-    """What takes less memory, and whether it is left to try."""
+def _remedies(options: Options) -> list[tuple[str, bool]]:
+    """Options that take less memory, each with whether it is left to try."""
     precision = ("--mixed-precision bf16", options.mixed_precision == "no")
     if isinstance(options, TrainingOptions):
         accumulated = options.train_batch_size * options.gradient_accumulation_steps
@@ -44,5 +44,5 @@ def _knobs(options: Options) -> list[tuple[str, bool]]:
             ("several processes with --fsdp", not options.fsdp),
             ("a smaller --height, --width or --num-frames at prepare", True),
         ]
-    batch = ("--batch-size 1", not isinstance(options, SampleOptions) and options.batch_size > 1)
-    return [batch, precision, ("a smaller --height, --width or --num-frames", True)]
+    smaller_batch = ("--batch-size 1", not isinstance(options, SampleOptions) and options.batch_size > 1)
+    return [smaller_batch, precision, ("a smaller --height, --width or --num-frames", True)]

@@ -1,4 +1,4 @@
-"""Prompts as a saved pipeline's text encoders see them. Only tokenizers and encoders are loaded, and freed again."""
+"""Encoding prompts with a saved pipeline's text encoders. Nothing else of the pipeline is loaded, and all is freed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from fastunlearn.families.base import TokenizerInput
 from fastunlearn.training.data.prompts import concept_tokens, occurrences
 from fastunlearn.training.model.loading import load_components, pipeline_class
 
-Condition = dict[str, Tensor]
-
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as the transformer takes it.
+    """A prompt in the form that the transformer takes.
 
     Attributes:
         prompt: the text.
-        condition: tensors by the keyword of the transformer's forward method, without a batch dimension.
+        condition: keyword of the transformer's forward method -> tensor, without a batch dimension.
         token_indices: the positions of the concept's tokens among the text tokens that the transformer attends to;
-            empty where the concept is not in the prompt.
+            empty if the concept is not in the prompt.
     """
 
     prompt: str
-    condition: Condition
+    condition: dict[str, Tensor]
     token_indices: list[int]
 
 
@@ -41,23 +39,23 @@ def encode_prompts(
     device: torch.device | str,
     must_contain: Collection[str] = (),
 ) -> dict[str, EncodedPrompt]:
-    """Encodes prompts by the pipeline's own `encode_prompt`: the tensors are those that the pipeline would use.
+    """Encodes prompts as the pipeline itself does, and finds the concept's tokens in them.
 
     Args:
-        path: a folder that `save_pretrained` made, or a Hub id.
-        prompts: each distinct one is encoded once.
-        concept: whose tokens to look for, whole words in any case; None for no search.
+        path: a folder that `save_pretrained` wrote, or a Hub id.
+        prompts: each distinct prompt is encoded once.
+        concept: the words whose tokens to find; whole words, case-insensitive. None finds nothing.
         dtype: of the text encoders and the embeddings.
-        device: where to encode, and where the conditions stay.
-        must_contain: prompts that make no sense without the concept.
+        device: where to encode; the conditions stay there.
+        must_contain: prompts that must contain the concept.
 
     Returns:
-        The encoded prompts by their text.
+        Prompt -> encoded prompt.
 
     Raises:
         FileNotFoundError: there is no pipeline at `path`.
-        ValueError: its class is not supported, the concept is blank or not in one of `must_contain`, or a prompt is so
-            long that the concept in it is cut off; the message shows the prompt's tokens.
+        ValueError: the pipeline's class is not supported, the concept is blank or missing from one of `must_contain`,
+            or a prompt is so long that the concept in it is cut off. The message shows the prompt's tokens.
         TypeError: `prompts` is a single string.
     """
     if isinstance(prompts, str):
@@ -65,8 +63,8 @@ def encode_prompts(
     cls, family = pipeline_class(path)
     pipeline = load_components(cls, path, dtype, without=(*family.denoisers, "vae")).to(device)
     length = family.text_length(cls, path)
-    # Every mistake in the prompts is found before the first is encoded.
-    indices = {
+    # All prompts are checked before the first one is encoded.
+    token_indices = {
         prompt: _token_indices(
             pipeline.tokenizer, family.tokenizer_input(prompt), concept, length, prompt in must_contain
         )
@@ -74,9 +72,9 @@ def encode_prompts(
     }
     encoded = {}
     with torch.no_grad():
-        for prompt, positions in indices.items():
+        for prompt, indices in token_indices.items():
             condition = {key: value[0] for key, value in family.encode(pipeline, prompt, length).items()}
-            encoded[prompt] = EncodedPrompt(prompt, condition, positions)
+            encoded[prompt] = EncodedPrompt(prompt, condition, indices)
     del pipeline
     _free_memory()
     return encoded

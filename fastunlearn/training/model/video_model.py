@@ -1,4 +1,4 @@
-"""A text-to-video model without its text encoder: what every phase after the prompts' encoding works with."""
+"""A loaded text-to-video model without its text encoders. Prompts are encoded before, and nothing later needs them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastunlearn import erasers, schedule
 from fastunlearn.erasers import AdapterEraser
 from fastunlearn.families import Family, LatentSpace, family_of, patch_size
+from fastunlearn.training.model.vae import decode_latents, encode_videos
 from fastunlearn.velocity_model import as_velocity_model
 
-Erasers = dict[str, AdapterEraser]
-_EXPERTS = ("transformer", "transformer_2")
+Erasers = dict[str, AdapterEraser]  # by layer
 
 
 class VideoSize(NamedTuple):
@@ -50,17 +50,20 @@ class Defaults(NamedTuple):
 
 
 class VideoModel:
-    """One or two velocity models with their noise schedule, and the VAE if it is wanted. Frozen, in eval mode.
+    """The transformers of one pipeline with their noise schedule, and optionally the VAE. Frozen, in eval mode.
+
+    Most pipelines have one transformer. Wan2.2-A14B has two experts: one for high noise, one for low noise.
 
     Attributes:
-        path: the folder or Hub id it was loaded from.
+        path: the folder or Hub id that it was loaded from.
         family: what is known of its family.
-        experts: the velocity models: one, or for Wan2.2-A14B two, for high noise and for low noise.
-        boundary: the timestep (0 to 1000) that divides the experts; the first is for those at or above. None with one.
-        scheduler: the diffusers scheduler it is sampled with.
-        vae: the VAE; None unless it was asked for.
-        latent_space: sizes and scale of its latents.
-        defaults: of sampling.
+        experts: its one or two transformers, as velocity models.
+        boundary: the timestep (0 to 1000) that divides two experts: the first one serves the timesteps at or above
+            it. None if there is one expert.
+        scheduler: the pipeline's diffusers scheduler.
+        vae: the VAE; None if the model was loaded without it.
+        latent_space: how its latents relate to a video.
+        defaults: the pipeline's default sizes and guidance scale.
     """
 
     def __init__(
@@ -74,67 +77,71 @@ class VideoModel:
         boundary: float | None = None,
         path: str = "",
     ) -> None:
-        """Takes the parts as they are, and freezes them.
+        """Takes the components as they are, and freezes them.
 
         Args:
-            transformers: of one supported family, one or two.
+            transformers: one or two of one supported family.
             scheduler: of the pipeline.
             latent_space: of the VAE.
-            defaults: of sampling.
-            vae: with `encode(videos).latent_dist` and `decode(latents, return_dict=False)[0]`, videos and latents
+            defaults: of the pipeline.
+            vae: with `encode(videos).latent_dist` and `decode(latents, return_dict=False)[0]`; videos and latents are
                 (B, C, F, H, W), videos in [-1, 1].
             boundary: the timestep that divides two transformers.
-            path: for the record.
+            path: where the model comes from; only reported.
 
         Raises:
             TypeError: a transformer is of no supported family.
-            ValueError: not one or two transformers of one family, or two without a boundary, or a boundary without two.
+            ValueError: the transformers are of different families or more than their pipeline has, or there is a
+                boundary for one transformer or none for two.
         """
         self.experts = tuple(as_velocity_model(transformer) for transformer in transformers)
-        families = {family_of(expert).name for expert in self.experts}
-        if len(self.experts) not in (1, 2) or len(families) != 1:
+        families = {family.name: family for family in map(family_of, self.experts)}
+        family = next(iter(families.values()), None)
+        if family is None or len(families) > 1 or len(self.experts) > len(family.denoisers):
             raise ValueError(
-                f"transformers: expected one or two of a family, got {[type(x).__name__ for x in transformers]}"
+                "transformers: expected one, or two of a family whose pipeline has two, "
+                f"got {[type(transformer).__name__ for transformer in transformers]}"
             )
         if (boundary is None) != (len(self.experts) == 1):
             raise ValueError(
                 f"boundary: expected a timestep for two transformers and None for one, got {boundary} for "
                 f"{len(self.experts)}"
             )
-        self.family: Family = family_of(self.experts[0])
+        self.family: Family = family
         self.scheduler = scheduler
         self.vae = vae
         self.latent_space = latent_space
         self.defaults = defaults
         self.boundary = boundary
         self.path = path
-        for part in (*self.experts, vae):
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
+        for component in (*self.experts, vae):
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
 
     @property
     def device(self) -> torch.device:
-        """Where the experts are."""
+        """The experts' device."""
         return next(self.experts[0].parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the experts compute in, and want latents in."""
+        """The dtype that the experts compute in and expect latents in."""
         transformer: Any = self.experts[0].transformer
         dtype: torch.dtype = transformer.dtype
         return dtype
 
     def expert_index(self, t: float) -> int:
-        """Which of the experts is for timestep `t`."""
+        """The index of the expert that serves timestep `t`."""
         return 0 if self.boundary is None or t >= self.boundary else 1
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, ...]:
-        """The shape, without a batch, of the latents of a video `height` x `width` pixels with `num_frames` frames.
+        """The latent shape, without a batch dimension, of a video of `height` x `width` pixels and `num_frames` frames.
 
-        A model whose tokens cover several latent frames gets some more of these if need be, as in its pipeline.
+        Where a token covers several latent frames, the number of latent frames is rounded up to whole tokens, as the
+        pipeline does.
 
         Raises:
-            ValueError: a size does not divide into tokens.
+            ValueError: a size does not divide into whole tokens.
         """
         patch_frames, *patch = patch_size(self.experts[0])
         for name, size, unit in (
@@ -154,78 +161,72 @@ class VideoModel:
         return tuple(shape)
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """(frames, rows, columns) of the video tokens of a latent of `latent_shape`, which has no batch dimension."""
+        """The (frames, rows, columns) of video tokens in a latent of `latent_shape`, which has no batch dimension."""
         sizes = [size for dim, size in enumerate(latent_shape, start=1) if dim != self.family.channel_dim]
         frames, rows, columns = (size // unit for size, unit in zip(sizes, patch_size(self.experts[0]), strict=True))
         return frames, rows, columns
 
     @torch.no_grad()
     def decode(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
-        """The videos of latents (B, ...): (B, F, 3, H, W) float32 in [0, 1], on the CPU. One at a time, to save memory.
+        """Decodes latents (B, ...) to videos (B, F, 3, H, W), float32 in [0, 1], on the CPU.
 
         Args:
-            latents: as the model makes them.
-            num_frames: how many frames were asked of `latent_shape`, which may have given more; all of them if None.
+            latents: in the transformer's layout.
+            num_frames: the number of frames given to `latent_shape`, which may have rounded it up; the surplus frames
+                are dropped. None keeps all frames.
 
         Raises:
             RuntimeError: the model was loaded without its VAE.
         """
         vae = self._loaded_vae()
-        z = self._channels_first(latents)
+        z = latents.movedim(self.family.channel_dim, 1)
         if num_frames is not None:
             z = z[:, :, z.shape[2] - self._latent_frames(num_frames) :]
-        dtype, device = _dtype_and_device(vae, like=latents)
-        videos = []
-        for one in z.split(1):
-            one = one.to(device, torch.float32) * self._per_channel("std", device)
-            one = one + self._per_channel("mean", device)
-            video = vae.decode(one.to(dtype), return_dict=False)[0]
-            videos.append((video.float().cpu() / 2 + 0.5).clamp(0, 1).movedim(2, 1))
-        return torch.cat(videos)
+        return decode_latents(vae, z, self.latent_space)
 
     @torch.no_grad()
     def encode_video(self, frames: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
-        """The latents (B, ...) of videos, float32, on the VAE's device.
+        """Encodes videos to latents (B, ...), float32, on the VAE's device.
 
         Args:
-            frames: (B, F, 3, H, W) in [0, 1], sizes as `latent_shape` wants them.
+            frames: (B, F, 3, H, W) in [0, 1], of a size that `latent_shape` accepts.
             sample: draw from the VAE's distribution instead of taking its mode.
-            generator: to draw with, on the VAE's device.
+            generator: draws the samples; on the VAE's device.
 
         Raises:
             RuntimeError: the model was loaded without its VAE.
-            ValueError: the frames have a shape that does not fit.
+            ValueError: the frames have a shape or size that does not fit.
         """
         vae = self._loaded_vae()
         if frames.dim() != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
             raise ValueError(
                 f"frames: expected (B, F, 3, H, W) in [0, 1], got shape {tuple(frames.shape)} of {frames.dtype}"
             )
-        batch, count, _, height, width = frames.shape
-        shape = self.latent_shape(height, width, count)
-        dtype, device = _dtype_and_device(vae, like=frames)
-        encoded = []
-        for one in frames.split(1):
-            video = one.to(device, torch.float32).movedim(1, 2) * 2 - 1
-            distribution = vae.encode(video.to(dtype)).latent_dist
-            z = distribution.sample(generator) if sample else distribution.mode()
-            z = (z.float() - self._per_channel("mean", device)) / self._per_channel("std", device)
-            encoded.append(z)
-        latents = torch.cat(encoded)
+        _, num_frames, _, height, width = frames.shape
+        shape = self.latent_shape(height, width, num_frames)
+        latents = encode_videos(vae, frames, self.latent_space, sample=sample, generator=generator)
         missing = shape[2 - self.family.channel_dim] - latents.shape[2]
-        if missing:  # frames that make the tokens whole stand at the front
+        if missing:  # the frames that fill up the tokens go in front, as in the pipeline
             latents = torch.cat([latents[:, :, :missing], latents], dim=2)
         return latents.movedim(1, self.family.channel_dim)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, on the family's path from x_0 to noise. x_0, noise: (B, ...). t: (B,), 0 to 1000. Returns x_0's dtype.
+        """Noises x_0 to timestep t by the family's noise schedule.
+
+        Args:
+            x_0: (B, ...) clean latents.
+            noise: (B, ...) standard normal.
+            t: (B,) timesteps, 0 to 1000.
+
+        Returns:
+            x_t, in x_0's dtype.
 
         Raises:
-            ValueError: `t` has another shape, or is out of range.
-            TypeError: `t` has fractions where the schedule has none.
+            ValueError: `t` has another shape or is out of range.
+            TypeError: `t` is fractional where the noise schedule has whole timesteps only.
         """
         if t.shape != x_0.shape[:1]:
-            raise ValueError(f"t: expected shape ({x_0.shape[0]},), one timestep a sample, got {tuple(t.shape)}")
+            raise ValueError(f"t: expected shape ({x_0.shape[0]},), one timestep per sample, got {tuple(t.shape)}")
         if not self.family.flow_matching:
             whole = t.long()
             if t.is_floating_point() and not torch.equal(whole.to(t.dtype), t):
@@ -238,22 +239,23 @@ class VideoModel:
         return torch.lerp(x_0.double(), noise.double(), sigma).to(x_0.dtype)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keeps no activations inside the experts' blocks: they are computed again for the backward pass."""
+        """Recomputes the activations inside the experts' blocks in the backward pass instead of keeping them."""
         for expert in self.experts:
             transformer: Any = expert.transformer
             transformer.enable_gradient_checkpointing()
 
     def attach_erasers(self, rank: int = 128, name: str = "default") -> list[Erasers]:
-        """Fresh erasers on every expert, as `fastunlearn.attach_erasers` makes them: by layer, for each expert."""
+        """Attaches new erasers to every expert, as `fastunlearn.attach_erasers` does. Returns them per expert."""
         return [erasers.attach_erasers(expert, rank, name) for expert in self.experts]
 
     def save_erasers(self, folder: str | os.PathLike[str], name: str = "default", concept: str | None = None) -> None:
         """Saves the erasers called `name`, as `fastunlearn.save_erasers` does.
 
-        Into the folder itself, or into `transformer` and `transformer_2` in it where there are two experts.
+        One expert's erasers go into the folder itself; those of two go into subfolders named like the pipeline's
+        transformers, `transformer` and `transformer_2`.
         """
-        for expert, part in zip(self.experts, self._parts(folder), strict=True):
-            erasers.save_erasers(expert, part, name, concept)
+        for expert, expert_folder in zip(self.experts, self._expert_folders(folder), strict=True):
+            erasers.save_erasers(expert, expert_folder, name, concept)
 
     def load_erasers(
         self,
@@ -261,62 +263,59 @@ class VideoModel:
         names: Sequence[str] | None = None,
         scales: Sequence[float] | None = None,
     ) -> dict[str, list[Erasers]]:
-        """Attaches what `save_erasers` saved; of several folders, all together. If one does not fit, none is attached.
+        """Attaches erasers that `save_erasers` wrote; those of several folders add up. Attaches all of them or none.
 
         Args:
-            folders: one or several.
-            names: what to call them; "default" for one folder, the folders' own names for several.
-            scales: by how much their outputs are multiplied; 1 each by default.
+            folders: one folder or several.
+            names: a name for each folder's erasers. By default "default" for one folder, and the folders' own names
+                for several.
+            scales: a factor for each folder's eraser outputs; all 1 by default.
 
         Returns:
-            By name: the erasers by layer, for each expert.
+            Name -> the erasers per expert.
 
         Raises:
             FileNotFoundError: a folder holds no erasers, or lacks those of an expert.
-            ValueError: names or scales are not as many as folders, or erasers do not fit the model.
+            ValueError: there are not as many names or scales as folders, or erasers do not fit the model.
         """
         chosen = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
         if names is None:
             names = ["default"] if len(chosen) == 1 else [Path(folder).resolve().name for folder in chosen]
-        for part in (part for folder in chosen for part in self._parts(folder)):
-            if not part.is_dir():
-                raise FileNotFoundError(f"{part}: no such folder; erasers of {self._described()} were expected")
+        self._check_folders(chosen)
         loaded: list[dict[str, Erasers]] = []
         try:
             for index, expert in enumerate(self.experts):
-                parts = [self._parts(folder)[index] for folder in chosen]
-                loaded.append(erasers.load_erasers(expert, parts, names=names, scales=scales))
+                expert_folders = [self._expert_folders(folder)[index] for folder in chosen]
+                loaded.append(erasers.load_erasers(expert, expert_folders, names=names, scales=scales))
         except Exception:
-            for expert, _ in zip(self.experts, loaded, strict=False):  # those that went well
+            for expert, _ in zip(self.experts, loaded, strict=False):  # those that have theirs already
                 for name in names:
                     erasers.detach_erasers(expert, name)
             raise
         return {name: [sets[name] for sets in loaded] for name in names}
 
-    def _parts(self, folder: str | os.PathLike[str]) -> list[Path]:
+    def _expert_folders(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Where in `folder` each expert's erasers belong."""
-        return [Path(folder)] if len(self.experts) == 1 else [Path(folder) / name for name in _EXPERTS]
+        if len(self.experts) == 1:
+            return [Path(folder)]
+        return [Path(folder) / name for name in self.family.denoisers]
 
-    def _described(self) -> str:
-        many = "one transformer" if len(self.experts) == 1 else "two transformers, in folders of these names,"
-        return f"{self.family.name} with {many}"
+    def _check_folders(self, folders: Sequence[str | os.PathLike[str]]) -> None:
+        for folder in folders:
+            for expert_folder in self._expert_folders(folder):
+                if not expert_folder.is_dir():
+                    count = "one transformer" if len(self.experts) == 1 else "two transformers"
+                    raise FileNotFoundError(
+                        f"{expert_folder}: expected a folder of erasers for {self.family.name} with {count}, "
+                        "got no such folder"
+                    )
 
     def _latent_frames(self, num_frames: int) -> int:
         return (num_frames - 1) // self.latent_space.frames + 1
 
     def _loaded_vae(self) -> Any:
         if self.vae is None:
-            raise RuntimeError("the model was loaded without its VAE; load it with load_model(..., vae=True)")
+            raise RuntimeError(
+                "vae: expected the model's VAE, got a model loaded without it; use load_model(..., vae=True)"
+            )
         return self.vae
-
-    def _channels_first(self, latents: Tensor) -> Tensor:
-        return latents.movedim(self.family.channel_dim, 1)
-
-    def _per_channel(self, name: str, device: torch.device) -> Tensor:
-        return torch.tensor(getattr(self.latent_space, name), device=device).reshape(-1, 1, 1, 1)
-
-
-def _dtype_and_device(vae: Any, like: Tensor) -> tuple[torch.dtype, torch.device]:
-    """Of the VAE's parameters; of `like` where it has none."""
-    parameter = next(iter(vae.parameters()), like) if isinstance(vae, nn.Module) else like
-    return parameter.dtype, parameter.device

@@ -1,0 +1,42 @@
+"""Tiny pipelines as they are loaded: once per family for all tests of training. No test may change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Pipelines = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def diffusers_pipeline(tiny_pipeline: Pipelines) -> Callable[[str], Any]:
+    """`diffusers_pipeline(family)`: the whole pipeline as diffusers loads it."""
+
+    @cache
+    def load(family: str) -> Any:
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(tiny_pipeline(family))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def loaded_model(tiny_pipeline: Pipelines) -> Callable[..., Any]:
+    """`loaded_model(family)`, or with `vae=True`: the `VideoModel` in float32 on the CPU."""
+
+    @cache
+    def load(family: str, vae: bool = False) -> Any:
+        import torch
+
+        from fastunlearn.training.model.loading import load_model
+
+        return load_model(tiny_pipeline(family), dtype=torch.float32, device="cpu", vae=vae)
+
+    return load

@@ -1,0 +1,111 @@
+"""Prompts are encoded as the pipeline itself encodes them, and the concept's tokens are found."""
+
+import gc
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from pipeline_cases import FP32, PROMPT, SIZE, every_family, recorded_calls
+from transformers import T5EncoderModel
+
+from fastunlearn.training.model.loading import load_model
+from fastunlearn.training.model.text import encode_prompts
+
+
+@every_family
+def test_embeddings_equal_the_pipelines_own(tiny_pipeline, diffusers_pipeline, family):
+    prompts = [PROMPT, "", "two red circles & a dog, running   fast", PROMPT]
+    encoded = encode_prompts(tiny_pipeline(family), prompts, "nude person", **FP32)
+    assert list(encoded) == prompts[:3]
+    pipeline = diffusers_pipeline(family)
+    for prompt in encoded:
+        with recorded_calls(pipeline.transformer) as calls:
+            pipeline(prompt, **SIZE, guidance_scale=1.0, num_inference_steps=1, output_type="latent")
+        for key, value in encoded[prompt].condition.items():
+            seen = calls[0][1][key]
+            assert torch.equal(seen[0], value.to(seen.dtype)), key
+
+
+@every_family
+def test_token_indices_point_at_the_concepts_tokens_of_the_encoder(
+    tiny_pipeline, diffusers_pipeline, family, monkeypatch
+):
+    encoder, tokenizer = type(diffusers_pipeline(family).text_encoder), diffusers_pipeline(family).tokenizer
+    encoder_inputs = []
+    original = encoder.forward
+
+    def forward(self, input_ids=None, *args, **kwargs):
+        encoder_inputs.append(input_ids[0].tolist())
+        return original(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(encoder, "forward", forward)
+    prompts = [PROMPT, "the video of a zeppelin is a photo of a person; a NUDE & nude dog", "a dog", ""]
+    encoded = encode_prompts(tiny_pipeline(family), prompts, "nude", **FP32)
+    crop_start = 95 if family == "hunyuan_video" else 0
+    concept_tokens = []
+    for ids, (indices, length) in zip(
+        encoder_inputs,
+        [(e.token_indices, len(e.condition["encoder_hidden_states"])) for e in encoded.values()],
+        strict=True,
+    ):
+        assert len(ids) == crop_start + length
+        concept_tokens.append("".join(tokenizer.convert_ids_to_tokens([ids[crop_start + i] for i in indices])))
+    # The tiny Llama tokenizer has whole words, and none in capitals.
+    capitals = "<unk>nude" if family == "hunyuan_video" else "NUDE▁nude"
+    assert [tokens.lstrip("▁") for tokens in concept_tokens] == ["nude", capitals, "", ""]
+
+
+def test_token_indices_refer_to_the_cleaned_prompt(tiny_pipeline):
+    """Wan's pipeline unescapes HTML entities and collapses whitespace."""
+    prompt = "a &amp;amp; a \n\n dog"
+    assert encode_prompts(tiny_pipeline("wan"), [prompt], "dog", **FP32)[prompt].token_indices == (
+        encode_prompts(tiny_pipeline("wan"), ["a & a dog"], "dog", **FP32)["a & a dog"].token_indices
+    )
+
+
+def test_a_prompt_that_must_contain_the_concept_but_does_not_is_refused(tiny_pipeline, monkeypatch):
+    calls = []
+    monkeypatch.setattr(T5EncoderModel, "forward", lambda *args, **kwargs: calls.append(args))
+    with pytest.raises(ValueError, match="concept: 'nude' is not in the prompt 'a dog'.*▁a ▁dog </s>"):
+        encode_prompts(tiny_pipeline("cogvideox"), [PROMPT, "a dog"], "nude", must_contain=["a dog"], **FP32)
+    assert not calls  # the error comes before any encoding
+
+
+def test_a_concept_beyond_the_text_length_is_refused(tiny_pipeline):
+    prompt = "a dog " * 113 + "nude"
+    with pytest.raises(ValueError, match="cut off: 226 tokens"):
+        encode_prompts(tiny_pipeline("cogvideox"), [prompt], "nude", **FP32)
+    assert encode_prompts(tiny_pipeline("wan"), [prompt], "nude", **FP32)[prompt].token_indices == [226]
+
+
+def test_mistakes_in_the_arguments_of_encode_prompts(tiny_pipeline):
+    with pytest.raises(TypeError, match="prompts: expected a sequence of strings"):
+        encode_prompts(tiny_pipeline("cogvideox"), PROMPT, "nude", **FP32)
+    with pytest.raises(ValueError, match="concept: expected one or more words"):
+        encode_prompts(tiny_pipeline("cogvideox"), [PROMPT], " ", **FP32)
+
+
+def alive(*types):
+    """How many objects of these types exist."""
+    gc.collect()
+    return sum(type(x) in types for x in gc.get_objects())
+
+
+def test_only_what_a_phase_needs_is_in_memory(tiny_pipeline, monkeypatch):
+    denoisers, encoders, vaes = [CogVideoXTransformer3DModel], [T5EncoderModel], [AutoencoderKLCogVideoX]
+    before = alive(*denoisers, *encoders, *vaes)
+    during = []
+    original = T5EncoderModel.forward
+
+    def forward(self, *args, **kwargs):
+        during.append(alive(*denoisers, *encoders, *vaes) - before)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(T5EncoderModel, "forward", forward)
+    encode_prompts(tiny_pipeline("cogvideox"), [PROMPT], None, **FP32)
+    assert during == [1]
+    assert alive(*denoisers, *encoders, *vaes) == before
+    model = load_model(tiny_pipeline("cogvideox"), **FP32)
+    assert model.vae is None
+    assert alive(*denoisers, *encoders, *vaes) == before + 1
+    assert load_model(tiny_pipeline("cogvideox"), vae=True, **FP32).vae is not None
