@@ -1,4 +1,4 @@
-"""From concept maps to masks: normalise, threshold, average (Receler, arXiv 2311.17717, section 3.3)."""
+"""Masks from attention maps: normalise, average, threshold (Receler, arXiv 2311.17717, section 3.3)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastunlearn.ops.arguments import MASK, check_choice, check_tensor, integer_tensor
+from fastunlearn.dtypes import MASK
+from fastunlearn.ops.arguments import check_choice, check_tensor, integer_tensor
 from fastunlearn.ops.spatial_masks import match_resolution
 
 WordIndices = Sequence[int] | Tensor | None
 NormalizePer = Literal["sample", "frame"]
-_HEAD_NUM, _TEXT_LEN = 30, 226  # CogVideoX-2B's, the defaults of the original signature
+_HEAD_NUM, _TEXT_LEN = 30, 226  # defaults of the original signature: those of CogVideoX-2B
 
 
 def get_mask(
@@ -29,35 +30,37 @@ def get_mask(
     patch_size: int = 1,
     normalize_per: NormalizePer = "sample",
 ) -> dict[str, Tensor]:
-    """Where the concept is: a binary mask a layer, and one from the average of all layers.
+    """Where the concept is: a binary mask per layer, and one from the average of all layers.
 
-    A layer's map is averaged over heads, summed over the words, and normalised to [0, 1] by each sample's minimum and
-    maximum, or each frame's; the mask is 1 where it reaches `thres`. The average mask comes from the mean of the
-    normalised maps, itself normalised once more.
+    Each layer's map is averaged over heads, summed over the concept's words, and normalised to [0, 1] by the minimum
+    and maximum of each sample or frame. The mask is 1 where the normalised map is at least `thres`. For the average
+    mask, the normalised maps are averaged over layers, normalised once more, and thresholded.
 
     Args:
-        attn_maps: what `AttnMapsCapture` filled: probabilities (B, heads, N, text_len), or concept maps (B, N) if it
-            was given token indices. Also (B * heads, N, text_len). Not modified.
-        word_indices: the concept's positions in the text, (T,) or (B, T), -1 for none. Unused for (B, N) maps, whose
-            words are chosen already.
-        thres: threshold in [0, 1].
-        height: height of the token grid times `patch_size`: the latents' height with the transformer's patch size.
-        width: likewise.
-        head_num: heads in a (B * heads, N, text_len) map. A (B, heads, N, text_len) map tells it by itself.
-        text_len: text tokens in the map, which tells them by itself.
-        patch_size: pixels of the latent a token covers, in height and in width.
-        normalize_per: "sample", so that a frame without the concept may stay empty, or "frame", so that every frame has
-            a place where the concept is likeliest.
+        attn_maps: the maps by layer, as `AttnMapsCapture` fills them: probabilities (B, heads, N, text_len), or concept
+            maps (B, N) if it was given token indices. (B * heads, N, text_len) is accepted too. Not modified.
+        word_indices: the positions of the concept's tokens in the text, (T,) or (B, T), with -1 for none. Not used for
+            (B, N) maps, which are for chosen tokens already.
+        thres: the threshold, from 0 to 1.
+        height: the height of the token grid times `patch_size`. Pass the latents' height together with the
+            transformer's patch size, or the token grid's own height with patch size 1.
+        width: the width, in the same way.
+        head_num: the number of heads in a (B * heads, N, text_len) map. Other maps do not need it.
+        text_len: the number of text tokens; only checked against the maps.
+        patch_size: how many latent pixels a token covers, in height and in width.
+        normalize_per: "sample" lets a frame without the concept stay empty. "frame" gives every frame a place where the
+            concept is most likely.
 
     Returns:
-        `{layer: mask}` and `"average_mask"`, each (B, F, h, w) float32 of zeros and ones on the token grid, with
-        h = height / patch_size, w = width / patch_size and F the number of frames that this leaves. A constant map
+        A dict with one mask per layer, by the layer's name, and "average_mask". Each is (B, F, h, w) float32, zeros and
+        ones on the token grid, with h = height / patch_size, w = width / patch_size and F = N / (h w). A constant map
         normalises to zeros.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: the size does not divide the tokens (a fitting `patch_size` is suggested), an index is out of range,
-            layers differ in batch or tokens, or `head_num` or `text_len` is neither the default nor what the map has.
+        TypeError: an argument is of the wrong type.
+        ValueError: the grid does not divide the tokens (the message suggests a `patch_size` that does), an index is out
+            of range, layers differ in batch or tokens, or `head_num` or `text_len` is neither the default nor that of
+            the map.
     """
     if not isinstance(thres, Real) or not 0 <= thres <= 1:
         raise ValueError(f"thres: expected a number from 0 to 1, got {thres!r}")
@@ -78,36 +81,39 @@ def average_map(
     patch_size: int = 1,
     normalize_per: NormalizePer = "sample",
 ) -> Tensor:
-    """The soft mask behind `get_mask`'s average mask: (B, F, h, w) float32 in [0, 1]. Arguments as there."""
+    """The soft mask that `get_mask` thresholds to its average mask: (B, F, h, w) float32, from 0 to 1.
+
+    All arguments are those of `get_mask`, and so are the errors.
+    """
     maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size, normalize_per)
     return _average(maps, normalize_per)
 
 
 def overlay(frames: Tensor, mask: Tensor) -> Tensor:
-    """Frames as they are where the mask is 1, darkened and without colour where it is 0: to look at a mask.
+    """Shows a mask on a video: frames stay as they are where the mask is 1, and turn dark and grey where it is 0.
 
     Args:
-        frames: (F, C, H, W) or (B, F, C, H, W) floating point in [0, 1].
-        mask: (f, h, w), or (B or 1, f, h, w) with a batch, in [0, 1] and of any resolution in space and time, as
-            `get_mask` returns it. Read by nearest neighbour.
+        frames: (F, C, H, W) or (B, F, C, H, W), floating point, from 0 to 1.
+        mask: (f, h, w), or (B or 1, f, h, w) with a batch, from 0 to 1, such as `get_mask` returns. It may have any
+            resolution in space and time, and is read by nearest neighbour.
 
     Returns:
         Frames of the same shape and dtype.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument of the wrong shape or device.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument is of the wrong shape or on the wrong device.
     """
     check_tensor("frames", frames)
     check_tensor("mask", mask, MASK, like=frames)
     if frames.dim() not in (4, 5):
         raise ValueError(f"frames: expected (F, C, H, W) or (B, F, C, H, W), got {tuple(frames.shape)}")
     batched = frames if frames.dim() == 5 else frames[None]
-    of_batch = mask if frames.dim() == 5 else mask[None]
-    if of_batch.dim() != 4 or of_batch.shape[0] not in (1, len(batched)) or 0 in of_batch.shape[1:]:
+    batched_mask = mask if frames.dim() == 5 else mask[None]
+    if batched_mask.dim() != 4 or batched_mask.shape[0] not in (1, len(batched)) or 0 in batched_mask.shape[1:]:
         expected = "(f, h, w)" if frames.dim() == 4 else f"({len(batched)} or 1, f, h, w)"
         raise ValueError(f"mask: expected {expected} for these frames, got {tuple(mask.shape)}")
-    weights = match_resolution(of_batch, batched.shape, channel_dim=2).to(frames.dtype)
+    weights = match_resolution(batched_mask, batched.shape, channel_dim=2).to(frames.dtype)
     grey = batched.mean(2, keepdim=True) / 2
     return torch.lerp(grey.expand_as(batched), batched, weights.expand_as(batched)).reshape(frames.shape)
 
@@ -122,10 +128,10 @@ def _concept_maps(
     patch_size: int,
     normalize_per: NormalizePer,
 ) -> dict[str, Tensor]:
-    """Every layer's normalised map, (B, F, h, w)."""
+    """The normalised map (B, F, h, w) of every layer."""
     check_choice("normalize_per", normalize_per, ("sample", "frame"))
     if not isinstance(attn_maps, Mapping):
-        raise TypeError(f"attn_maps: expected a mapping of a tensor a layer, got {type(attn_maps).__name__}")
+        raise TypeError(f"attn_maps: expected a mapping from layers to tensors, got {type(attn_maps).__name__}")
     if not attn_maps:
         raise ValueError("attn_maps: expected at least one layer's map, got none")
     for argument, value in (("height", height), ("width", width), ("patch_size", patch_size)):
@@ -139,12 +145,12 @@ def _concept_maps(
     maps = {}
     for name, attn_map in attn_maps.items():
         check_tensor(f"attn_maps[{name!r}]", attn_map)
-        concept = attn_map if attn_map.dim() == 2 else _words(name, attn_map, word_indices, head_num, text_len)
+        concept = attn_map if attn_map.dim() == 2 else _concept_map(name, attn_map, word_indices, head_num, text_len)
         tokens = concept.shape[1]
         if tokens == 0 or tokens % (grid[0] * grid[1]):
             raise ValueError(
-                f"height, width: {grid[0]} x {grid[1]} tokens a frame do not divide the {tokens} tokens of {name!r}"
-                + _patch_size_hint(tokens, height, width)
+                f"height, width: expected a token grid that divides the {tokens} tokens of {name!r}, "
+                f"got {grid[0]} x {grid[1]} tokens per frame" + _patch_size_hint(tokens, height, width)
             )
         frames = tokens // (grid[0] * grid[1])
         maps[name] = _normalise(concept.detach().float().reshape(concept.shape[0], frames, *grid), normalize_per)
@@ -154,8 +160,8 @@ def _concept_maps(
     return maps
 
 
-def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int, text_len: int) -> Tensor:
-    """(B, heads, N, text_len) or (B * heads, N, text_len) to (B, N): summed over the words, averaged over heads."""
+def _concept_map(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int, text_len: int) -> Tensor:
+    """The map (B, N) of one layer: probabilities summed over the concept's words and averaged over heads."""
     if attn_map.dim() == 3 and head_num > 0 and attn_map.shape[0] % head_num == 0:
         attn_map = attn_map.reshape(-1, head_num, *attn_map.shape[1:])
     if attn_map.dim() != 4:
@@ -171,7 +177,7 @@ def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int
         ("text_len", text_len, _TEXT_LEN, length),
     ):
         if given not in (default, actual):
-            raise ValueError(f"{argument}: the map of {name!r} has {actual}, got {given}")
+            raise ValueError(f"{argument}: expected {actual}, as in the map of {name!r}, got {given}")
     words = integer_tensor("word_indices", word_indices).to(attn_map.device)
     if not words.numel():
         raise ValueError(f"word_indices: expected at least one position, got {word_indices}")
@@ -185,7 +191,7 @@ def _words(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int
 
 
 def _normalise(concept: Tensor, per: NormalizePer) -> Tensor:
-    """To [0, 1] by each sample's or frame's minimum and maximum; where that is constant, zeros."""
+    """Scales every sample, or frame, to the range from 0 to 1; a constant one becomes zeros."""
     dims = (1, 2, 3) if per == "sample" else (2, 3)
     low, high = concept.amin(dims, keepdim=True), concept.amax(dims, keepdim=True)
     spread = high - low
@@ -197,7 +203,7 @@ def _average(maps: Mapping[str, Tensor], per: NormalizePer) -> Tensor:
 
 
 def _patch_size_hint(tokens: int, height: int, width: int) -> str:
-    """The smallest patch that makes the size fit, for who passed the latents' or the pixels' size."""
+    """A hint for callers who passed the size of the latents or of the video: the smallest patch size that fits."""
     for patch in range(2, 65):
         fits = height % patch == 0 and width % patch == 0
         if fits and tokens % ((height // patch) * (width // patch)) == 0:

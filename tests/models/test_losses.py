@@ -175,7 +175,7 @@ def eraser_outputs(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss_type", ["l2", "l1"])
-@pytest.mark.parametrize("normalization", ["sum", "background_mean"])
+@pytest.mark.parametrize("normalization", ["sum", "mean", "background_mean"])
 def test_localization(loss_type: str, reduction: str, normalization: str) -> None:
     outputs = eraser_outputs(first=(2, 12, 5), second=(2, 12, 8), feature_map=(2, 7, 3, 2, 2))
     masks = {name: torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(len(name))) for name in outputs}
@@ -484,12 +484,12 @@ def test_prediction_types(student: Table, teacher: Table, prediction_type: str, 
     apart = {"x_t_preserve": x_t_preserve, "t_preserve": t_preserve}
     loss, entries = loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **apart)
     loss.backward()
-    for name, teachers, t, weight, key, eta in (
-        ("concept", ("empty", "concept"), T, 1.0, "unlearning_loss_weighted", 3.0),
-        ("kept", ("kept",), t_preserve, 0.5, "preservation_loss_weighted", 0.0),
+    for name, teachers, t, weight, key, guidance in (
+        ("concept", ("empty", "concept"), T, 1.0, "unlearning_loss_weighted", {"guidance_scale": 3.0}),
+        ("kept", ("kept",), t_preserve, 0.5, "preservation_loss_weighted", {}),
     ):
         weights = torch.tensor(oracle.velocity_error_weight(ALPHAS, t, prediction_type, loss_type)).float()
-        options = {"sample_weight": weights, "guidance_scale": eta, "weight": weight, "loss_type": loss_type}
+        options = {"sample_weight": weights, "weight": weight, "loss_type": loss_type, **guidance}
         velocities = [teacher.velocities[teacher_name] for teacher_name in teachers]
         check_velocity_term(entries[key], student, name, velocities, **options)
     # alpha is 0 at the last timestep, and sigma at the first: nothing can be learnt there.
@@ -498,6 +498,19 @@ def test_prediction_types(student: Table, teacher: Table, prediction_type: str, 
     assert not undefined.any()
     assert student.velocities["concept"].grad[0].any()
     assert student.velocities["kept"].grad[1].any()
+
+
+@pytest.mark.parametrize("normalization", ["sum", "mean", "background_mean"])
+def test_the_localization_term_is_normalised_as_asked(student: Table, teacher: Table, normalization: str) -> None:
+    outputs = eraser_outputs(first=(2, 60, 5), second=(2, 60, 8))
+    loss_fn = T2VUnlearningLoss(ALPHAS, normalization=normalization)
+    _, entries = loss_fn(teacher, student, X_T, T, "concept", uncond="empty", mask=MASK, eraser_outputs=outputs)
+    summed = ((1 - MASK.double()).flatten(1)[..., None] * output.double() for output in outputs.values())
+    background = (1 - MASK.double()).sum()
+    for (name, output), outside in zip(outputs.items(), summed, strict=True):
+        divisor = {"sum": 2, "mean": output.numel(), "background_mean": background * output.shape[2]}[normalization]
+        expected = (outside.square().sum() / divisor).detach().float()
+        torch.testing.assert_close(entries[f"localization/{name}/loss"], expected, rtol=1e-5, atol=0)
 
 
 def test_localization_may_have_a_mask_of_its_own(student: Table, teacher: Table) -> None:
@@ -698,7 +711,7 @@ def test_localization_reaches_only_erasers(erased: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: T2VUnlearningLoss([0.5]), TypeError, "alphas_cumprod must be a tensor, got list"),
+        (lambda: T2VUnlearningLoss([0.5]), TypeError, "alphas_cumprod: expected a tensor, got list"),
         (
             lambda: T2VUnlearningLoss(ALPHAS[None]),
             ValueError,
@@ -709,18 +722,22 @@ def test_localization_reaches_only_erasers(erased: Any) -> None:
             ValueError,
             "alphas_cumprod: expected .*'epsilon', got None",
         ),
-        (lambda: T2VUnlearningLoss(ALPHAS, prediction_type="v"), ValueError, "prediction_type must .* got 'v'"),
-        (lambda: T2VUnlearningLoss(ALPHAS, loss_type="huber"), ValueError, "loss_type must .* got 'huber'"),
-        (lambda: T2VUnlearningLoss(ALPHAS, normalization="mean"), ValueError, "normalization must .* got 'mean'"),
-        (lambda: T2VUnlearningLoss(ALPHAS, mask_normalization="m"), ValueError, "mask_normalization must .* got 'm'"),
-        (lambda: T2VUnlearningLoss(ALPHAS, torch.ones(())), TypeError, "unlearning_weight must .* got Tensor"),
-        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, "0.5"), TypeError, "preservation_weight must .* got str"),
-        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, 0.5, None), TypeError, "localization_weight must .* got NoneType"),
-        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, "7"), TypeError, "guidance_scale must be a number, got str"),
-        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, reduction="avg"), ValueError, "reduction must .* got 'avg'"),
-        (lambda: ConceptPreservationLoss("l3"), ValueError, "loss_type must .* got 'l3'"),
-        (lambda: MaskLocalizationLoss("l3"), ValueError, "loss_type must .* got 'l3'"),
-        (lambda: MaskLocalizationLoss(reduction="avg"), ValueError, "reduction must .* got 'avg'"),
+        (lambda: T2VUnlearningLoss(ALPHAS, prediction_type="v"), ValueError, "prediction_type: expected .* got 'v'"),
+        (lambda: T2VUnlearningLoss(ALPHAS, loss_type="huber"), ValueError, "loss_type: expected .* got 'huber'"),
+        (lambda: T2VUnlearningLoss(ALPHAS, normalization="max"), ValueError, "normalization: expected .* got 'max'"),
+        (
+            lambda: T2VUnlearningLoss(ALPHAS, mask_normalization="m"),
+            ValueError,
+            "mask_normalization: expected .* got 'm'",
+        ),
+        (lambda: T2VUnlearningLoss(ALPHAS, torch.ones(())), TypeError, "unlearning_weight: expected .* got Tensor"),
+        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, "0.5"), TypeError, "preservation_weight: expected .* got str"),
+        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, 0.5, None), TypeError, "localization_weight: expected .* got NoneType"),
+        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, "7"), TypeError, "guidance_scale: expected a number, got str"),
+        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, reduction="avg"), ValueError, "reduction: expected .* got 'avg'"),
+        (lambda: ConceptPreservationLoss("l3"), ValueError, "loss_type: expected .* got 'l3'"),
+        (lambda: MaskLocalizationLoss("l3"), ValueError, "loss_type: expected .* got 'l3'"),
+        (lambda: MaskLocalizationLoss(reduction="avg"), ValueError, "reduction: expected .* got 'avg'"),
     ],
 )
 def test_bad_construction(make: Any, error: type[Exception], message: str) -> None:
@@ -739,12 +756,12 @@ def test_bad_construction(make: Any, error: type[Exception], message: str) -> No
         ),
         ({"mask": MASK, "eraser_outputs": [X_T]}, TypeError, "eraser_outputs: expected a mapping .* got list"),
         ({"mask": {"average_mask": MASK}}, TypeError, r"mask: expected a tensor.*'average_mask'.* got dict"),
-        ({"v_uncond": 1.0}, TypeError, "v_uncond must be a tensor, got float"),
-        ({"v_cond": [X_T]}, TypeError, "v_cond must be a tensor, got list"),
+        ({"v_uncond": 1.0}, TypeError, "v_uncond: expected a tensor, got float"),
+        ({"v_cond": [X_T]}, TypeError, "v_cond: expected a tensor, got list"),
         ({"v_preserve": X_T}, ValueError, "cond_preserve: expected .* with v_preserve, got None"),
         ({"x_t_preserve": X_T}, ValueError, "cond_preserve: expected .* with x_t_preserve, got None"),
         ({"t_preserve": T}, ValueError, "cond_preserve: expected .* with t_preserve, got None"),
-        ({"cond_preserve": "kept", "v_preserve": "v"}, TypeError, "v_preserve must be a tensor, got str"),
+        ({"cond_preserve": "kept", "v_preserve": "v"}, TypeError, "v_preserve: expected a tensor, got str"),
     ],
 )
 def test_bad_calls_reach_no_model(
@@ -765,8 +782,8 @@ def test_outputs_without_names_are_refused(reduction: str) -> None:
 @pytest.mark.parametrize(
     ("t", "error", "message"),
     [
-        (T.float(), TypeError, "t must have one of the dtypes.*float32"),
-        (T + 1, ValueError, "t must be from 0 to 10, got 11"),
+        (T.float(), TypeError, "t: expected one of the dtypes.*float32"),
+        (T + 1, ValueError, "t: expected timesteps from 0 to 10, got 11"),
         (torch.tensor([1, 2, 3]), ValueError, r"t: expected one timestep or \(2,\), got shape \(3,\)"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`velocity_error_weight`: per-sample weights for models that do not predict v."""
+"""The noise schedule, and per-sample weights for models that do not predict v."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ def test_weighted_prediction_error_is_the_velocity_error(loss_type: str) -> None
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="prediction_type must be one of .*'sample'.* got 'v'"):
+    with pytest.raises(ValueError, match="prediction_type: expected one of .*'sample'.* got 'v'"):
         velocity_error_weight(ALPHAS, T, "v", "l2")
-    with pytest.raises(ValueError, match="loss_type must be 'l2' or 'l1', got 'huber'"):
+    with pytest.raises(ValueError, match="loss_type: expected one of 'l2', 'l1', got 'huber'"):
         velocity_error_weight(ALPHAS, T, "epsilon", "huber")
-    with pytest.raises(ValueError, match=r"t must be \(B,\).*got shape \(\)"):
+    with pytest.raises(ValueError, match=r"t: expected shape \(B,\).*got \(\)"):
         velocity_error_weight(ALPHAS, T[0], "epsilon", "l2")
-    with pytest.raises(TypeError, match="t must have one of the dtypes.*float32"):
+    with pytest.raises(TypeError, match="t: expected one of the dtypes.*float32"):
         velocity_error_weight(ALPHAS, T.float(), "epsilon", "l2")
-    with pytest.raises(ValueError, match="t must be from 0 to 10, got 11"):
+    with pytest.raises(ValueError, match="t: expected timesteps from 0 to 10, got 11"):
         velocity_error_weight(ALPHAS, T + 1, "epsilon", "l2")
-    with pytest.raises(ValueError, match="t must be from 0 to 10, got -1"):
+    with pytest.raises(ValueError, match="t: expected timesteps from 0 to 10, got -1"):
         add_noise(torch.ones(4), torch.ones(4), ALPHAS, T - 1)
-    with pytest.raises(TypeError, match="alphas_cumprod must be a tensor, got list"):
+    with pytest.raises(TypeError, match="alphas_cumprod: expected a tensor, got list"):
         velocity_target(torch.ones(4), torch.ones(4), [1.0], T)
 
 
