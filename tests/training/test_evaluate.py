@@ -12,15 +12,15 @@ from PIL import Image
 
 from fastunlearn.training import evaluate, prepare
 from fastunlearn.training.cache.reader import TeacherCache
-from fastunlearn.training.evaluate import KEPT, run
-from fastunlearn.training.evaluation.measure import batches, measure, parts
+from fastunlearn.training.evaluate import run
+from fastunlearn.training.evaluation.measure import KEPT, batches, group_timesteps, measure
 from fastunlearn.training.evaluation.report import draw, table
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.options import EvaluateOptions
 
 Pipelines = Callable[[str], Path]
-TARGETS = "a red circle\na blue circle\ta blue square\n"
-KEPTS = "a red square\n"
+TARGET_PROMPTS = "a red circle\na blue circle\ta blue square\n"
+KEPT_PROMPTS = "a red square\n"
 
 
 def save_erasers(pipeline: Path, folder: Path, std: float) -> Path:
@@ -35,8 +35,8 @@ def save_erasers(pipeline: Path, folder: Path, std: float) -> Path:
 
 def options(pipeline: Path, folder: Path, erasers: Path, **more: Any) -> EvaluateOptions:
     folder.mkdir(exist_ok=True)
-    (folder / "targets.txt").write_text(TARGETS)
-    (folder / "kept.txt").write_text(KEPTS)
+    (folder / "targets.txt").write_text(TARGET_PROMPTS)
+    (folder / "kept.txt").write_text(KEPT_PROMPTS)
     settings: dict[str, Any] = {
         "concept": "circle",
         "target_prompts": folder / "targets.txt",
@@ -58,13 +58,15 @@ def options(pipeline: Path, folder: Path, erasers: Path, **more: Any) -> Evaluat
 def evaluated(
     tiny_pipeline: Pipelines, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EvaluateOptions, dict[str, Any]]:
-    """An evaluation of the tiny Wan with two transformers."""
+    """An evaluation of the tiny Wan with two experts: its options and its report."""
     pipeline, folder = tiny_pipeline("wan-2.2"), tmp_path_factory.mktemp("evaluated")
     chosen = options(pipeline, folder, save_erasers(pipeline, folder / "erasers", 0.3))
     return chosen, run(chosen)
 
 
-def test_the_report_is_what_the_definitions_say(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+def test_the_report_agrees_with_the_metrics_definitions(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]],
+) -> None:
     chosen, report = evaluated
     cache = TeacherCache.open(chosen.output_dir / "cache")
     model = load_model(chosen.pretrained_model_name_or_path, dtype=torch.float32, device="cpu")
@@ -103,7 +105,7 @@ def test_the_report_is_what_the_definitions_say(evaluated: tuple[EvaluateOptions
     assert {0, 1} == {model.expert_index(t) for t in at}
 
 
-def test_the_report_says_what_it_is_of(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+def test_the_report_names_what_was_evaluated(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
     chosen, report = evaluated
     written = json.loads((chosen.output_dir / "evaluation.json").read_text())
     assert written == json.loads(json.dumps(report))
@@ -114,22 +116,23 @@ def test_the_report_says_what_it_is_of(evaluated: tuple[EvaluateOptions, dict[st
     assert (written["target_points"], written["kept_points"]) == (6, 6)
     prompts = {row["prompt"]: row["points"] for row in written["by_prompt"]}
     assert prompts == {"a red circle": 4, "a blue circle": 2, "a red square": 6}
-    assert written["frozen_drift"] < 1e-4  # in float32 the frozen model says again what the cache has
+    assert written["frozen_drift"] < 1e-4  # in float32 the frozen model reproduces the cache
     share = written["mask_share"]
     assert 0 < share["least"] <= share["mean"] <= share["most"] < 1
     width, height = Image.open(chosen.output_dir / "evaluation.png").size
     assert width > 2 * height
 
 
-def test_the_held_out_seed_is_not_the_training_one() -> None:
+def test_evaluation_and_preparation_have_different_default_seeds() -> None:
     from fastunlearn.training.options import PrepareOptions
 
     seeds = [{f.name: f.default for f in dataclasses.fields(cls)}["seed"] for cls in (EvaluateOptions, PrepareOptions)]
     assert seeds == [1000, 0]
 
 
+@pytest.mark.filterwarnings("ignore:.*only 1 of 2 prompts are used:UserWarning")
 @pytest.mark.parametrize("family", ["cogvideox-rope", "hunyuan_video"])
-def test_erasers_of_no_strength_change_nothing(family: str, tiny_pipeline: Pipelines, tmp_path: Path) -> None:
+def test_erasers_at_scale_0_change_nothing(family: str, tiny_pipeline: Pipelines, tmp_path: Path) -> None:
     pipeline = tiny_pipeline(family)
     erasers = save_erasers(pipeline, tmp_path / "erasers", 0.3)
     strong = options(pipeline, tmp_path, erasers, num_trajectories=1)
@@ -142,7 +145,7 @@ def test_erasers_of_no_strength_change_nothing(family: str, tiny_pipeline: Pipel
     assert report["preserved_drift"] < 1e-4
 
 
-def test_it_goes_on_with_its_cache(
+def test_a_second_evaluation_reuses_the_cache(
     evaluated: tuple[EvaluateOptions, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen, report = evaluated
@@ -157,7 +160,7 @@ def test_it_goes_on_with_its_cache(
         run(dataclasses.replace(chosen, seed=1001))
 
 
-def test_the_wrong_model_is_told_in_a_line(
+def test_erasers_and_caches_of_another_model_are_refused(
     evaluated: tuple[EvaluateOptions, dict[str, Any]],
     tiny_pipeline: Pipelines,
     tmp_path: Path,
@@ -166,22 +169,24 @@ def test_the_wrong_model_is_told_in_a_line(
     chosen, _ = evaluated
     cache = chosen.output_dir / "cache"
     wan, cogvideox = tiny_pipeline("wan"), tiny_pipeline("cogvideox")
-    of_wan = save_erasers(wan, tmp_path / "erasers", 0.1)
+    wan_erasers = save_erasers(wan, tmp_path / "erasers", 0.1)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "prepare", lambda *a, **k: pytest.fail("sampled before the erasers were tried"))
         with pytest.raises(ValueError, match="^[^\n]*erasers for wan, but the model is cogvideox$"):
-            run(options(cogvideox, tmp_path, of_wan))
+            run(options(cogvideox, tmp_path, wan_erasers))
     erasers = save_erasers(cogvideox, tmp_path / "cog", 0.1)
-    with pytest.raises(ValueError, match="of a wan, but the model is cogvideox"):
+    with pytest.raises(ValueError, match="expected a teacher cache of cogvideox, got one of wan$"):
         run(options(cogvideox, tmp_path, erasers, cache_dir=cache))
     from fastunlearn.testing.tiny_pipelines import save_tiny_pipeline
 
     save_tiny_pipeline("wan-2.2", tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="without erasers differs from this cache by [0-9]+%"):
+    with pytest.raises(
+        ValueError, match="expected a teacher cache of this model, got one that .* differs from by [0-9]+%"
+    ):
         run(dataclasses.replace(chosen, pretrained_model_name_or_path=str(tmp_path / "other"), cache_dir=cache))
 
 
-def test_a_model_that_overflows_is_told(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+def test_velocities_that_are_not_finite_are_refused(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
     chosen, _ = evaluated
     cache = TeacherCache.open(chosen.output_dir / "cache")
     model = load_model(chosen.pretrained_model_name_or_path, dtype=torch.float32, device="cpu")
@@ -191,12 +196,12 @@ def test_a_model_that_overflows_is_told(evaluated: tuple[EvaluateOptions, dict[s
         measure(model, cache, 2)
 
 
-def test_what_is_missing_is_told_before_anything_is_loaded(
+def test_mistakes_are_found_before_anything_is_loaded(
     tiny_pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate.erased, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
     pipeline, erasers = tiny_pipeline("wan"), tmp_path / "erasers"
-    with pytest.raises(FileNotFoundError, match="erasers: no folder"):
+    with pytest.raises(FileNotFoundError, match="erasers: expected a folder, got .*erasers, which does not exist"):
         run(options(pipeline, tmp_path, erasers))
     erasers.mkdir()
     (erasers / "config.json").write_text("{}")
@@ -204,11 +209,11 @@ def test_what_is_missing_is_told_before_anything_is_loaded(
         run(options(pipeline, tmp_path, erasers, target_prompts=tmp_path / "no.txt"))
     with pytest.raises(FileNotFoundError, match="index.json is missing"):
         run(options(pipeline, tmp_path, erasers, cache_dir=tmp_path / "no cache"))
-    with pytest.raises(ValueError, match="kept_prompts: expected where there is no cache_dir"):
+    with pytest.raises(ValueError, match="kept_prompts: expected a value where there is no cache_dir"):
         options(pipeline, tmp_path, erasers, kept_prompts=None)
 
 
-def test_too_little_memory_is_told(
+def test_out_of_memory_is_explained(
     evaluated: tuple[EvaluateOptions, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
@@ -219,20 +224,20 @@ def test_too_little_memory_is_told(
         run(evaluated[0])
 
 
-def test_timesteps_are_put_together() -> None:
-    assert parts([], 10) == []
-    assert parts([3.0, 2.0, 1.0], 10) == [[3.0], [2.0], [1.0]]
-    together = parts([float(t) for t in range(50, 0, -1)], 10)
-    assert [len(part) for part in together] == [5] * 10
-    assert [t for part in together for t in part] == [float(t) for t in range(50, 0, -1)]
+def test_timesteps_are_grouped_evenly() -> None:
+    assert group_timesteps([], 10) == []
+    assert group_timesteps([3.0, 2.0, 1.0], 10) == [[3.0], [2.0], [1.0]]
+    groups = group_timesteps([float(t) for t in range(50, 0, -1)], 10)
+    assert [len(group) for group in groups] == [5] * 10
+    assert [t for group in groups for t in group] == [float(t) for t in range(50, 0, -1)]
 
 
-def test_batches_are_of_one_transformer_each(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
+def test_every_batch_belongs_to_one_expert(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:
     chosen, _ = evaluated
     points = TeacherCache.open(chosen.output_dir / "cache").groups["target"]
-    found = batches(points, 4)
-    assert sorted(torch.cat(found).tolist()) == list(range(len(points)))
-    assert all(len(points.experts[rows].unique()) == 1 and len(rows) <= 4 for rows in found)
+    rows = batches(points, 4)
+    assert sorted(torch.cat(rows).tolist()) == list(range(len(points)))
+    assert all(len(points.experts[batch].unique()) == 1 and len(batch) <= 4 for batch in rows)
 
 
 def test_what_was_not_measured_is_left_out(evaluated: tuple[EvaluateOptions, dict[str, Any]], tmp_path: Path) -> None:
@@ -243,7 +248,7 @@ def test_what_was_not_measured_is_left_out(evaluated: tuple[EvaluateOptions, dic
     bare["by_timesteps"] = [{**row, **nothing} for row in report["by_timesteps"]]
     bare["by_prompt"] = []
     text = table(bare)
-    assert text.splitlines()[-1].endswith("it repels")
+    assert text.splitlines()[-1].endswith("the model avoids it")
     assert [line.split()[-1] for line in text.splitlines() if "total" in line] == ["-"]
     draw(bare, tmp_path / "a.png")
     draw(report, tmp_path / "b.png")

@@ -34,10 +34,10 @@ def total(sums: Sums, root: bool = False) -> float | None:
 
 
 @pytest.mark.parametrize("coefficient", [1.0, 0.0, -0.5, 0.3])
-def test_the_erasure_coefficient_is_the_share_of_the_concepts_direction(coefficient: float) -> None:
+def test_the_erasure_coefficient_is_the_projection_on_the_concepts_direction(coefficient: float) -> None:
     v_uncond, v_cond, other = velocities(3)
     direction = v_cond - v_uncond
-    # What is orthogonal to the concept's direction, in every sample, does not count.
+    # A component orthogonal to the concept's direction, in every sample, does not count.
     orthogonal = other - direction * erasure(v_uncond + other, v_uncond, v_cond).numerator.div(
         direction.flatten(1).square().sum(1)
     ).reshape(-1, 1, 1, 1, 1)
@@ -45,7 +45,7 @@ def test_the_erasure_coefficient_is_the_share_of_the_concepts_direction(coeffici
     assert total(erasure(velocity, v_uncond, v_cond)) == pytest.approx(coefficient, abs=1e-12)
 
 
-def test_points_count_by_how_much_there_is_to_erase() -> None:
+def test_samples_are_weighted_by_how_much_there_is_to_erase() -> None:
     v_uncond = torch.zeros(2, 1, 1)
     v_cond = torch.tensor([1.0, 3.0]).reshape(2, 1, 1)
     velocity = torch.tensor([1.0, 0.0]).reshape(2, 1, 1)  # nothing erased at the first, everything at the second
@@ -71,10 +71,10 @@ def test_localization_is_the_share_of_the_change_inside_the_mask(channel_dim: in
     assert total(localization(inside, v_cond, mask, channel_dim)) == pytest.approx(1)
     outside = v_cond + (velocity - v_cond) * (1 - at_latents)
     assert total(localization(outside, v_cond, mask, channel_dim)) == 0
-    assert total(localization(v_cond, v_cond, mask, channel_dim)) is None  # no change, so none to be localized
+    assert total(localization(v_cond, v_cond, mask, channel_dim)) is None  # nothing has changed
 
 
-def test_soft_masks_weigh() -> None:
+def test_soft_masks_count_in_proportion() -> None:
     v_cond, velocity = velocities(2)
     mask = torch.full((1, 1, 1, 1), 0.25)
     assert total(localization(velocity, v_cond, mask, 2)) == pytest.approx(0.25)
@@ -95,7 +95,7 @@ def test_half_precision_is_summed_in_float32() -> None:
     assert total(drift(torch.zeros_like(large), large), root=True) == pytest.approx(1)
 
 
-def test_a_ratio_divides_sums_in_total_and_at_each_timestep() -> None:
+def test_a_ratio_is_divided_in_total_and_per_timestep() -> None:
     ratio = Ratio()
     ratio.add(torch.tensor([900, 100]), Sums(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 8.0])))
     ratio.add(torch.tensor([100.0]), Sums(torch.tensor([6.0]), torch.tensor([8.0])))
@@ -113,16 +113,16 @@ def test_a_ratio_divides_sums_in_total_and_at_each_timestep() -> None:
     assert root.total == root.between(1, 1) == 0.5
 
 
-def test_batches_of_any_size_give_the_same() -> None:
+def test_the_batch_size_does_not_change_a_ratio() -> None:
     velocity, v_uncond, v_cond = velocities(3)
     t = torch.tensor([3.0, 3.0, 1.0])
-    whole, apart = Ratio(), Ratio()
+    whole, split = Ratio(), Ratio()
     whole.add(t, erasure(velocity, v_uncond, v_cond))
     for index in range(3):
         row = slice(index, index + 1)
-        apart.add(t[row], erasure(velocity[row], v_uncond[row], v_cond[row]))
-    assert whole.total == pytest.approx(apart.total, rel=1e-14)
-    assert whole.between(3, 3) == pytest.approx(apart.between(3, 3), rel=1e-14)
+        split.add(t[row], erasure(velocity[row], v_uncond[row], v_cond[row]))
+    assert whole.total == pytest.approx(split.total, rel=1e-14)
+    assert whole.between(3, 3) == pytest.approx(split.between(3, 3), rel=1e-14)
 
 
 def test_velocities_that_are_not_finite_are_refused() -> None:
@@ -141,11 +141,11 @@ def test_the_summary_of_masks() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda v: erasure(v, v[:1], v), ValueError, "v_uncond must have shape"),
-        (lambda v: erasure(v.long(), v, v), TypeError, "velocity must have one of the dtypes"),
-        (lambda v: drift(v, v[:, :1]), ValueError, "v_cond must have shape"),
-        (lambda v: drift(v.flatten(), v.flatten()), ValueError, r"velocity must be \(B, ...\)"),
-        (lambda v: localization(v, v, torch.ones(2, 2, 3, 4), 2), ValueError, "mask must be"),
+        (lambda v: erasure(v, v[:1], v), ValueError, "v_uncond: expected shape"),
+        (lambda v: erasure(v.long(), v, v), TypeError, "velocity: expected one of the dtypes"),
+        (lambda v: drift(v, v[:, :1]), ValueError, "v_cond: expected shape"),
+        (lambda v: drift(v.flatten(), v.flatten()), ValueError, r"velocity: expected \(B, ...\), got shape"),
+        (lambda v: localization(v, v, torch.ones(2, 2, 3, 4), 2), ValueError, "mask: expected"),
         (lambda v: Ratio().add(torch.zeros(2), drift(v, v)), ValueError, r"t: expected \(\) or \(3,\), got \(2,\)"),
     ],
 )

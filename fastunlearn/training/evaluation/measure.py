@@ -1,4 +1,4 @@
-"""Asks a model with erasers at every point of a teacher cache, and adds up what the metrics say."""
+"""Runs a model with erasers at every point of a teacher cache, and collects the metrics."""
 
 from __future__ import annotations
 
@@ -12,27 +12,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastunlearn.training.cache.reader import Points, PointSet, TeacherCache
-from fastunlearn.training.evaluation.metrics import Ratio, drift, erasure, localization, mask_share, summarize_masks
-from fastunlearn.training.model import erased
+from fastunlearn.training.evaluation.metrics import (
+    Ratio,
+    Sums,
+    drift,
+    erasure,
+    localization,
+    mask_share,
+    summarize_masks,
+)
+from fastunlearn.training.model.erased import without_erasers
 from fastunlearn.training.model.video_model import VideoModel
 
-KEPT = "kept"  # the group of what is to stay; every other group is one of targets
+KEPT = "kept"  # the group of the prompts that must not change; all other groups are targets
 
-# The frozen model asked again differs from its cache by rounding: by 1 or 2 percent in half precision on another GPU.
-_MOST_FROZEN_DRIFT = 0.1
+# Rounding alone makes the frozen model drift from its cache, by 1 to 2 percent in half precision on another GPU.
+_MAX_FROZEN_DRIFT = 0.1
 
 
 @dataclass
 class Measurement:
-    """What `measure` finds.
+    """The metrics over all points of a cache.
 
     Attributes:
-        erasure: over the points of the target groups.
-        localization: over those with masks.
+        erasure: the erasure coefficient over the points of the target groups.
+        localization: the localization over the target points that have masks.
         preserved: the drift over the kept points.
-        frozen: the drift of the frozen model from the cache, over the first points: how much rounding alone does.
-        mask_shares: of every point with a mask.
-        prompts: (group, prompt) to its points' erasure, or drift if they are kept ones.
+        frozen: the drift of the model without erasers from the cache, over a first batch per group. Rounding causes it.
+        mask_shares: the share of tokens inside the mask, for every target point that has one.
+        prompts: (group, prompt) -> the drift over that prompt's points if they are kept, else the erasure coefficient.
     """
 
     erasure: Ratio = field(default_factory=Ratio)
@@ -42,8 +50,31 @@ class Measurement:
     mask_shares: list[float] = field(default_factory=list)
     prompts: dict[tuple[str, str], Ratio] = field(default_factory=dict)
 
+    def add(self, group: str, prompts: Sequence[str], points: Points, velocity: Tensor, channel_dim: int) -> None:
+        """Adds a batch of points.
+
+        Args:
+            group: of the points.
+            prompts: of each point.
+            points: the batch.
+            velocity: of the model with erasers, at these points.
+            channel_dim: the channel dimension of the velocities.
+
+        Raises:
+            ValueError: a velocity is not finite.
+        """
+        is_kept = group == KEPT
+        sums = drift(velocity, points.v_cond) if is_kept else erasure(velocity, points.v_uncond, points.v_cond)
+        (self.preserved if is_kept else self.erasure).add(points.t, sums)
+        for index, prompt in enumerate(prompts):
+            ratio = self.prompts.setdefault((group, prompt), Ratio(root=is_kept))
+            ratio.add(points.t[index], Sums(*(values[index : index + 1] for values in sums)))
+        if not is_kept and points.mask is not None:
+            self.mask_shares += mask_share(points.mask).tolist()
+            self.localization.add(points.t, localization(velocity, points.v_cond, points.mask, channel_dim))
+
     def report(self) -> dict[str, Any]:
-        """As plain data; None for what there was nothing to measure it by."""
+        """The measurement as plain data for JSON. What could not be measured is None."""
         timesteps = sorted({*self.erasure.timesteps, *self.preserved.timesteps}, reverse=True)
         masks = summarize_masks(self.mask_shares)
         return {
@@ -55,7 +86,7 @@ class Measurement:
             "target_points": self.erasure.points,
             "kept_points": self.preserved.points,
             "by_timestep": [self._row(t, t) for t in timesteps],
-            "by_timesteps": [self._row(part[0], part[-1]) for part in parts(timesteps)],
+            "by_timesteps": [self._row(neighbours[0], neighbours[-1]) for neighbours in group_timesteps(timesteps)],
             "by_prompt": [
                 {
                     "group": group,
@@ -68,6 +99,7 @@ class Measurement:
         }
 
     def _row(self, first: float, last: float) -> dict[str, Any]:
+        """The metrics over the timesteps from `first`, the larger, to `last`."""
         return {
             "from": first,
             "to": last,
@@ -81,45 +113,40 @@ class Measurement:
 
 @torch.no_grad()
 def measure(model: VideoModel, cache: TeacherCache, batch_size: int, bar: tqdm | None = None) -> Measurement:
-    """Asks the model with its erasers at every point of a cache of the same model.
+    """Runs the model with its erasers at every point of a cache made with the same model.
 
     Args:
         model: with erasers attached.
-        cache: of the model without; its group "kept" is what is to stay, the others are targets.
-        batch_size: points that go through the model at a time.
-        bar: a progress bar to advance by points.
+        cache: made with the model without erasers. Its group "kept" must not change; the other groups are targets.
+        batch_size: points per forward pass.
+        bar: a progress bar to advance by 1 per point.
 
     Raises:
-        ValueError: the cache is of another model, or a velocity is not finite.
+        ValueError: the cache was made with another model, or a velocity is not finite.
     """
-    if cache.facts.get("backbone") != model.family.name:
-        raise ValueError(f"{cache.folder}: of a {cache.facts.get('backbone')}, but the model is {model.family.name}")
-    found = Measurement()
-    for name, points in cache.groups.items():
-        for batch, rows in enumerate(batches(points, batch_size)):
-            read = on_device(points.rows(rows), model)
+    family = cache.facts.get("backbone")
+    if family != model.family.name:
+        raise ValueError(f"{cache.folder}: expected a teacher cache of {model.family.name}, got one of {family}")
+    measurement = Measurement()
+    for group, points in cache.groups.items():
+        for number, rows in enumerate(batches(points, batch_size)):
+            batch = on_device(points.rows(rows), model)
             expert = model.experts[int(points.experts[rows[0]])]
-            if batch == 0:
-                with erased.without_erasers(model):
-                    found.frozen.add(read.t, drift(expert(read.x_t, read.t, read.condition), read.v_cond))
-                _check_frozen_drift(found.frozen, cache.folder)
-            velocity = expert(read.x_t, read.t, read.condition)
-            sums = drift(velocity, read.v_cond) if name == KEPT else erasure(velocity, read.v_uncond, read.v_cond)
-            (found.preserved if name == KEPT else found.erasure).add(read.t, sums)
-            for index, prompt in enumerate(points.prompts[rows].tolist()):
-                of_prompt = found.prompts.setdefault((name, cache.prompts[prompt]), Ratio(root=name == KEPT))
-                of_prompt.add(read.t[index], type(sums)(*(part[index : index + 1] for part in sums)))
-            if name != KEPT and read.mask is not None:
-                found.mask_shares += mask_share(read.mask).tolist()
-                channel = model.family.channel_dim
-                found.localization.add(read.t, localization(velocity, read.v_cond, read.mask, channel))
+            if number == 0:
+                with without_erasers(model):
+                    frozen_velocity = expert(batch.x_t, batch.t, batch.condition)
+                measurement.frozen.add(batch.t, drift(frozen_velocity, batch.v_cond))
+                _check_frozen_drift(measurement.frozen, cache.folder)
+            velocity = expert(batch.x_t, batch.t, batch.condition)
+            prompts = [cache.prompts[prompt] for prompt in points.prompts[rows].tolist()]
+            measurement.add(group, prompts, batch, velocity, model.family.channel_dim)
             if bar is not None:
                 bar.update(len(rows))
-    return found
+    return measurement
 
 
 def batches(points: PointSet, size: int) -> list[Tensor]:
-    """The numbers of all points, in batches of at most `size` that are for one of the model's transformers each."""
+    """The row numbers of all points, in batches of at most `size`. The points of a batch belong to one expert."""
     return [
         batch
         for expert in points.experts.unique().tolist()
@@ -128,26 +155,26 @@ def batches(points: PointSet, size: int) -> list[Tensor]:
 
 
 def on_device(points: Points, model: VideoModel) -> Points:
-    """Points as the model computes with them; t stays where it is."""
+    """Points on the model's device and in its dtype. Their timesteps stay on the CPU."""
     x_t, v_uncond, v_cond = (
-        part.to(model.device, model.dtype) for part in (points.x_t, points.v_uncond, points.v_cond)
+        tensor.to(model.device, model.dtype) for tensor in (points.x_t, points.v_uncond, points.v_cond)
     )
     condition = {name: tensor.to(model.device) for name, tensor in points.condition.items()}
     mask = None if points.mask is None else points.mask.to(model.device)
     return Points(x_t, points.t, condition, v_uncond, v_cond, mask)
 
 
-def parts(timesteps: Sequence[float], most: int = 10) -> list[Sequence[float]]:
-    """Neighbouring timesteps together, in at most as many parts, as equal as can be."""
+def group_timesteps(timesteps: Sequence[float], most: int = 10) -> list[Sequence[float]]:
+    """Divides sorted timesteps into at most `most` groups of neighbours, of sizes as equal as possible."""
     count = min(most, len(timesteps))
-    edges = [part * len(timesteps) // count for part in range(count + 1)] if count else []
+    edges = [number * len(timesteps) // count for number in range(count + 1)] if count else []
     return [timesteps[start:end] for start, end in zip(edges, edges[1:], strict=False)]
 
 
 def _check_frozen_drift(frozen: Ratio, folder: Path) -> None:
     total = frozen.total
-    if total is not None and total > _MOST_FROZEN_DRIFT:
+    if total is not None and total > _MAX_FROZEN_DRIFT:
         raise ValueError(
-            f"{folder}: the model without erasers differs from this cache by {total:.0%}: it was made with another "
-            "model, or in a precision that this one overflows in"
+            f"{folder}: expected a teacher cache of this model, got one that the model without erasers differs from by "
+            f"{total:.0%}; it was made with another model, or the model overflows in this precision"
         )

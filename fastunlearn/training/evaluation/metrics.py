@@ -1,8 +1,9 @@
-"""How far a concept is erased, and what else has changed: read off velocities, without a video or a judge.
+"""How far a concept is erased, and what else has changed: measured on velocities, without making a video.
 
-Each metric is a ratio of sums. What one sample adds to both sums comes from the functions here, one a metric;
-`Ratio` adds samples up, in total and a timestep apart. Summed before divided, a point counts by how much there was to
-change at it: where prompt and no prompt nearly agree, their quotient alone would be noise.
+Each metric is a ratio of two sums over samples. The functions `erasure`, `drift` and `localization` compute what each
+sample adds to the two sums; `Ratio` accumulates them, per timestep and in total. Dividing only after summing weights
+each sample by how much there was to change: where the velocities with and without the prompt nearly agree, the quotient
+of that sample alone would be noise.
 
 v is the frozen model's velocity, v' that of the model with erasers, at the same x_t, t and prompt.
 """
@@ -16,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastunlearn.ops.arguments import MASK, check_shape, check_tensor
+from fastunlearn.dtypes import MASK
+from fastunlearn.ops.arguments import check_shape, check_tensor
 from fastunlearn.ops.spatial_masks import drop_channel, match_resolution
 
 
 class Sums(NamedTuple):
-    """What each sample of a batch adds to a ratio: two (B,) tensors, float32 or wider."""
+    """What each sample of a batch adds to the two sums of a metric: two (B,) tensors, float32 or wider."""
 
     numerator: Tensor
     denominator: Tensor
@@ -30,15 +32,16 @@ class Sums(NamedTuple):
 def erasure(velocity: Tensor, v_uncond: Tensor, v_cond: Tensor) -> Sums:
     """The erasure coefficient, <v' - v_uncond, v_cond - v_uncond> / ||v_cond - v_uncond||^2.
 
-    1: nothing is erased. 0: the prompt says no more than what stands for it. Below 0: it repels.
+    It is 1 if nothing is erased, 0 if the prompt has no more effect than one without the concept, and below 0 if the
+    prompt leads away from the concept.
 
     Args:
-        velocity: v' (B, ...), floating point as the others.
-        v_uncond: the frozen model's, with what stands for the concept: the negative prompt, or another.
-        v_cond: the frozen model's, with the prompt.
+        velocity: v' (B, ...), floating point.
+        v_uncond: the frozen model's velocity without the concept: for the negative prompt, or for a replacement prompt.
+        v_cond: the frozen model's velocity for the prompt.
 
     Raises:
-        TypeError, ValueError: a tensor is of another dtype, shape or device.
+        TypeError, ValueError: a tensor has a wrong dtype, shape or device.
     """
     _check_velocities(velocity, v_uncond=v_uncond, v_cond=v_cond)
     start = _wide(v_uncond)
@@ -47,14 +50,14 @@ def erasure(velocity: Tensor, v_uncond: Tensor, v_cond: Tensor) -> Sums:
 
 
 def drift(velocity: Tensor, v_cond: Tensor) -> Sums:
-    """The squared drift, ||v' - v||^2 / ||v||^2. Its root is the drift: `Ratio(root=True)`.
+    """The squared drift, ||v' - v||^2 / ||v||^2. Accumulate it with `Ratio(root=True)`, whose root is the drift.
 
     Args:
         velocity: v' (B, ...), floating point.
-        v_cond: v.
+        v_cond: v, of the same shape.
 
     Raises:
-        TypeError, ValueError: a tensor is of another dtype, shape or device.
+        TypeError, ValueError: a tensor has a wrong dtype, shape or device.
     """
     _check_velocities(velocity, v_cond=v_cond)
     frozen = _wide(v_cond)
@@ -62,18 +65,18 @@ def drift(velocity: Tensor, v_cond: Tensor) -> Sums:
 
 
 def localization(velocity: Tensor, v_cond: Tensor, mask: Tensor, channel_dim: int) -> Sums:
-    """The share of the change that lies where the concept is: sum M (v' - v)^2 / sum (v' - v)^2.
+    """The share of the change that lies inside the concept's mask M: sum M (v' - v)^2 / sum (v' - v)^2.
 
-    A change that knew nothing of the mask would have the mask's own share (`mask_share`).
+    For a change spread evenly over the video it equals the share of tokens inside the mask, `mask_share`.
 
     Args:
         velocity: v' (B, ...), floating point.
-        v_cond: v.
-        mask: (B or 1, *spatial) in [0, 1], of any resolution; read by nearest neighbour.
-        channel_dim: which dim of the velocities is the channel.
+        v_cond: v, of the same shape.
+        mask: M (B or 1, *spatial) in [0, 1], of any resolution; resampled by nearest neighbour.
+        channel_dim: the channel dimension of the velocities.
 
     Raises:
-        TypeError, ValueError: a tensor is of another dtype, shape or device.
+        TypeError, ValueError: a tensor has a wrong dtype, shape or device.
     """
     _check_velocities(velocity, v_cond=v_cond)
     check_tensor("mask", mask, MASK, like=velocity)
@@ -83,59 +86,58 @@ def localization(velocity: Tensor, v_cond: Tensor, mask: Tensor, channel_dim: in
 
 
 def mask_share(mask: Tensor) -> Tensor:
-    """(B, *spatial) to (B,) float32: the mean of each mask, so the share of tokens in one of zeros and ones."""
+    """The mean of each mask, (B, *spatial) -> (B,) float32. For a mask of 0 and 1: the share of tokens inside it."""
     check_tensor("mask", mask, MASK)
     return mask.flatten(1).float().mean(1)
 
 
 class Ratio:
-    """Adds samples up: sum of numerators / sum of denominators, in total and at each timestep. Sums are float64."""
+    """A metric over many samples: sum of numerators / sum of denominators, in float64, per timestep and in total."""
 
     def __init__(self, root: bool = False) -> None:
-        """`root`: whether the metric is the square root of the ratio."""
+        """`root`: take the square root of the ratio."""
         self._root = root
-        self._sums: dict[float, list[float]] = {}  # t: numerator, denominator, points
+        self._sums: dict[float, list[float]] = {}  # timestep -> numerator, denominator, number of samples
 
     def add(self, t: Tensor, sums: Sums) -> None:
-        """Adds a batch. `t`: (B,), or one timestep for all.
+        """Adds a batch. `t` holds a timestep per sample, (B,), or one for all.
 
         Raises:
-            ValueError: `t` has another shape, or a sum is not finite: the model's velocity is not.
+            ValueError: `t` has another shape, or a sum is not finite because the model's velocity is not.
         """
-        numerators, denominators = (part.double().cpu().tolist() for part in sums)
+        numerators, denominators = (values.double().cpu().tolist() for values in sums)
         if t.dim() > 1 or (t.dim() == 1 and len(t) != len(numerators)):
             raise ValueError(f"t: expected () or ({len(numerators)},), got {tuple(t.shape)}")
-        for at, numerator, denominator in zip(
-            t.expand(len(numerators)).tolist(), numerators, denominators, strict=True
-        ):
+        timesteps = t.expand(len(numerators)).tolist()
+        for timestep, numerator, denominator in zip(timesteps, numerators, denominators, strict=True):
             if not (math.isfinite(numerator) and math.isfinite(denominator)):
-                raise ValueError(f"sums: expected finite ones, got {numerator} / {denominator} at t={at:g}")
-            entry = self._sums.setdefault(float(at), [0.0, 0.0, 0])
-            for index, part in enumerate((numerator, denominator, 1)):
-                entry[index] += part
+                raise ValueError(f"sums: expected finite ones, got {numerator} / {denominator} at t={timestep:g}")
+            entry = self._sums.setdefault(float(timestep), [0.0, 0.0, 0])
+            for index, value in enumerate((numerator, denominator, 1)):
+                entry[index] += value
 
     @property
     def timesteps(self) -> list[float]:
-        """All there are, in the order of sampling: from noise, the largest, to the video."""
+        """The timesteps of all samples, in sampling order: from the largest (noise) to the smallest (video)."""
         return sorted(self._sums, reverse=True)
 
     @property
     def points(self) -> int:
-        """How many samples were added."""
+        """The number of samples."""
         return self.points_between(math.inf, -math.inf)
 
     @property
     def total(self) -> float | None:
-        """Over all samples. None without any, or if denominators sum to 0, as where there is no change to localize."""
+        """The metric over all samples. None if there are none or the denominators sum to 0 (no change to localize)."""
         return self.between(math.inf, -math.inf)
 
     def between(self, first: float, last: float) -> float | None:
-        """Over the samples whose timesteps are from `first`, the larger, to `last`; None as for `total`."""
+        """The metric over the samples with timesteps from `first`, the larger, to `last`. None as for `total`."""
         entries = [entry for t, entry in self._sums.items() if last <= t <= first]
         return self._divided(*(math.fsum(entry[index] for entry in entries) for index in (0, 1)))
 
     def points_between(self, first: float, last: float) -> int:
-        """How many samples have timesteps from `first`, the larger, to `last`."""
+        """The number of samples with timesteps from `first`, the larger, to `last`."""
         return int(sum(entry[2] for t, entry in self._sums.items() if last <= t <= first))
 
     def _divided(self, numerator: float, denominator: float) -> float | None:
@@ -146,7 +148,7 @@ class Ratio:
 
 
 class MaskSummary(NamedTuple):
-    """What part of the tokens masks cover: the mean, the least and the most; and what part of the masks cover none."""
+    """The share of tokens inside the mask: mean, least and most over all masks; and the share of empty masks."""
 
     mean: float
     least: float
@@ -155,10 +157,10 @@ class MaskSummary(NamedTuple):
 
 
 def summarize_masks(shares: Iterable[float]) -> MaskSummary | None:
-    """What `mask_share` said of several masks; None if there were none.
+    """Summarizes the `mask_share` of several masks; None if there are none.
 
-    Points of a trajectory share its mask. Where every trajectory has as many points, the summary over points is that
-    over trajectories.
+    The points of a trajectory share one mask. If every trajectory has the same number of points, as `prepare` makes
+    them, the summary over points equals that over trajectories.
     """
     values = list(shares)
     if not values:
@@ -170,15 +172,17 @@ def summarize_masks(shares: Iterable[float]) -> MaskSummary | None:
 def _check_velocities(velocity: Tensor, **others: Tensor) -> None:
     check_tensor("velocity", velocity)
     if velocity.dim() < 2:
-        raise ValueError(f"velocity must be (B, ...), got shape {tuple(velocity.shape)}")
+        raise ValueError(f"velocity: expected (B, ...), got shape {tuple(velocity.shape)}")
     for name, other in others.items():
         check_tensor(name, other, like=velocity)
         check_shape(name, other, velocity.shape, "that of velocity")
 
 
 def _wide(tensor: Tensor) -> Tensor:
+    """In float32 or wider, without gradients."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _sum(tensor: Tensor) -> Tensor:
+    """(B, ...) -> (B,)."""
     return tensor.flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""An evaluation as a table and as a picture."""
+"""Shows an evaluation as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from matplotlib.ticker import PercentFormatter
 
 from fastunlearn.files import replace_file
 
-Report = Mapping[str, Any]
+Report = Mapping[str, Any]  # what evaluation.json holds
 
 _ERASED, _KEPT, _INSIDE, _REFERENCE = "#d1495b", "#2e7d6b", "#5b6bbf", "0.55"
 
 
 def table(report: Report) -> str:
-    """Text: metrics by timesteps from noise to video, then in total."""
+    """The metrics as text: a row per range of timesteps, from noise to video, then the totals and what they mean."""
     heads = ("timestep", "erasure coefficient", "change inside mask", "drift on kept prompts")
     lines = ["".join(f"{head:>23}" for head in heads)[11:]]
 
@@ -34,14 +34,14 @@ def table(report: Report) -> str:
         )
         return f"{name:>12}" + "".join(f"{cell:>23}" for cell in cells)
 
-    for part in report["by_timesteps"]:
-        first, last = (f"{part[name]:.0f}" for name in ("from", "to"))
-        lines.append(row(first if first == last else f"{first} - {last}", part))
+    for timesteps in report["by_timesteps"]:
+        first, last = (f"{timesteps[name]:.0f}" for name in ("from", "to"))
+        lines.append(row(first if first == last else f"{first} - {last}", timesteps))
     lines += [row("total", report), ""]
     concept = "the concept" if report["concept"] is None else f'"{report["concept"]}"'
     lines += [
         f"{report['target_points']} points with {concept}, {report['kept_points']} without",
-        "erasure coefficient     1: nothing erased; 0: the prompt's concept says nothing; below 0: it repels",
+        "erasure coefficient     1: nothing erased; 0: the concept has no effect; below 0: the model avoids it",
     ]
     share = report["mask_share"]
     if share is not None:
@@ -62,7 +62,12 @@ def table(report: Report) -> str:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Writes the PNG: erasure, drift and masks by timestep, from noise on the left to the video on the right."""
+    """Draws erasure, drift and localization over the timesteps, from noise on the left to video on the right.
+
+    Args:
+        report: the evaluation.
+        path: of the PNG file to write.
+    """
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(14, 4.2), layout=ConstrainedLayoutEngine(wspace=0.05))
     erasure, preserved, inside = figure.subplots(1, 3)
@@ -75,7 +80,7 @@ def draw(report: Report, path: Path) -> None:
     low, high = erasure.get_ylim()
     erasure.set_ylim(min(low, -0.15), max(high, 1.15))
     _note(erasure, 1, "nothing erased")
-    _note(erasure, 0, "the concept says nothing")
+    _note(erasure, 0, "the concept has no effect")
 
     _panel(preserved, report, "preserved_drift", _KEPT, "drift on kept prompts", ".4f")
     preserved.set_ylim(bottom=0)
@@ -97,7 +102,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _panel(axes: Axes, report: Report, name: str, colour: str, title: str, form: str) -> None:
-    """Every timestep as a dot, parts of several as a line."""
+    """One metric: a dot per timestep, and a line through the ranges of timesteps."""
     dots = [(row["from"], row[name]) for row in report["by_timestep"] if row[name] is not None]
     line = [((row["from"] + row["to"]) / 2, row[name]) for row in report["by_timesteps"] if row[name] is not None]
     total = report[name]
