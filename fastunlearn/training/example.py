@@ -1,9 +1,9 @@
-"""Erases a concept from a saved pipeline and shows a video before and after: the whole way, as a program to read.
+"""Erases a concept from a saved pipeline, from prompts to videos before and after: the whole way in Python.
 
     python -m fastunlearn.training.example PIPELINE OUTPUT
 
-PIPELINE is a folder or a name on the Hub, of CogVideoX, HunyuanVideo or Wan. To erase something else, change the
-constants. `fastunlearn prepare`, `train` and `sample` do the same with all options, on many processes if need be.
+PIPELINE is a folder or a Hub id of CogVideoX, HunyuanVideo or Wan. To erase something else, change the constants below.
+The commands `fastunlearn prepare`, `train` and `sample` do the same, with more options and on many GPUs.
 """
 
 from __future__ import annotations
@@ -26,71 +26,92 @@ from fastunlearn.training.sample import video
 from fastunlearn.training.train import train
 
 CONCEPT = "dog"
-# Short prompts and long ones, as users write them. Each has the concept, a word of its own, in it.
+# Prompts that show the concept, short and long, as users write them. Each contains it as a word of its own.
 TARGET_PROMPTS = [
     "a dog",
     "a small dog running on the beach",
     "A big brown dog is walking on the street, slowly, past parked cars and people with umbrellas, in soft rain.",
 ]
-# What is to stay as it is: what the concept is most easily confused with, and anything else.
+# Prompts for what must not change: first what is most easily confused with the concept, then anything else.
 KEPT_PROMPTS = ["a cat", "a person walking in the park", "A yellow car stands in front of an old church at sunrise."]
-SEED = 1000  # of the videos before and after; none that the erasers are trained at has it
+VIDEO_SEED = 1000  # of the videos before and after; training does not use it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run it; what it writes is in the folder OUTPUT."""
-    parser = argparse.ArgumentParser(prog="python -m fastunlearn.training.example", description=__doc__.split(":")[0])
-    parser.add_argument("pipeline", help="a folder, or a name on the Hub")
-    parser.add_argument("output", type=Path, help="folder for the cache, the erasers and the videos")
-    parser.add_argument("--trajectories", type=int, default=32, help="sampled for either list (default: %(default)s)")
-    parser.add_argument("--sampling-steps", type=int, default=50, help="of each (default: %(default)s)")
-    parser.add_argument("--training-steps", type=int, default=500, help="of the erasers (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=128, help="of the erasers (default: %(default)s)")
-    for name in ("height", "width", "num-frames"):
-        parser.add_argument(f"--{name}", type=int, help="of the videos (default: the pipeline's)")
-    given = parser.parse_args(arguments)
-    path, output, steps = given.pipeline, given.output, given.sampling_steps
+    """Runs the example. The cache, the erasers and the videos are written into the folder OUTPUT."""
+    chosen = _parse(arguments)
+    path, output, sampling_steps = chosen.pipeline, chosen.output, chosen.sampling_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    # The text encoder is gone again when this returns; what follows needs its results alone. "" is no prompt.
+    # 1. Encode the prompts. The text encoders are freed afterwards, which leaves their memory to the model.
+    #    The empty prompt is the negative prompt of classifier-free guidance.
     encoded = encode_prompts(path, ["", *TARGET_PROMPTS, *KEPT_PROMPTS], CONCEPT, dtype=dtype, device=device)
     model = load_model(path, dtype=dtype, device=device, vae=True)
-    defaults = model.defaults
-    size = defaults.size(given.height, given.width, given.num_frames)
+    size = model.defaults.size(chosen.height, chosen.width, chosen.num_frames)
 
-    # 1. Ask the frozen model, once: at points of trajectories, what it says with the prompt and without, and where it
-    #    looks for the concept. The prompts take turns.
+    # 2. Sample trajectories with the frozen model, cycling through the prompts, and cache training points from them:
+    #    noisy latents, the velocities with and without the prompt, and a mask of where the concept is.
     requests = []
-    for number in range(given.trajectories):
+    for number in range(chosen.trajectories):
         requests.append(Request(TARGET_PROMPTS[number % len(TARGET_PROMPTS)], group="target"))
         requests.append(Request(KEPT_PROMPTS[number % len(KEPT_PROMPTS)], group="kept"))
-    preparing = PrepareOptions(path, output / "cache", CONCEPT, num_inference_steps=steps, **size._asdict())
-    prepare(model, encoded, requests, output / "cache", preparing)
+    prepare_options = PrepareOptions(
+        path, output / "cache", CONCEPT, num_inference_steps=sampling_steps, **size._asdict()
+    )
+    prepare(model, encoded, requests, output / "cache", prepare_options)
 
-    # 2. Train the erasers: away from the concept where it is, and nothing else. They are saved in OUTPUT/erasers, for
-    #    fastunlearn.load_erasers. Run again after a crash, this goes on from the last checkpoint, and 1. where it was.
-    training = TrainingOptions(
+    # 3. Train the erasers: away from the concept where it is visible, and no change anywhere else. They are saved in
+    #    OUTPUT/erasers, where fastunlearn.load_erasers can load them from. If the program is interrupted, run it
+    #    again: step 2 resumes where it stopped, and step 3 at its last checkpoint.
+    training_options = TrainingOptions(
         path,
         output / "cache",
         output,
-        rank=given.rank,
-        max_train_steps=given.training_steps,
+        rank=chosen.rank,
+        max_train_steps=chosen.training_steps,
         gradient_checkpointing=True,
         resume_from_checkpoint="latest",
     )
-    train(model, TeacherCache.open(output / "cache"), output, training)
+    train(model, TeacherCache.open(output / "cache"), output, training_options)
 
-    # 3. Look at it: the same noise without the erasers, which are on the model now, and with them.
+    # 4. Sample the same noise twice: with the erasers switched off, and with them, as training left the model.
     prompt = TARGET_PROMPTS[0]
     conditions = {"prompt": encoded[prompt].condition, "negative": encoded[""].condition}
-    sampling = {"seed": SEED, "num_inference_steps": steps, "guidance_scale": defaults.guidance_scale}
+    settings = {
+        "seed": VIDEO_SEED,
+        "num_inference_steps": sampling_steps,
+        "guidance_scale": model.defaults.guidance_scale,
+    }
     with without_erasers(model):
-        before = video(model, conditions, size, **sampling)
-    after = video(model, conditions, size, **sampling)
-    write_video(output / "before.mp4", before, defaults.fps)
-    write_video(output / "after.mp4", after, defaults.fps)
+        before = video(model, conditions, size, **settings)
+    after = video(model, conditions, size, **settings)
+    write_video(output / "before.mp4", before, model.defaults.fps)
+    write_video(output / "after.mp4", after, model.defaults.fps)
     write_strip(output / "before-and-after.png", [before, after], ["before", "after"], prompt)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastunlearn.training.example",
+        description="Erases a concept from a saved pipeline, and makes a video before and after.",
+    )
+    parser.add_argument("pipeline", help="the pipeline: a folder, or a Hub id")
+    parser.add_argument("output", type=Path, help="folder for the cache, the erasers and the videos")
+    for option, default, meaning in (
+        ("--trajectories", 32, "number of trajectories for the target prompts, and as many for the kept prompts"),
+        ("--sampling-steps", 50, "sampling steps per trajectory and per video"),
+        ("--training-steps", 500, "optimizer steps"),
+        ("--rank", 128, "rank of the erasers"),
+    ):
+        parser.add_argument(option, type=int, default=default, help=f"{meaning} (default: %(default)s)")
+    for option, meaning in (
+        ("--height", "height of the videos in pixels"),
+        ("--width", "width of the videos in pixels"),
+        ("--num-frames", "number of frames per video"),
+    ):
+        parser.add_argument(option, type=int, help=f"{meaning} (default: the pipeline's default)")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
