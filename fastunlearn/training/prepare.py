@@ -1,12 +1,13 @@
-"""The teacher cache's making: trajectories of the frozen model, and what it says at points of them.
+"""Phase 1, `fastunlearn prepare`: fills a teacher cache with the frozen model's velocities along its trajectories.
 
-`prepare` works with a loaded model, `run` with the options of the command line.
+`run` takes the options of the command line; `prepare` takes a loaded model.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,15 +15,13 @@ import torch
 from fastunlearn.devices import usable_device
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.environment import installed_version
-from fastunlearn.families import find_transformer
 from fastunlearn.files import writable
-from fastunlearn.training.cache.index import file_entry
-from fastunlearn.training.cache.model_check import digest_of_weights
-from fastunlearn.training.cache.plan import video_size
+from fastunlearn.training.cache.estimate import estimate
+from fastunlearn.training.cache.provenance import cache_facts
 from fastunlearn.training.cache.reader import stored_prompts
 from fastunlearn.training.cache.teacher import Teacher
-from fastunlearn.training.cache.writer import CacheWriter, refuse_foreign
-from fastunlearn.training.data.requests import Request, prompts_of, requests_of
+from fastunlearn.training.cache.writer import CacheWriter, refuse_foreign_files
+from fastunlearn.training.data.requests import Request, distinct_prompts, read_requests
 from fastunlearn.training.data.user_videos import holds_latents
 from fastunlearn.training.model.loading import load_model, outline_pipeline
 from fastunlearn.training.model.memory import explained_out_of_memory
@@ -30,17 +29,9 @@ from fastunlearn.training.model.text import EncodedPrompt, encode_prompts
 from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import PrepareOptions
 
-_PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "safetensors")
-_CONTENT_OPTIONS = (
-    "concept",
-    "negative_prompt",
-    "timesteps_per_trajectory",
-    "num_inference_steps",
-    "batch_size",
-    "mask_threshold",
-    "mask_start",
-    "seed",
-)
+_PACKAGES = ("fastunlearn", "torch", "diffusers", "transformers", "safetensors")  # versions of these are recorded
+
+Progress = Callable[[int, int], None]
 
 
 def prepare(
@@ -53,162 +44,118 @@ def prepare(
     process_index: int = 0,
     num_processes: int = 1,
     barrier: Callable[[], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Makes a teacher cache, or goes on with one. Units of work that are done already are left as they are.
+    """Makes a teacher cache, or resumes one: units of work that are done already are left as they are.
 
-    Unit i is for process i % num_processes. All processes together write what one alone would, byte for byte, on the
-    same kind of device.
+    Process i does the units i, i + num_processes, and so on. On the same kind of device, all processes together write
+    the same bytes that one process alone would write.
 
     Args:
-        model: the frozen model; its erasers, if it has any, are off meanwhile.
+        model: the frozen model. Erasers that are attached to it are disabled meanwhile.
         encoded: every prompt of the requests, and the negative prompt.
-        requests: the trajectories.
-        folder: of the cache.
-        options: those that name prompts, paths and precision are not read.
-        process_index: of this process.
-        num_processes: that work on this cache.
-        barrier: waits for all processes. The first one then writes the index; without a barrier the one that finds
-            everything done.
-        progress: called with the number of this process's units done, and of all its units, at first with 0.
+        requests: one per trajectory.
+        folder: the folder of the cache.
+        options: how to sample. Its prompt files, paths and precision are ignored.
+        process_index: the index of this process.
+        num_processes: the number of processes that work on this cache.
+        barrier: waits for all processes, after which process 0 finishes the cache. Without a barrier, the process that
+            finds all units done finishes it.
+        progress: called with the number of units that this process has done and the number that it will do; the first
+            time with 0 done.
 
     Raises:
-        ValueError: a prompt is not encoded, of a group with the concept in it not all prompts have it, the cache is
-            another run's or damaged, or the model's outputs are not finite.
+        ValueError: a prompt is not encoded, only some prompts of a group contain the concept, the cache belongs to
+            another run or is damaged, or the model's outputs are not finite.
         FileExistsError: the folder holds something else.
         OSError: a file cannot be written.
-        MemoryError: naming the options that help.
+        MemoryError: there is not enough memory; the message names the options that help.
     """
     teacher = Teacher(model, encoded, requests, options)
-    versions = {package: installed_version(package) or "unknown" for package in _PACKAGES}
+    units = teacher.plan.units
     writer = CacheWriter(
         folder,
-        _facts(teacher),
+        cache_facts(teacher),
         {prompt: encoded[prompt].condition for prompt in teacher.prompts},
-        [unit.kind.group for unit in teacher.plan.units],
-        origin={"model": model.path, "versions": versions},
+        [unit.template.group for unit in units],
+        origin={"model": model.path, "versions": {name: installed_version(name) or "unknown" for name in _PACKAGES}},
         process_index=process_index,
     )
-    own = range(process_index, len(teacher.plan.units), num_processes)
-    for done, index in enumerate(own):
+    own_units = range(process_index, len(units), num_processes)
+    for done, index in enumerate(own_units):
         if progress:
-            progress(done, len(own))
+            progress(done, len(own_units))
         if not writer.has(index):
             with explained_out_of_memory(options):
-                points = teacher.points(teacher.plan.units[index])
+                points = teacher.points(units[index])
             writer.write(index, **points)
     if progress:
-        progress(len(own), len(own))
+        progress(len(own_units), len(own_units))
     if barrier is not None:
         barrier()
-    is_last = writer.is_complete() if barrier is None else process_index == 0
-    if is_last:
+    finishes = writer.is_complete() if barrier is None else process_index == 0
+    if finishes:
         writer.finish()
-
-
-def _facts(teacher: Teacher) -> dict[str, Any]:
-    """What determines a cache's content, as JSON."""
-    options, model = teacher.options, teacher.model
-    return {
-        "backbone": model.family.name,
-        "weights": digest_of_weights(model),
-        "transformer": _config(find_transformer(model.experts[0])[0]),
-        "scheduler": _config(model.scheduler),
-        "latent_shape": list(teacher.latent_shape),
-        "token_grid": list(teacher.token_grid),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "boundary": model.boundary,
-        **teacher.size,
-        **{name: getattr(options, name) for name in _CONTENT_OPTIONS},
-        "mask_layers": list(options.mask_layers),
-        "guidance_scale": teacher.plan.guidance_scale,
-        "token_indices": [list(teacher.encoded[prompt].token_indices) for prompt in teacher.prompts],
-        "requests": [_facts_of(request) for request in teacher.plan.requests],
-    }
-
-
-def _config(part: Any) -> dict[str, str]:
-    """The configuration of a part of a pipeline."""
-    config = {key: repr(value) for key, value in sorted(part.config.items()) if not key.startswith("_")}
-    return {"class": type(part).__name__, **config}
-
-
-def _facts_of(request: Request) -> dict[str, Any]:
-    facts: dict[str, Any] = {name: getattr(request, name) for name in ("prompt", "group", "instead", "follow")}
-    facts["steps"] = list(request.steps)
-    if request.source is not None:
-        entry = file_entry(request.source)
-        facts["source"] = {"file": entry["file"], "sha256": entry["sha256"]}
-    return facts
 
 
 def encoded_prompts(
     options: PrepareOptions, requests: Sequence[Request], dtype: torch.dtype, device: torch.device
 ) -> dict[str, EncodedPrompt]:
-    """Every prompt that `prepare` wants: from a cache that was begun with the same ones, or else from the encoders.
+    """The encoded prompts of all requests, on the CPU.
 
-    They are on the CPU.
+    They are read from a cache that was begun with the same prompts, or else computed by the text encoders.
 
     Args:
-        options: of `prepare`.
-        requests: its trajectories.
-        dtype: of the text encoders and the conditions.
-        device: where to encode.
+        options: the options of `prepare`.
+        requests: one per trajectory.
+        dtype: the dtype of the text encoders and of the conditions.
+        device: where to run the text encoders.
 
-    Raises: as `encode_prompts` does.
+    Raises: what `encode_prompts` raises.
     """
-    wanted = prompts_of(requests, options.negative_prompt)
+    prompts = distinct_prompts(requests, options.negative_prompt)
     stored = stored_prompts(options.output_dir, options.concept, dtype)
-    if stored is not None and list(stored) == wanted:
+    if stored is not None and list(stored) == prompts:
         return stored
     encoded = encode_prompts(
         options.pretrained_model_name_or_path,
-        wanted,
+        prompts,
         options.concept,
         dtype=dtype,
         device=device,
         must_contain={request.prompt for request in requests if request.group == "target"},
     )
     return {
-        prompt: one._replace(condition={key: value.cpu() for key, value in one.condition.items()})
-        for prompt, one in encoded.items()
+        text: prompt._replace(condition={keyword: value.cpu() for keyword, value in prompt.condition.items()})
+        for text, prompt in encoded.items()
     }
 
 
 def run(options: PrepareOptions) -> None:
-    """Makes the cache that `options` describe; on every process that Accelerate or torchrun started, its part.
+    """Makes the cache that `options` describe. Started by Accelerate or torchrun, each process makes its share.
 
-    Raises: as `prepare`, `requests_of`, `encode_prompts` and `load_model` do.
+    Raises: what `prepare`, `read_requests`, `encode_prompts` and `load_model` raise.
     """
     from accelerate import PartialState
-    from tqdm import tqdm
 
     if options.estimate:
-        from fastunlearn.training.cache.estimate import estimate
-
         print(estimate(options))
         return
-    dtype = model_dtype(options.mixed_precision)
-    device = usable_device(options.device)
+    dtype, device = model_dtype(options.mixed_precision), usable_device(options.device)
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes > 1:
         device = state.device  # each process has its own
-    requests = requests_of(options)
+    requests = read_requests(options)
 
-    def checked_and_encoded() -> dict[str, EncodedPrompt]:
-        _check_before_loading(options)
+    def check_and_encode() -> dict[str, EncodedPrompt]:
+        _check_folder_and_size(options)
         return encoded_prompts(options, requests, dtype, device)
 
-    # One process encodes: others might round otherwise, and a cache has one condition a prompt.
-    encoded = _from_the_first_process(state, checked_and_encoded)
+    # Only one process encodes: others might round differently, but a cache holds one condition per prompt.
+    encoded = _broadcast_from_main_process(state, check_and_encode)
     needs_vae = any(request.source is not None and not holds_latents(request.source) for request in requests)
     model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=needs_vae)
-    with tqdm(desc="prepare", unit="batch", disable=not state.is_main_process) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _progress_bar(is_visible=state.is_main_process) as progress:
         prepare(
             model,
             encoded,
@@ -224,28 +171,46 @@ def run(options: PrepareOptions) -> None:
         print(f"wrote {options.output_dir}")
 
 
-def _from_the_first_process(state: Any, make: Callable[[], dict[str, EncodedPrompt]]) -> dict[str, EncodedPrompt]:
-    """What `make` gives the first process. Its mistakes end every process with the same line, not with a lost one."""
+def _check_folder_and_size(options: PrepareOptions) -> None:
+    """Finds mistakes in the output folder and the video size before weights are loaded, which takes minutes."""
+    refuse_foreign_files(writable(options.output_dir))
+    model = outline_pipeline(options.pretrained_model_name_or_path).model
+    model.latent_shape(*model.defaults.size(options.height, options.width, options.num_frames))
+
+
+def _broadcast_from_main_process(
+    state: Any, compute: Callable[[], dict[str, EncodedPrompt]]
+) -> dict[str, EncodedPrompt]:
+    """Returns on every process what `compute` returns on the main one.
+
+    If it raises there, every process ends with the same message instead of waiting for a lost process.
+    """
     from accelerate.utils import broadcast_object_list
 
     if state.num_processes == 1:
-        return make()
+        return compute()
     if state.is_main_process:
         try:
-            made = make()
+            result = compute()
         except Exception as error:
             broadcast_object_list([None, str(error)])
             raise
-        broadcast_object_list([made, None])
-        return made
-    made, error_line = broadcast_object_list([None, None])
-    if error_line is not None:
-        raise ValueError(error_line)
-    return made
+        broadcast_object_list([result, None])
+        return result
+    result, message = broadcast_object_list([None, None])
+    if message is not None:
+        raise ValueError(message)
+    return result
 
 
-def _check_before_loading(options: PrepareOptions) -> None:
-    """Finds what is wrong with the folder or the size before weights are read, which takes minutes."""
-    refuse_foreign(writable(options.output_dir))
-    model = outline_pipeline(options.pretrained_model_name_or_path).model
-    model.latent_shape(**video_size(options, model.defaults))
+@contextmanager
+def _progress_bar(is_visible: bool) -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    with tqdm(desc="prepare", unit="batch", disable=not is_visible) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a key alone: not on the device, nor on what was drawn before."""
+"""Random numbers that depend only on a key: not on the device, nor on what was drawn before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def random_generator(*key: object) -> torch.Generator:
-    """A generator on the CPU, so that a key gives the same numbers on every device.
+    """A generator seeded with a key. It is on the CPU, so that the key gives the same numbers on every device.
 
-    It reads only 32 bits of its seed: a hash, so that all of the key counts.
+    The key is hashed because the generator uses only 32 bits of its seed.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))

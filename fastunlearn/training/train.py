@@ -13,7 +13,7 @@ from pathlib import Path
 from fastunlearn.devices import usable_device
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.files import writable
-from fastunlearn.training.cache.model_check import check_made_with
+from fastunlearn.training.cache.provenance import check_cache_fits
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.loop import processes
 from fastunlearn.training.loop.optimizer import LearningRateFactor, learning_rate_factor
@@ -93,7 +93,7 @@ def train(
         FloatingPointError: a loss or gradient is not finite. Nothing of that step reached the erasers.
         MemoryError: there is too little memory; says what would help.
     """
-    check_made_with(cache.facts, model)
+    check_cache_fits(cache.facts, model)
     if targets is None:
         targets = (TargetGroup(guidance_scale=options.negative_guidance_scale),)
     output_dir = writable(Path(output_dir))

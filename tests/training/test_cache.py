@@ -11,9 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastunlearn.training.cache import shards
-from fastunlearn.training.cache.index import fingerprint_of
-from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.cache import TeacherCache, shards
+from fastunlearn.training.cache.index import cache_fingerprint
 from fastunlearn.training.cache.writer import CacheWriter
 
 LATENT, GRID = (3, 4, 8, 8), (3, 4, 4)
@@ -77,7 +76,7 @@ def rewrite_index(folder, change, keep_fingerprint=False):
     index = json.loads((folder / "index.json").read_text())
     change(index)
     if not keep_fingerprint:
-        index["fingerprint"] = fingerprint_of(index["facts"], index["conditions"]["sha256"])
+        index["fingerprint"] = cache_fingerprint(index["facts"], index["conditions"]["sha256"])
     (folder / "index.json").write_text(json.dumps(index))
 
 
@@ -123,7 +122,7 @@ def test_the_same_work_gives_the_same_bytes_whoever_does_it(folder, tmp_path):
     second.write(1, **unit(1))
     first = begin(apart)
     first.write(2, **unit(2))
-    with pytest.raises(ValueError, match="1 of 3 shards are missing.*shard-00000"):
+    with pytest.raises(ValueError, match="expected 3 shards, got 2; shard-00000.* is missing"):
         first.finish()
     first.write(0, **unit(0))
     first.finish()
@@ -134,7 +133,7 @@ def test_a_shard_is_read_row_by_row(tmp_path):
     """Resident memory, with a shard much larger than what is read of it."""
     code = f"""
         import torch
-        from fastunlearn.training.cache.reader import TeacherCache
+        from fastunlearn.training.cache import TeacherCache
         from fastunlearn.training.cache.writer import CacheWriter
         facts = {{"latent_shape": [1 << 20], "token_grid": [1, 1, 1], "dtype": "float32", "boundary": None}}
         writer = CacheWriter({str(tmp_path)!r}, facts, {{"": {{"encoder_hidden_states": torch.ones(1)}}}}, ["kept"])
@@ -144,7 +143,7 @@ def test_a_shard_is_read_row_by_row(tmp_path):
     """
     reading = f"""
         import torch
-        from fastunlearn.training.cache.reader import TeacherCache
+        from fastunlearn.training.cache import TeacherCache
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
         points = TeacherCache.open({str(tmp_path)!r}).groups["kept"]
@@ -208,10 +207,10 @@ def not_of_a_cache(path):
 
 DAMAGES = {
     truncated: "not a whole safetensors file",
-    one_bit_changed: "does not have the digest",
+    one_bit_changed: "tensors that match its digest",
     emptied: "not a whole safetensors file",
     of_another_unit: "another run.*unit is 0, not 1",
-    not_of_a_cache: "not a shard of a teacher cache",
+    not_of_a_cache: "expected a shard of a teacher cache",
 }
 
 
@@ -247,17 +246,17 @@ def test_changed_arguments_are_listed(folder):
 
 def test_other_versions_go_on_with_a_warning(folder):
     before = contents(folder)
-    with pytest.warns(UserWarning, match="begun with.*'1'.*goes on with.*'2'"):
+    with pytest.warns(UserWarning, match="begun with.*'1'.*continues with.*'2'"):
         CacheWriter(folder, FACTS, CONDITIONS, GROUPS, origin=ORIGIN | {"versions": {"torch": "2"}}).finish()
     assert contents(folder) == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="expected a new folder or a teacher cache, found thesis.tex"):
+    with pytest.raises(FileExistsError, match="expected a new folder or a teacher cache, got one with thesis.tex"):
         begin(tmp_path)
     (tmp_path / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="not the index of a teacher cache"):
+    with pytest.raises(ValueError, match="expected the index of a teacher cache"):
         begin(tmp_path)
     assert contents(tmp_path) == {"thesis.tex": b"years of work", "index.json": b"{}"}
 
@@ -272,7 +271,9 @@ def test_a_full_disk(tmp_path, folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="no space left.*make room and run the same again.*shard-00001") as caught:
+        with pytest.raises(
+            OSError, match="no space left.*make room and run the same command again.*shard-00001"
+        ) as caught:
             write(begun)
     assert caught.value.errno == errno.ENOSPC
     assert contents(begun) == before  # no part of a file either
@@ -284,7 +285,7 @@ def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path):
     good = unit(0)
     bad = good["v_cond"].clone()
     bad[1, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="v_cond: not finite in unit 0.*'a circle'.*mixed_precision"):
+    with pytest.raises(ValueError, match="v_cond: expected finite values.*in unit 0.*'a circle'.*mixed_precision"):
         writer.write(0, **good | {"v_cond": bad})
     with pytest.raises(ValueError, match="x_t"):
         writer.write(0, **good | {"x_t": good["x_t"][:, :1]})
@@ -353,11 +354,11 @@ def test_a_hostile_index_is_refused(folder, case):
     [
         ("", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "not the index"),
+        ("[]", "expected a JSON object, got list"),
         ('{"format": "fastunlearn-teacher-cache", "format_version": 99}', "format_version 1, got 99"),
         ('{"format": "fastunlearn-teacher-cache", "format_version": 1}', "'facts'"),
-        ('{"format": NaN}', "NaN is no JSON"),
-        ("\xff\xfe", "not valid JSON|not the index"),
+        ('{"format": NaN}', "NaN is not JSON"),
+        ("\xff\xfe", "not valid JSON"),
     ],
 )
 def test_a_damaged_index_is_refused(folder, text, message):
@@ -368,19 +369,19 @@ def test_a_damaged_index_is_refused(folder, text, message):
 
 def test_facts_changed_by_hand_are_noticed(folder):
     rewrite_index(folder, set_fact("concept", "square"), keep_fingerprint=True)
-    with pytest.raises(ValueError, match="do not have its fingerprint"):
+    with pytest.raises(ValueError, match="expected a fingerprint that matches its facts"):
         TeacherCache.open(folder)
 
 
 HOSTILE_TENSORS = {
     "NaN timestep": ({"t": torch.full((1,), float("nan"))}, "timesteps from 0 to 1000"),
-    "prompt out of range": ({"prompt": torch.full((1,), 3, dtype=torch.int32)}, "numbers of the 3 prompts"),
-    "negative prompt": ({"prompt": torch.full((1,), -1, dtype=torch.int32)}, "numbers of the 3 prompts"),
+    "prompt out of range": ({"prompt": torch.full((1,), 3, dtype=torch.int32)}, "indices of the 3 prompts"),
+    "negative prompt": ({"prompt": torch.full((1,), -1, dtype=torch.int32)}, "indices of the 3 prompts"),
     "other dtype": ({"x_t": torch.zeros(1, *LATENT)}, "1 points"),
     "other shape": ({"v_cond": torch.zeros(1, 3, dtype=torch.bfloat16)}, "1 points"),
     "other count": ({"t": torch.zeros(2)}, "1 points"),
     "one more tensor": ({"extra": torch.zeros(2)}, "1 points"),
-    "no mask": ({"mask": None}, "some shards of group 'target' have masks"),
+    "no mask": ({"mask": None}, "masks in all shards of group 'target' or in none"),
 }
 
 
@@ -400,7 +401,7 @@ def test_hostile_tensors_are_refused(folder, case):
 
 
 def test_no_cache_at_all(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no teacher cache; run prepare first"):
+    with pytest.raises(FileNotFoundError, match="expected a teacher cache.*run prepare first"):
         TeacherCache.open(tmp_path / "nowhere")
 
 

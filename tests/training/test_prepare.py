@@ -15,10 +15,10 @@ from fastunlearn import AttnMapsCapture, attach_erasers, get_mask
 from fastunlearn.erasers import detach_erasers
 from fastunlearn.testing.tiny_pipelines import VARIANTS
 from fastunlearn.training import prepare as prepare_module
+from fastunlearn.training.cache import TeacherCache
 from fastunlearn.training.cache.estimate import estimate
 from fastunlearn.training.cache.plan import Plan
-from fastunlearn.training.cache.reader import TeacherCache
-from fastunlearn.training.data.requests import Request, read_data, requests_of
+from fastunlearn.training.data.requests import Request, read_requests, read_video_requests
 from fastunlearn.training.data.user_videos import holds_latents
 from fastunlearn.training.data.videos import read_video, write_video
 from fastunlearn.training.model.loading import load_model
@@ -107,9 +107,9 @@ def prepared(model, encoded, folder, requests=REQUESTS, **changes):
         hook.remove()
     scale = model.defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
     plan = Plan(requests, options, scale, {r.group for r in requests if encoded[r.prompt].token_indices})
-    assert sum(batches) == plan.forwards
+    assert sum(batches) == plan.num_forwards
     cache = TeacherCache.open(folder, verify=True)
-    assert sum(map(len, cache.groups.values())) == plan.points
+    assert sum(map(len, cache.groups.values())) == plan.num_points
     return cache
 
 
@@ -244,15 +244,15 @@ def test_chosen_steps_are_spread():
     options = options_for(num_inference_steps=50, timesteps_per_trajectory=7)
     plan = Plan([Request("x", steps=(0.2, 0.9)) for _ in range(200)], options, 3.0, ())
     edges = [10 + part * 35 // 7 for part in range(8)]
-    for chosen in plan.chosen:
+    for chosen in plan.point_steps:
         assert all(low <= step < high for low, high, step in zip(edges[:-1], edges[1:], chosen, strict=True))
-    assert {step for chosen in plan.chosen for step in chosen} == set(range(10, 45))
-    assert len({tuple(chosen) for chosen in plan.chosen}) > 150  # each trajectory's own
+    assert {step for chosen in plan.point_steps for step in chosen} == set(range(10, 45))
+    assert len({tuple(chosen) for chosen in plan.point_steps}) > 150  # each trajectory's own
     everything = Plan([Request("x")], options_for(timesteps_per_trajectory=9), 3.0, ())
-    assert everything.chosen == [[0, 1, 2, 3]]
-    with pytest.raises(ValueError, match=r"steps: none of 4 steps is in the part \(0.3, 0.4\)"):
+    assert everything.point_steps == [[0, 1, 2, 3]]
+    with pytest.raises(ValueError, match=r"steps: expected .* of the 4 sampling steps in it, got \(0.3, 0.4\)"):
         Plan([Request("x", steps=(0.3, 0.4))], options_for(), 3.0, ())
-    with pytest.raises(ValueError, match="steps: expected a part"):
+    with pytest.raises(ValueError, match="steps: expected a start below an end"):
         Request("x", steps=(0.5, 0.5))
     with pytest.raises(ValueError, match="instead: expected a prompt"):
         Request("x", follow="instead")
@@ -319,7 +319,7 @@ def test_with_a_barrier_the_first_process_writes_the_index(loaded, tmp_path, und
     )
     assert contents(tmp_path) == undisturbed
     (tmp_path / "shard-00001.safetensors").unlink()
-    with pytest.raises(ValueError, match="1 of 5 shards are missing"):
+    with pytest.raises(ValueError, match="expected 5 shards, got 4; shard-00001.* is missing"):
         prepare(model, encoded, REQUESTS, tmp_path, options_for(batch_size=1), num_processes=2, barrier=lambda: None)
 
 
@@ -349,7 +349,7 @@ def test_changed_arguments_and_models_are_noticed(loaded, tmp_path, undisturbed)
     with pytest.raises(ValueError, match=r"requests\[1\].prompt: 'a circle' -> 'a red square in the street'"):
         changed = [Request(KEPT[1], "kept") if request.prompt == TARGETS[1] else request for request in REQUESTS]
         prepare(model, encoded, changed, tmp_path, options_for(batch_size=1))
-    with pytest.raises(ValueError, match="requests: 5 of them -> 4 of them"):
+    with pytest.raises(ValueError, match="requests: 5 entries -> 4 entries"):
         prepare(model, encoded, REQUESTS[:4], tmp_path, options_for(batch_size=1))
     other, _ = loaded("cogvideox-rope")
     with pytest.raises(ValueError, match="transformer.use_rotary_positional_embeddings: 'False' -> 'True'"):
@@ -394,7 +394,10 @@ def test_out_of_memory_says_what_helps(loaded, tmp_path):
 
 def test_prompts_that_do_not_go_together(loaded, tmp_path):
     model, encoded = loaded("cogvideox")
-    with pytest.raises(ValueError, match="'circle' is in other prompts of group 'target', but not in 'a square'"):
+    with pytest.raises(
+        ValueError,
+        match="'circle' in all prompts of group 'target' or in none, got some with it, and 'a square' without",
+    ):
         prepare(model, encoded, [Request(TARGETS[0]), Request("a square")], tmp_path, options_for())
     with pytest.raises(ValueError, match="encoded: expected every prompt.*'a dog' is missing"):
         prepare(model, encoded, [Request("a dog")], tmp_path, options_for())
@@ -406,7 +409,7 @@ def test_prompts_that_do_not_go_together(loaded, tmp_path):
 def test_overflow_is_not_kept(loaded, tmp_path):
     model, encoded = loaded("cogvideox")
     hook = model.experts[0].register_forward_hook(lambda module, args, output: output * float("inf"))
-    with pytest.raises(ValueError, match="not finite in unit 0.*mixed_precision 'bf16'"):
+    with pytest.raises(ValueError, match="finite values, got NaN or infinity in unit 0.*mixed_precision 'bf16'"):
         prepare(model, encoded, REQUESTS, tmp_path, options_for())
     hook.remove()
     assert not list(tmp_path.glob("shard*"))
@@ -462,11 +465,11 @@ def test_points_of_given_videos(tiny_pipeline, tmp_path, data, family):
 
 def test_data_that_is_not_as_it_should_be(data, loaded, tiny_pipeline, tmp_path):
     folder, _ = data
-    assert [request.group for request in read_data(folder, "circle")] == ["target", "kept", "target"]
+    assert [request.group for request in read_video_requests(folder, "circle")] == ["target", "kept", "target"]
     for name in ("fourth.MP4", "fifth.SafeTensors"):  # as cameras spell them
         (folder / name).touch()
         (folder / name).with_suffix(".txt").write_text("a dog")
-    found = {request.source.name: holds_latents(request.source) for request in read_data(folder, "circle")}
+    found = {request.source.name: holds_latents(request.source) for request in read_video_requests(folder, "circle")}
     assert [found[name] for name in ("first.mp4", "third.safetensors", "fourth.MP4", "fifth.SafeTensors")] == [
         False,
         True,
@@ -477,7 +480,7 @@ def test_data_that_is_not_as_it_should_be(data, loaded, tiny_pipeline, tmp_path)
         (folder / name).unlink()
     options = options_for(tiny_pipeline("cogvideox"), tmp_path / "cache", data=folder)
     (folder / "first.txt").write_text("one circle\ntwo circle\n")
-    with pytest.raises(ValueError, match="first.txt: expected one prompt, found 2"):
+    with pytest.raises(ValueError, match="first.txt: expected one prompt, got 2"):
         run(options)
     (folder / "first.txt").write_text("one circle\tno circle\n")
     with pytest.raises(ValueError, match="first.txt: expected a prompt without 'circle' after the tab"):
@@ -500,7 +503,7 @@ def test_data_that_is_not_as_it_should_be(data, loaded, tiny_pipeline, tmp_path)
     with pytest.raises(ValueError, match="second.gif: expected at least 13 frames, got 11"):
         run(dataclasses.replace(options, num_frames=13, output_dir=tmp_path / "other"))
     (folder / "second.gif").unlink()
-    with pytest.raises(ValueError, match="data: expected .mp4, .gif or .safetensors files.*found none"):
+    with pytest.raises(ValueError, match="data: expected .mp4, .gif or .safetensors files.*got none"):
         run(options)
     with pytest.raises(FileNotFoundError, match="data: expected a folder of videos"):
         run(dataclasses.replace(options, data=folder / "nowhere"))
@@ -518,15 +521,15 @@ def test_requests_take_turns_with_the_prompts(tmp_path):
     paths = write_prompts(
         tmp_path, target_prompts="a circle\n# a comment\n\na red circle\ta red square\n", kept_prompts="a dog\n"
     )
-    requests = requests_of(options_for(num_trajectories=3, **paths))
+    requests = read_requests(options_for(num_trajectories=3, **paths))
     assert requests == [
         Request("a circle"),
         Request("a red circle", instead="a red square"),
         Request("a circle"),
         *[Request("a dog", "kept")] * 3,
     ]
-    with pytest.warns(UserWarning, match="target_prompts.txt: 1 of 2 prompts are used; raise num_trajectories"):
-        requests_of(options_for(num_trajectories=1, **paths))
+    with pytest.warns(UserWarning, match="target_prompts.txt: only 1 of 2 prompts are used; raise num_trajectories"):
+        read_requests(options_for(num_trajectories=1, **paths))
     for change, message in (
         (
             {"kept_prompts": "a big circle\n"},
@@ -538,11 +541,11 @@ def test_requests_take_turns_with_the_prompts(tmp_path):
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            requests_of(options_for(**paths | write_prompts(tmp_path, **change)))
+            read_requests(options_for(**paths | write_prompts(tmp_path, **change)))
     with pytest.raises(ValueError, match="target_prompts: expected a file"):
-        requests_of(options_for())
-    with pytest.raises(ValueError, match="data: expected no target_prompts"):
-        requests_of(options_for(data=tmp_path, **paths))
+        read_requests(options_for())
+    with pytest.raises(ValueError, match="data: expected no target_prompts or kept_prompts"):
+        read_requests(options_for(data=tmp_path, **paths))
 
 
 def test_options_say_what_is_wrong_with_them():
@@ -562,7 +565,7 @@ def test_options_say_what_is_wrong_with_them():
     [
         ({"height": 33}, None, "height: expected a positive multiple of 16, got 33"),
         ({"num_frames": 8}, None, "num_frames: expected 1 more than a multiple of 4, got 8"),
-        ({}, "thesis.tex", "expected a new folder or a teacher cache, found thesis.tex"),
+        ({}, "thesis.tex", "expected a new folder or a teacher cache, got one with thesis.tex"),
     ],
 )
 def test_mistakes_are_found_before_weights_are_read(tiny_pipeline, tmp_path, monkeypatch, size, foreign, error):
@@ -594,9 +597,9 @@ def test_a_mistake_that_the_first_process_finds_is_told_by_all(monkeypatch):
     first, second = (SimpleNamespace(num_processes=2, is_main_process=is_first) for is_first in (True, False))
     for state in (first, second):  # the second makes nothing of its own
         with pytest.raises(ValueError, match="^height: wrong$"):
-            prepare_module._from_the_first_process(state, mistaken)
+            prepare_module._broadcast_from_main_process(state, mistaken)
     for state, make in ((first, lambda: {"a": 1}), (second, mistaken)):
-        assert prepare_module._from_the_first_process(state, make) == {"a": 1}
+        assert prepare_module._broadcast_from_main_process(state, make) == {"a": 1}
 
 
 def test_run_resumes_without_the_text_encoders(tiny_pipeline, tmp_path, monkeypatch):
@@ -653,7 +656,7 @@ def test_the_estimate_is_what_it_takes(tiny_pipeline, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(prepare_module, "load_model", counted)
     run(options)
-    assert told.forwards == sum(counts["batches"])
+    assert told.forward_passes == sum(counts["batches"])
     assert (told.trajectories, told.points) == (6, 12)
     weights = sum(p.numel() for expert in counts["model"].experts for p in expert.parameters())
     assert told.transformers == 2 * weights
@@ -661,7 +664,7 @@ def test_the_estimate_is_what_it_takes(tiny_pipeline, tmp_path, monkeypatch, cap
     tensors = sum(sizes.values()) - sizes["index.json"]
     headers = 1200 * len(sizes)
     assert told.disk <= tensors <= told.disk + headers
-    assert told.encoders > 0 and told.memory >= told.transformers + told.at_work > told.transformers
+    assert told.text_encoders > 0 and told.memory >= told.transformers + told.activations > told.transformers
 
 
 def test_an_estimate_of_a_real_size(tiny_pipeline, tmp_path):
@@ -685,7 +688,7 @@ def test_an_estimate_of_a_real_size(tiny_pipeline, tmp_path):
     paths = write_prompts(tmp_path, target_prompts=TARGETS[0], kept_prompts=KEPT[0])
     options = PrepareOptions(str(folder), tmp_path / "cache", "circle", **paths)
     told = estimate(options)
-    assert (told.points, told.forwards) == (320, 6400)
+    assert (told.points, told.forward_passes) == (320, 6400)
     # README of the model: 1.69 B parameters.
     assert 3.3e9 < told.transformers < 3.5e9
     assert 320 * 3 * 13 * 16 * 60 * 90 * 2 < told.disk < 320 * 6.8e6

@@ -89,7 +89,9 @@ def test_words_with_a_space_before_them(spaced):
     ("prompt", "concept"), [("a scar", "car"), ("two cars", "car"), ("person nude", "nude person"), ("", "car")]
 )
 def test_an_absent_concept_is_an_error_that_shows_the_tokens(tokenizer, prompt, concept):
-    with pytest.raises(ValueError, match=f"concept: '{concept}' is not in the prompt '{prompt}'") as error:
+    with pytest.raises(
+        ValueError, match=f"concept: expected whole words of the prompt '{prompt}', got '{concept}'"
+    ) as error:
         concept_tokens(tokenizer, prompt, concept)
     tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
     assert str(error.value).endswith("tokens: " + " ".join(tokens))
@@ -101,7 +103,7 @@ def test_a_concept_that_is_cut_off_is_an_error(tokenizer):
     assert concept_tokens(tokenizer, prompt, "dog", max_length=9) == [1, 7]
     for length in (7, 8):  # of 8 tokens the last ends the text
         assert concept_tokens(tokenizer, prompt, "dog", max_length=length) == [1]
-    with pytest.raises(ValueError, match="cut off: 4 tokens are used.*▁dog ▁and ▁a ▁cat"):
+    with pytest.raises(ValueError, match="first 4 tokens of the prompt, where the rest is cut off.*▁dog ▁and ▁a ▁cat"):
         concept_tokens(tokenizer, prompt, "cat", max_length=4)
 
 
@@ -174,8 +176,8 @@ def test_a_prompt_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected a prompt a line, found none"),
-        (b"# nothing\n \n", "found none"),
+        (b"", "expected one prompt per line, got none"),
+        (b"# nothing\n \n", "got none"),
         (b"a\tb\tc", "line 1: expected 'prompt' or 'prompt<TAB>instead'"),
         (b"a\nb\t", "line 2: expected"),
         (b"\tb", "line 1: expected"),
@@ -190,5 +192,5 @@ def test_a_prompt_file_that_makes_no_sense(tmp_path, content, message):
 
 
 def test_a_prompt_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a text file with a prompt a line"):
+    with pytest.raises(FileNotFoundError, match="a text file with one prompt per line"):
         read_prompts(tmp_path / "none.txt")

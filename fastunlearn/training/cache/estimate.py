@@ -1,4 +1,4 @@
-"""What `prepare` will cost, from configurations alone."""
+"""What `prepare` will cost, computed from the model's configuration files without reading any weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.families import hidden_size
-from fastunlearn.training.cache.plan import Plan, guidance_scale_of, video_size
+from fastunlearn.training.cache.plan import Plan
 from fastunlearn.training.data.prompts import occurrences
-from fastunlearn.training.data.requests import prompts_of, requests_of
+from fastunlearn.training.data.requests import distinct_prompts, read_requests
 from fastunlearn.training.model.loading import Outline, outline_pipeline
 from fastunlearn.training.options import PrepareOptions
 
-# The most numbers that a forward pass without gradients holds at a time, for each of the D features of every token:
-# measured as 12 for CogVideoX, 17 for HunyuanVideo and 10 for Wan.
-_WIDTHS_AT_WORK = 17
+# The peak number of activations in a forward pass without gradients, per token and feature: measured as 12 for
+# CogVideoX, 17 for HunyuanVideo and 10 for Wan.
+_ACTIVATIONS_PER_FEATURE = 17
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -27,76 +27,81 @@ class Estimate:
     """The cost of a teacher cache.
 
     Attributes:
-        trajectories: to sample, or videos.
-        points: in the cache.
-        forwards: forward passes of a transformer, counted a sample.
+        trajectories: the number of trajectories or given videos.
+        points: the number of points in the cache.
+        forward_passes: the number of forward passes of a transformer, per sample.
         disk: bytes of the cache.
-        encoders: bytes of the text encoders, which are gone before the transformers come.
-        transformers: bytes of their weights.
-        at_work: bytes of a batch on its way through a block, roughly.
+        text_encoders: bytes of the text encoders, which are freed before the transformers are loaded.
+        transformers: bytes of the transformers' weights.
+        activations: approximate bytes of the activations of one batch.
     """
 
     trajectories: int
     points: int
-    forwards: int
+    forward_passes: int
     disk: int
-    encoders: int
+    text_encoders: int
     transformers: int
-    at_work: int
+    activations: int
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak, roughly."""
-        return max(self.encoders, self.transformers + self.at_work)
+        """The approximate peak memory in bytes."""
+        return max(self.text_encoders, self.transformers + self.activations)
 
     def __str__(self) -> str:
         lines = (
             ("trajectories", f"{self.trajectories:,}"),
             ("points", f"{self.points:,}"),
-            ("forward passes", f"{self.forwards:,} of one sample each"),
+            ("forward passes", f"{self.forward_passes:,} of one sample each"),
             ("on disk", _readable(self.disk)),
             ("memory", f"about {_readable(self.memory)}"),
-            ("  text encoders", f"{_readable(self.encoders)}, freed before the transformers are loaded"),
+            ("  text encoders", f"{_readable(self.text_encoders)}, freed before the transformers are loaded"),
             ("  transformers", _readable(self.transformers)),
-            ("  a batch at work", f"about {_readable(self.at_work)}"),
+            ("  activations", f"about {_readable(self.activations)}"),
         )
         return "\n".join(f"{name:<18} {value}" for name, value in lines)
 
 
 def estimate(options: PrepareOptions) -> Estimate:
-    """What the cache that `options` describe will cost. No weights are read.
+    """Estimates the cost of the cache that `options` describe.
 
-    Raises: as `requests_of` and `outline_pipeline` do.
+    Raises: what `read_requests` and `outline_pipeline` raise.
     """
-    requests = requests_of(options)
+    requests = read_requests(options)
     outline = outline_pipeline(options.pretrained_model_name_or_path)
-    model, item = outline.model, model_dtype(options.mixed_precision).itemsize
-    masked = {request.group for request in requests if occurrences(request.prompt, options.concept)}
-    plan = Plan(requests, options, guidance_scale_of(options, model.defaults), masked)
-    latent_shape = model.latent_shape(**video_size(options, model.defaults))
+    model, itemsize = outline.model, model_dtype(options.mixed_precision).itemsize
+    masked_groups = {request.group for request in requests if occurrences(request.prompt, options.concept)}
+    plan = Plan(requests, options, model.defaults.guidance(options.guidance_scale), masked_groups)
+    size = model.defaults.size(options.height, options.width, options.num_frames)
+    latent_shape = model.latent_shape(*size)
     tokens = prod(model.token_grid(latent_shape))
-    point = 3 * prod(latent_shape) * item + torch.float32.itemsize + torch.int32.itemsize
-    masks = sum(tokens * len(plan.chosen[n]) for n, request in enumerate(requests) if request.group in masked)
-    conditions = len(prompts_of(requests, options.negative_prompt)) * _size_of_a_condition(outline, item)
-    rows = options.batch_size * max(len(plan.everywhere(unit.kind)) for unit in plan.units)
+    point_bytes = 3 * prod(latent_shape) * itemsize + torch.float32.itemsize + torch.int32.itemsize
+    mask_bytes = sum(
+        tokens * len(steps)
+        for steps, request in zip(plan.point_steps, requests, strict=True)
+        if request.group in masked_groups
+    )
+    condition_bytes = len(distinct_prompts(requests, options.negative_prompt)) * _condition_bytes(outline, itemsize)
+    rows = options.batch_size * max(len(plan.conditions_at_every_step(unit.template)) for unit in plan.units)
     width = hidden_size(model.experts[0].transformer)
     return Estimate(
         trajectories=len(requests),
-        points=plan.points,
-        forwards=plan.forwards,
-        disk=plan.points * point + masks + conditions,
-        encoders=outline.text_encoder_parameters * item,
-        transformers=sum(p.numel() for expert in model.experts for p in expert.parameters()) * item,
-        at_work=rows * (tokens + outline.text_length) * width * _WIDTHS_AT_WORK * item,
+        points=plan.num_points,
+        forward_passes=plan.num_forwards,
+        disk=plan.num_points * point_bytes + mask_bytes + condition_bytes,
+        text_encoders=outline.text_encoder_parameters * itemsize,
+        transformers=sum(p.numel() for expert in model.experts for p in expert.parameters()) * itemsize,
+        activations=rows * (tokens + outline.text_length) * width * _ACTIVATIONS_PER_FEATURE * itemsize,
     )
 
 
-def _size_of_a_condition(outline: Outline, item: int) -> int:
+def _condition_bytes(outline: Outline, itemsize: int) -> int:
     config: Any = outline.model.experts[0].transformer.config
     family = outline.model.family
     sizes = {"L": outline.text_length, **family.condition_sizes(config)}
     return sum(
-        prod(sizes[dim] for dim in dims) * (torch.int64.itemsize if dims == ("L",) else item)  # a mask of the text
+        prod(sizes[dim] for dim in dims) * (torch.int64.itemsize if dims == ("L",) else itemsize)  # ("L",): a text mask
         for dims in family.conditions.values()
     )
 

@@ -1,4 +1,4 @@
-"""What `prepare` is to do, decided before it does anything: trajectories, units of work, points."""
+"""Plans `prepare`: which trajectories share a batch, which steps become points, which conditions are evaluated."""
 
 from __future__ import annotations
 
@@ -9,120 +9,124 @@ from typing import NamedTuple
 import torch
 
 from fastunlearn.training.data.requests import NEGATIVE, PROMPT, Request
-from fastunlearn.training.model.video_model import Defaults
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.random_numbers import random_generator
 
 
 class Unit(NamedTuple):
-    """Trajectories that go through the model together, by their numbers: what one shard is made of."""
+    """A unit of work: trajectories that share a batch and are written as one shard.
 
-    kind: Request
-    numbers: list[int]
+    template: the request of the first one. The requests of a unit have the same group, the same names of conditions,
+    and all or none of them have a source.
+    trajectories: their indices in `Plan.requests`.
+    """
+
+    template: Request
+    trajectories: list[int]
 
 
 class Plan:
-    """All trajectories of a cache, in units.
+    """All trajectories of a cache, divided into units of work.
 
-    A trajectory's noise and points depend on the seed and its number alone, not on what is beside it.
+    The noise and the points of a trajectory depend only on the seed and the trajectory's index, not on the trajectories
+    that share its batch.
 
     Args:
-        requests: a trajectory each, numbered in this order.
-        options: of `prepare`.
-        guidance_scale: of sampling.
-        masked: the groups whose points get masks.
+        requests: one per trajectory.
+        options: the options of `prepare`.
+        guidance_scale: the classifier-free guidance scale of sampling.
+        masked_groups: the groups whose points get masks.
+
+    Attributes:
+        units: the units of work, in the order of their shards.
+        point_steps: for each trajectory, the sampling steps that become points, in ascending order.
 
     Raises:
-        ValueError: there are no requests, or one has no steps.
+        ValueError: there are no requests, or no sampling step lies in a request's part of the steps.
     """
 
     def __init__(
-        self, requests: Sequence[Request], options: PrepareOptions, guidance_scale: float, masked: Collection[str]
+        self,
+        requests: Sequence[Request],
+        options: PrepareOptions,
+        guidance_scale: float,
+        masked_groups: Collection[str],
     ) -> None:
         if not requests:
             raise ValueError("requests: expected at least one, got none")
-        self.requests, self.options, self.masked = list(requests), options, set(masked)
+        self.requests, self.options, self.masked_groups = list(requests), options, set(masked_groups)
         self.guidance_scale = guidance_scale
         self.units = list(self._units())
-        self.chosen = [self._choose(number) for number in range(len(requests))]
+        self.point_steps = [self._draw_point_steps(index) for index in range(len(requests))]
 
     def _units(self) -> Iterator[Unit]:
         alike: dict[tuple[object, ...], list[int]] = {}
-        for number, request in enumerate(self.requests):
-            kind = (request.group, request.without, request.follow, request.source is None)
-            alike.setdefault(kind, []).append(number)
-        size = self.options.batch_size
-        for numbers in alike.values():
-            for start in range(0, len(numbers), size):
-                yield Unit(self.requests[numbers[start]], numbers[start : start + size])
+        for index, request in enumerate(self.requests):
+            key = (request.group, request.baseline, request.follow, request.source is None)
+            alike.setdefault(key, []).append(index)
+        batch_size = self.options.batch_size
+        for indices in alike.values():
+            for start in range(0, len(indices), batch_size):
+                yield Unit(self.requests[indices[start]], indices[start : start + batch_size])
 
-    def _choose(self, number: int) -> list[int]:
-        """The steps that points are taken at: one at random in each of as many equal parts as there are to be."""
+    def _draw_point_steps(self, trajectory: int) -> list[int]:
+        """Divides the steps into as many equal parts as there are points, and draws one step from each part."""
         total = self.options.num_inference_steps
-        request = self.requests[number]
-        steps = [step for step in range(total) if request.steps[0] * total <= step < request.steps[1] * total]
+        request = self.requests[trajectory]
+        start, end = request.steps
+        steps = [step for step in range(total) if start * total <= step < end * total]
         if not steps:
-            raise ValueError(f"steps: none of {total} steps is in the part {request.steps} for {request.prompt!r}")
+            raise ValueError(
+                f"steps: expected a part that has at least one of the {total} sampling steps in it, got "
+                f"{request.steps} for {request.prompt!r}"
+            )
         count = min(self.options.timesteps_per_trajectory, len(steps))
         edges = [part * len(steps) // count for part in range(count + 1)]
-        generator = random_generator(self.options.seed, "steps", number)
+        generator = random_generator(self.options.seed, "steps", trajectory)
         return [
             steps[int(torch.randint(low, high, (1,), generator=generator))]
             for low, high in zip(edges[:-1], edges[1:], strict=True)
         ]
 
-    @property
-    def first_watched(self) -> int:
-        """The step from which on attention maps are averaged."""
+    def conditions_at_every_step(self, request: Request) -> list[str]:
+        """The conditions that sampling needs at every step, in the order in which they are batched."""
+        return [request.follow] if self.guidance_scale == 1 else [NEGATIVE, request.follow]
+
+    def extra_condition(self, request: Request) -> str | None:
+        """The condition of points and masks that sampling itself does not need, if there is one; never two.
+
+        It is evaluated only at steps that become points or whose attention is captured.
+        """
+        sampled = self.conditions_at_every_step(request)
+        return next((name for name in (PROMPT, request.baseline) if name not in sampled), None)
+
+    def captures_attention(self, request: Request, step: int) -> bool:
+        """Whether the attention maps of this step are averaged into the mask."""
         total = self.options.num_inference_steps
-        return min(math.ceil(self.options.mask_start * total), total - 1)
-
-    def everywhere(self, kind: Request) -> list[str]:
-        """The conditions that a sampled trajectory asks at every step, in the order they are batched."""
-        return [kind.follow] if self.guidance_scale == 1 else [NEGATIVE, kind.follow]
-
-    def elsewhere(self, kind: Request) -> str | None:
-        """The condition that it asks besides, where there are points or masks to be had: there is one at most."""
-        asked = self.everywhere(kind)
-        return next((name for name in (PROMPT, kind.without) if name not in asked), None)
-
-    def is_watched(self, kind: Request, step: int) -> bool:
-        """Whether the attention of this step counts for the mask."""
-        return kind.group in self.masked and step >= self.first_watched
+        first_captured = min(math.ceil(self.options.mask_start * total), total - 1)
+        return request.group in self.masked_groups and step >= first_captured
 
     @property
-    def points(self) -> int:
-        """How many the cache will have."""
-        return sum(map(len, self.chosen))
+    def num_points(self) -> int:
+        """The number of points in the cache."""
+        return sum(map(len, self.point_steps))
 
     @property
-    def forwards(self) -> int:
-        """Forward passes of the transformer, counted a sample: a batch of two counts as two."""
-        total = 0
-        for unit in self.units:
-            for number in unit.numbers:
-                total += self._forwards(unit.kind, self.chosen[number])
-        return total
+    def num_forwards(self) -> int:
+        """The number of forward passes of a transformer, per sample: a batch of two counts as two."""
+        return sum(
+            self._num_forwards(unit.template, self.point_steps[index])
+            for unit in self.units
+            for index in unit.trajectories
+        )
 
-    def _forwards(self, kind: Request, chosen: Collection[int]) -> int:
-        if kind.source is not None:
-            return 2 * len(chosen)
+    def _num_forwards(self, request: Request, point_steps: Collection[int]) -> int:
+        if request.source is not None:
+            return 2 * len(point_steps)
         steps = range(self.options.num_inference_steps)
-        besides = self.elsewhere(kind)
-        extra = 0
-        if besides is not None:
-            watched = [step for step in steps if besides == PROMPT and self.is_watched(kind, step)]
-            extra = len({*chosen, *watched})
-        return len(steps) * len(self.everywhere(kind)) + extra
-
-
-def video_size(options: PrepareOptions, defaults: Defaults) -> dict[str, int]:
-    """Height, width and num_frames: the options', or the model's where they leave them out."""
-    names = ("height", "width", "num_frames")
-    given = {name: getattr(options, name) for name in names}
-    return {name: getattr(defaults, name) if given[name] is None else given[name] for name in names}
-
-
-def guidance_scale_of(options: PrepareOptions, defaults: Defaults) -> float:
-    """The options', or the model's where they leave it out."""
-    return defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
+        extra_condition, extra_steps = self.extra_condition(request), set[int]()
+        if extra_condition is not None:
+            extra_steps.update(point_steps)
+        if extra_condition == PROMPT:
+            extra_steps.update(step for step in steps if self.captures_attention(request, step))
+        return len(steps) * len(self.conditions_at_every_step(request)) + len(extra_steps)

@@ -1,8 +1,8 @@
-"""One shard of a teacher cache: a safetensors file that says itself what it belongs to.
+"""One shard of a teacher cache: a safetensors file with a label that says what it belongs to.
 
-The label lets a resumed run tell a shard of its own from one of another run, of other arguments, or a damaged one,
-before any index lists it. It is JSON under a single key of the file's metadata: several keys would be written in random
-order, and the same content has to give the same bytes.
+The label tells a resumed run whether a shard is its own, belongs to another run or other arguments, or is damaged, even
+before an index lists it. It is JSON under a single key of the file's metadata: safetensors writes several keys in
+random order, but the same content has to give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fastunlearn.files import open_safetensors, tensor_names
 
-_KEY = "fastunlearn-teacher-cache"
+_METADATA_KEY = "fastunlearn-teacher-cache"
 
 
 class Label(NamedTuple):
-    """What a shard belongs to: the cache's fingerprint, the unit of work that made it, the group of its points."""
+    """What a shard belongs to: the fingerprint of its cache, its unit of work, and the group of its points."""
 
     fingerprint: str
     unit: int
@@ -31,67 +31,72 @@ class Label(NamedTuple):
 
 
 def file_name(unit: int) -> str:
-    """The name of a unit's shard."""
+    """The name of the shard that a unit of work writes."""
     return f"shard-{unit:05d}.safetensors"
 
 
 def serialize(tensors: Mapping[str, Tensor], label: Label) -> bytes:
-    """The file's content; equal arguments give equal bytes."""
+    """The content of a shard's file. Equal arguments give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(label._asdict() | {"digest": _digest(tensors)}, sort_keys=True)
-    return safetensors.torch.save(tensors, metadata={_KEY: text})
+    return safetensors.torch.save(tensors, metadata={_METADATA_KEY: text})
 
 
 def read_label(path: Path, file: Any) -> tuple[Label, str]:
-    """The label of an opened shard, and the digest of its tensors.
+    """The label of an open shard, and the digest of its tensors.
 
     Raises:
         ValueError: the file has no label.
     """
     try:
-        content = json.loads(file.metadata()[_KEY])
+        content = json.loads(file.metadata()[_METADATA_KEY])
         label = Label(*(content[name] for name in Label._fields))
         digest = content["digest"]
     except (TypeError, KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a shard of a teacher cache") from error
+        raise ValueError(f"{path}: expected a shard of a teacher cache, got a file without a shard's label") from error
     return label, digest
 
 
-def points(path: Path, label: Label) -> int:
-    """The number of points in a shard with this label; reads the header alone.
+def num_points(path: Path, label: Label) -> int:
+    """The number of points in the shard with this label. Reads only the header.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged, or labelled otherwise.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or has another label.
     """
     with open_safetensors(path) as file:
         _check_label(path, label, read_label(path, file)[0])
         return file.get_slice("t").get_shape()[0]
 
 
-def check(path: Path, label: Label) -> None:
-    """Reads a whole shard.
+def check_shard(path: Path, label: Label) -> None:
+    """Reads the whole shard and checks its label and its tensors.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is damaged, or labelled otherwise.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or has another label.
     """
     with open_safetensors(path) as file:
-        found, digest = read_label(path, file)
-        _check_label(path, label, found)
-        # A tensor at a time is in memory, and of a memory-mapped file that is the page cache's.
+        actual, digest = read_label(path, file)
+        _check_label(path, label, actual)
+        # The file is memory-mapped, so its tensors take page cache and no memory of the process.
         if _digest({name: file.get_tensor(name) for name in tensor_names(file)}) != digest:
-            raise ValueError(f"{path}: does not have the digest that it tells; it is damaged or was changed")
+            raise ValueError(
+                f"{path}: expected tensors that match its digest, got others; the file is damaged or was changed"
+            )
 
 
-def _check_label(path: Path, expected: Label, found: Label) -> None:
-    for name, right, got in zip(Label._fields, expected, found, strict=True):
-        if got != right:
-            raise ValueError(f"{path}: a shard of another run or of other arguments ({name} is {got}, not {right})")
+def _check_label(path: Path, expected: Label, actual: Label) -> None:
+    for name, wanted, got in zip(Label._fields, expected, actual, strict=True):
+        if got != wanted:
+            raise ValueError(
+                f"{path}: expected a shard of this run, got one of another run or of other arguments "
+                f"({name} is {got}, not {wanted})"
+            )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, dtypes, shapes and values."""
+    """SHA-256 of the tensors' names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,4 +1,4 @@
-"""Writing a teacher cache: a shard a unit of work, each whole or not there, by one process or many, resumable."""
+"""Writing a teacher cache: one shard per unit of work, each complete or absent, by one process or many, resumable."""
 
 from __future__ import annotations
 
@@ -15,44 +15,43 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastunlearn.files import replace_file
+from fastunlearn.dtypes import dtype_named
+from fastunlearn.files import replace_file, shown
 from fastunlearn.ops.arguments import check_shape
 from fastunlearn.training.cache import shards
 from fastunlearn.training.cache.index import (
-    DTYPES,
+    CACHE_FILE,
     FORMAT,
     FORMAT_VERSION,
     INDEX,
-    OWN_FILE,
     PROMPTS,
+    cache_fingerprint,
     file_entry,
-    fingerprint_of,
     read_index,
-    shown,
 )
 
 _SHOWN_CHANGES = 20
 
 
 class CacheWriter:
-    """Writes the units of a cache that are not there yet.
+    """Writes the shards of a cache that do not exist yet.
 
-    Several processes may write units of one cache at a time, each unit by one of them, and one calls `finish` at the
-    end. The same facts and points give the same files, byte for byte.
+    Several processes may write to one cache at the same time if each unit is written by one of them. One of them calls
+    `finish` at the end. The same facts and points give the same files, byte for byte.
 
     Args:
-        folder: a new or empty folder, or a cache that was begun with the same facts. Foreign files beside a cache are
+        folder: a new or empty folder, or a cache that was begun with the same facts. Foreign files next to a cache are
             left alone.
-        facts: what determines the content, as JSON: `latent_shape`, `token_grid` (F, h, w), `dtype` (its name),
-            `boundary` (a timestep or None), and whatever else does.
-        conditions: the condition of every prompt that points have.
+        facts: everything that determines the content, as JSON: `latent_shape`, `token_grid` (F, h, w), `dtype` (its
+            name), `boundary` (a timestep or None), and any other settings.
+        conditions: the condition of every prompt that points have, by prompt.
         groups: the group of each unit.
-        origin: what is worth knowing and does not determine the content, as JSON.
-        process_index: a number that is this process's own among those that write at a time.
+        origin: information that does not determine the content, as JSON.
+        process_index: differs between the processes that write at the same time.
 
     Raises:
         FileExistsError: the folder holds something else.
-        ValueError: the cache there was begun with other facts; the message lists them.
+        ValueError: the cache was begun with other facts; the message lists them.
         OSError: a file cannot be written.
     """
 
@@ -67,69 +66,80 @@ class CacheWriter:
         process_index: int = 0,
     ) -> None:
         self.folder = Path(folder)
-        self._beside = f".{process_index}.partial"
-        # As JSON gives it back, so that what is compared is what was written.
+        self._partial_suffix = f".{process_index}.partial"
+        # To JSON and back, so that they compare equal to the facts of an index.
         self._facts = json.loads(json.dumps({**facts, "prompts": list(conditions)}, allow_nan=False))
         self._groups = list(groups)
-        self._numbers = {prompt: number for number, prompt in enumerate(conditions)}
-        self._dtype = DTYPES[self._facts["dtype"]]
-        self._begin(_serialized(conditions), dict(origin or {}))
-
-    def _begin(self, conditions: bytes, origin: dict[str, Any]) -> None:
+        self._prompt_indices = {prompt: index for index, prompt in enumerate(conditions)}
+        dtype = dtype_named(self._facts["dtype"])
+        if dtype is None:
+            raise ValueError(f"facts: expected the name of a dtype as 'dtype', got {self._facts['dtype']!r}")
+        self._dtype = dtype
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / INDEX
-        if path.exists():
-            existing = read_index(path)
-            self._compare(existing)
-            _warn_of_other_versions(path, existing["origin"], origin)
-            origin = existing["origin"]
-        else:
-            existing = {}
-            refuse_foreign(self.folder)
-        sha256 = hashlib.sha256(conditions).hexdigest()
-        if existing and existing["conditions"]["sha256"] != sha256:
-            raise ValueError(
-                f"{self.folder}: was begun with other conditions for the same prompts: the text encoders or their "
-                "precision changed; choose another folder"
-            )
-        if not (self.folder / PROMPTS).exists() or file_entry(self.folder / PROMPTS)["sha256"] != sha256:
-            self._store(PROMPTS, conditions)
-        entry = file_entry(self.folder / PROMPTS)
-        self.fingerprint = fingerprint_of(self._facts, entry["sha256"])
+        content = _serialized(conditions)
+        sha256 = hashlib.sha256(content).hexdigest()
+        begun = self._read_begun_index(dict(origin or {}), sha256)
+        self._store_conditions(content, sha256)
+        self.fingerprint = cache_fingerprint(self._facts, sha256)
         self._index = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "finished": False,
             "fingerprint": self.fingerprint,
             "facts": self._facts,
-            "origin": origin,
-            "conditions": entry,
+            "origin": dict(origin or {}) if begun is None else begun["origin"],
+            "conditions": file_entry(self.folder / PROMPTS),
         }
-        if not existing:
+        if begun is None:
             self._store_index(self._index)
 
-    def _compare(self, existing: Mapping[str, Any]) -> None:
-        changes = list(_changes(existing["facts"], self._facts))
+    def _read_begun_index(self, origin: Mapping[str, Any], conditions_sha256: str) -> dict[str, Any] | None:
+        """The index of the cache to resume, checked against this run; None if the cache is new."""
+        path = self.folder / INDEX
+        if not path.exists():
+            refuse_foreign_files(self.folder)
+            return None
+        index = read_index(path)
+        changes = list(_changes(index["facts"], self._facts))
         if changes:
             more = f"\n  and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
             raise ValueError(
-                f"{self.folder}: was begun with other arguments; pass those, or choose another folder "
-                "(in the cache -> now):\n  " + "\n  ".join(changes[:_SHOWN_CHANGES]) + more
+                f"{self.folder}: expected a cache with these arguments, got one that was begun with other arguments; "
+                "pass those, or choose another folder (in the cache -> now):\n  "
+                + "\n  ".join(changes[:_SHOWN_CHANGES])
+                + more
             )
+        if index["origin"].get("versions") != origin.get("versions"):
+            warnings.warn(
+                f"{path}: the cache was begun with {shown(index['origin'].get('versions'))} and continues with "
+                f"{shown(origin.get('versions'))}: its points may differ by rounding",
+                stacklevel=3,
+            )
+        if index["conditions"]["sha256"] != conditions_sha256:
+            raise ValueError(
+                f"{self.folder}: expected the prompts' conditions that the cache was begun with, got others for the "
+                "same prompts: the text encoders or their precision changed; choose another folder"
+            )
+        return index
+
+    def _store_conditions(self, content: bytes, sha256: str) -> None:
+        path = self.folder / PROMPTS
+        if not path.exists() or file_entry(path)["sha256"] != sha256:
+            self._store(PROMPTS, content)
 
     def has(self, unit: int) -> bool:
-        """Whether the unit's shard is there, whole and of this run.
+        """Whether the unit's shard exists, after checking that it is intact and belongs to this run.
 
         Raises:
-            ValueError: what is there is not that. It is left as it is.
+            ValueError: the file is damaged or belongs to another run. It is left as it is.
         """
         path = self.folder / shards.file_name(unit)
         if not path.exists():
             return False
         try:
-            shards.check(path, self._label(unit))
+            shards.check_shard(path, self._label(unit))
         except ValueError as error:
-            raise ValueError(f"{error}; delete the file to have it made again, or choose another folder") from error
+            raise ValueError(f"{error}; delete the file to compute it again, or choose another folder") from error
         return True
 
     def write(
@@ -143,19 +153,19 @@ class CacheWriter:
         v_cond: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Writes the unit's K points.
+        """Writes the shard of a unit with K points.
 
         Args:
-            unit: which.
-            prompts: K prompts, those of `v_cond`.
+            unit: the index of the unit.
+            prompts: K prompts, the ones that `v_cond` was computed with.
             x_t: (K, *latent).
             t: (K,).
             v_uncond: (K, *latent).
             v_cond: (K, *latent).
-            mask: (K, F, h, w), nonzero on the concept; None where the unit's group has no masks.
+            mask: (K, F, h, w), nonzero on the concept; None if the unit's group has no masks.
 
         Raises:
-            ValueError: a shape is wrong, or a value is not finite.
+            ValueError: a tensor has the wrong shape or a value that is not finite.
             OSError: the file cannot be written.
         """
         latents = {"x_t": x_t, "v_uncond": v_uncond, "v_cond": v_cond}
@@ -163,45 +173,45 @@ class CacheWriter:
             check_shape(name, tensor, (len(prompts), *self._facts["latent_shape"]), "points and latent shape")
             if not bool(tensor.isfinite().all()):
                 raise ValueError(
-                    f"{name}: not finite in unit {unit} ({shown(prompts[0])}): the model overflows; "
-                    "prepare with mixed_precision 'bf16' or 'no'"
+                    f"{name}: expected finite values, got NaN or infinity in unit {unit} ({shown(prompts[0])}): the "
+                    "model overflows; prepare with mixed_precision 'bf16' or 'no'"
                 )
         tensors = {name: tensor.to(self._dtype) for name, tensor in latents.items()}
         tensors["t"] = t.float()
-        tensors["prompt"] = torch.tensor([self._numbers[prompt] for prompt in prompts], dtype=torch.int32)
+        tensors["prompt"] = torch.tensor([self._prompt_indices[prompt] for prompt in prompts], dtype=torch.int32)
         if mask is not None:
             check_shape("mask", mask, (len(prompts), *self._facts["token_grid"]), "points and token grid")
             tensors["mask"] = mask != 0
         self._store(shards.file_name(unit), shards.serialize(tensors, self._label(unit)))
 
     def is_complete(self) -> bool:
-        """Whether every unit's shard is there."""
-        return not self._missing()
+        """Whether the shards of all units exist."""
+        return not self._missing_units()
 
-    def _missing(self) -> list[int]:
+    def _missing_units(self) -> list[int]:
         units = range(len(self._groups))
         return [unit for unit in units if not (self.folder / shards.file_name(unit)).exists()]
 
     def finish(self) -> None:
-        """Writes the index, once every unit's shard is there, and takes away what interrupted writing left.
+        """Lists all shards in the index, marks it as finished, and deletes what interrupted processes left.
 
         Raises:
-            ValueError: shards are missing, or not of this run.
+            ValueError: shards are missing or belong to another run.
         """
-        missing = self._missing()
+        missing = self._missing_units()
         if missing:
             raise ValueError(
-                f"{self.folder}: {len(missing)} of {len(self._groups)} shards are missing, the first is "
-                f"{shards.file_name(missing[0])}; did every process end well?"
+                f"{self.folder}: expected {len(self._groups)} shards, got {len(self._groups) - len(missing)}; "
+                f"{shards.file_name(missing[0])} is missing: see whether a process failed, then run prepare again"
             )
         entries = []
         for unit, group in enumerate(self._groups):
             path = self.folder / shards.file_name(unit)
-            points = shards.points(path, self._label(unit))
+            points = shards.num_points(path, self._label(unit))
             entries.append(file_entry(path) | {"group": group, "points": points})
         self._store_index({**self._index, "finished": True, "shards": entries})
         for file in self.folder.iterdir():
-            match = OWN_FILE.fullmatch(file.name)
+            match = CACHE_FILE.fullmatch(file.name)
             if match and match["partial"]:
                 file.unlink()
 
@@ -214,29 +224,32 @@ class CacheWriter:
     def _store(self, name: str, content: bytes) -> None:
         path = self.folder / name
         try:
-            replace_file(path, content, beside=self._beside)
+            replace_file(path, content, beside=self._partial_suffix)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OSError(
                 error.errno,
-                f"no space left for {len(content)} bytes; what was written before is whole: make room and run the "
-                "same again to go on",
+                f"no space left for {len(content)} bytes; the files written before are intact: make room and run the "
+                "same command again to continue",
                 str(path),
             ) from error
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raises FileExistsError where a folder without an index holds what is no part of a cache."""
+def refuse_foreign_files(folder: Path) -> None:
+    """Raises FileExistsError if the folder has no index and holds a file that is not part of a cache."""
     if (folder / INDEX).exists():
         return
-    foreign = sorted(file.name for file in folder.iterdir() if not OWN_FILE.fullmatch(file.name))
+    foreign = sorted(file.name for file in folder.iterdir() if not CACHE_FILE.fullmatch(file.name))
     if foreign:
-        raise FileExistsError(f"{folder}: expected a new folder or a teacher cache, found {', '.join(foreign[:3])}")
+        raise FileExistsError(
+            f"{folder}: expected a new folder or a teacher cache, got one with {', '.join(foreign[:3])}; choose "
+            "another folder"
+        )
 
 
 def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """Lines that name what differs, as deep inside as it is still clear."""
+    """One line per value that differs, named as precisely as its place in the JSON allows."""
     if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict):
@@ -244,7 +257,7 @@ def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
             yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif isinstance(old, list) and isinstance(new, list) and any(isinstance(x, dict | list) for x in old + new):
         if len(old) != len(new):
-            yield f"{name}: {len(old)} of them -> {len(new)} of them"
+            yield f"{name}: {len(old)} entries -> {len(new)} entries"
             return
         for index, (before, now) in enumerate(zip(old, new, strict=True)):
             yield from _changes(before, now, f"{name}[{index}]")
@@ -255,17 +268,8 @@ def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
 def _serialized(conditions: Mapping[str, Mapping[str, Tensor]]) -> bytes:
     return safetensors.torch.save(
         {
-            f"{number}.{keyword}": tensor.detach().cpu().contiguous()
-            for number, condition in enumerate(conditions.values())
+            f"{index}.{keyword}": tensor.detach().cpu().contiguous()
+            for index, condition in enumerate(conditions.values())
             for keyword, tensor in condition.items()
         }
     )
-
-
-def _warn_of_other_versions(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    if old.get("versions") != new.get("versions"):
-        warnings.warn(
-            f"{path}: the cache was begun with {shown(old.get('versions'))}, and goes on with "
-            f"{shown(new.get('versions'))}: its points may differ by rounding",
-            stacklevel=4,
-        )

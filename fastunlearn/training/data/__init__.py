@@ -1,1 +1,7 @@
-"""What goes in and comes out: prompts, video files, and requests for trajectories."""
+"""What the user gives to training, and what sampling gives back.
+
+requests.py     a `Request` per trajectory, made from prompt files or a folder of videos: what `prepare` is asked for
+prompts.py      reads prompt files, and finds the tokens of the concept in a prompt
+user_videos.py  turns the user's own videos into latents
+videos.py       reads and writes video files and pictures of their frames
+"""

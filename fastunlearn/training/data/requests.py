@@ -1,4 +1,4 @@
-"""What `prepare` is asked for: a request per trajectory, from prompt files or from the user's own videos."""
+"""What `prepare` is asked for: one request per trajectory, from prompt files or from the user's own videos."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from fastunlearn.training.data.prompts import PromptLine, occurrences, read_prom
 from fastunlearn.training.data.user_videos import LATENTS, VIDEOS
 from fastunlearn.training.options import PrepareOptions
 
-NEGATIVE, PROMPT, INSTEAD = "negative", "prompt", "instead"  # names of the conditions of a trajectory
+NEGATIVE, PROMPT, INSTEAD = "negative", "prompt", "instead"  # the names of a trajectory's conditions
 
 
 @dataclass(frozen=True)
 class Request:
-    """A trajectory to take points from.
+    """Asks for points of one trajectory.
 
     Attributes:
-        prompt: what `v_cond` is the velocity at.
-        group: of its points in the cache.
-        instead: the prompt that `v_uncond` is the velocity at; the negative prompt if None.
-        follow: which of the two sampling is led to, from the negative prompt.
-        steps: the part of the steps, from 0 to 1, that points are taken from.
-        source: a video, or latents, to take the points from instead of sampling. Then `follow` is not read.
+        prompt: the prompt that `v_cond` is computed with.
+        group: the group of the points in the cache.
+        instead: the prompt that `v_uncond` is computed with; the negative prompt if None.
+        follow: which of these two prompts sampling follows; guidance always leads away from the negative prompt.
+        steps: the part of the sampling steps, from 0 to 1, that points are taken from.
+        source: a file with a video or its latents. Points are then taken from the noised video, without sampling, and
+            `follow` is ignored.
     """
 
     prompt: str
@@ -43,28 +44,31 @@ class Request:
             raise ValueError(f"instead: expected a prompt, because follow is 'instead'; got None for {self.prompt!r}")
         start, end = self.steps
         if not 0 <= start < end <= 1:
-            raise ValueError(f"steps: expected a part from 0 to 1, got {self.steps!r}")
+            raise ValueError(f"steps: expected a start below an end, both from 0 to 1; got {self.steps!r}")
 
     @property
-    def without(self) -> str:
-        """The name of the condition of `v_uncond`."""
+    def baseline(self) -> str:
+        """The name of the condition that `v_uncond` is computed with."""
         return NEGATIVE if self.instead is None else INSTEAD
 
 
-def requests_of(options: PrepareOptions) -> list[Request]:
-    """The trajectories that options ask for.
+def read_requests(options: PrepareOptions) -> list[Request]:
+    """The requests that the options describe: one per video in `data`, or `num_trajectories` per prompt file.
 
-    `num_trajectories` for each file of prompts, which take turns; or one for each video of `data`.
+    The prompts of a file take turns.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not as it should be, there is none, or the concept is missing where it belongs or stands
-            where it does not.
+        ValueError: no file is given, one is not in the expected format, or the concept is missing from a prompt that
+            needs it or is in one that must not have it.
     """
     if options.data is not None:
         if options.target_prompts is not None or options.kept_prompts is not None:
-            raise ValueError("data: expected no target_prompts and kept_prompts beside it: its videos have their own")
-        return read_data(options.data, options.concept)
+            raise ValueError(
+                "data: expected no target_prompts or kept_prompts together with it, because each video has its own "
+                "prompt; got both"
+            )
+        return read_video_requests(options.data, options.concept)
     requests: list[Request] = []
     for group, path in (("target", options.target_prompts), ("kept", options.kept_prompts)):
         if path is None:
@@ -72,57 +76,63 @@ def requests_of(options: PrepareOptions) -> list[Request]:
         lines = read_prompts(path)
         if len(lines) > options.num_trajectories:
             warnings.warn(
-                f"{path}: {options.num_trajectories} of {len(lines)} prompts are used; raise num_trajectories",
+                f"{path}: only {options.num_trajectories} of {len(lines)} prompts are used; raise num_trajectories to "
+                "use them all",
                 stacklevel=2,
             )
-        for number in range(options.num_trajectories):
-            line = lines[number % len(lines)]
-            _check_concept(options.concept, group, path, line)
+        for index in range(options.num_trajectories):
+            line = lines[index % len(lines)]
+            _check_concept_absent(options.concept, group, path, line)
             requests.append(Request(line.prompt, group, line.instead))
     if not requests:
-        raise ValueError("target_prompts: expected a file of prompts here or as kept_prompts, or videos as data")
+        raise ValueError(
+            "target_prompts: expected a file of prompts here or as kept_prompts, or a folder of videos as data; got "
+            "none of them"
+        )
     return requests
 
 
-def _check_concept(concept: str, group: str, path: Path, line: PromptLine) -> None:
-    """Of target prompts the tokenizer tells better what is wrong."""
+def _check_concept_absent(concept: str, group: str, path: Path, line: PromptLine) -> None:
+    """Checks the prompts that must not contain the concept.
+
+    That target prompts contain it is checked when they are tokenized, where the error can show the tokens.
+    """
     for text in (line.prompt if group == "kept" else "", line.instead or ""):
         if occurrences(text, concept):
             raise ValueError(f"{path}: expected a prompt without {concept!r}, got {text!r}")
 
 
-def read_data(folder: str | os.PathLike[str], concept: str) -> list[Request]:
-    """A request for each video in a folder: of group "target" where its prompt has the concept, else of "kept".
+def read_video_requests(folder: str | os.PathLike[str], concept: str) -> list[Request]:
+    """One request per video in a folder: of group "target" if its prompt contains the concept, else of "kept".
 
-    Beside `NAME.mp4` or `NAME.gif`, or the latents `NAME.safetensors`, stands the prompt in `NAME.txt`. After a tab
-    there may be another, without the concept.
+    A video is `NAME.mp4`, `NAME.gif`, or its latents in `NAME.safetensors`. Its prompt is in `NAME.txt`, optionally
+    followed by a tab and a prompt without the concept.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no prompt beside a video.
-        ValueError: there are no videos, or a text file holds more than one line, or the concept after its tab.
+        FileNotFoundError: the folder or a video's prompt does not exist.
+        ValueError: there are no videos, or a text file has more than one prompt or the concept after the tab.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data: expected a folder of videos, got {str(folder)!r}")
     sources = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*VIDEOS, LATENTS))
     if not sources:
-        raise ValueError(f"data: expected {', '.join(VIDEOS)} or {LATENTS} files in {folder}, found none")
+        raise ValueError(f"data: expected {', '.join(VIDEOS)} or {LATENTS} files in {str(folder)!r}, got none")
     requests = []
     for source in sources:
-        lines = read_prompts(source.with_suffix(".txt"))
+        prompt_file = source.with_suffix(".txt")
+        lines = read_prompts(prompt_file)
         if len(lines) != 1:
-            raise ValueError(f"{source.with_suffix('.txt')}: expected one prompt, found {len(lines)}")
+            raise ValueError(f"{prompt_file}: expected one prompt, got {len(lines)}")
         prompt, instead = lines[0]
         if instead is not None and occurrences(instead, concept):
-            raise ValueError(
-                f"{source.with_suffix('.txt')}: expected a prompt without {concept!r} after the tab, got {instead!r}"
-            )
+            raise ValueError(f"{prompt_file}: expected a prompt without {concept!r} after the tab, got {instead!r}")
         group = "target" if occurrences(prompt, concept) else "kept"
         requests.append(Request(prompt, group, instead, source=source))
     return requests
 
 
-def prompts_of(requests: Sequence[Request], negative_prompt: str) -> list[str]:
-    """Every prompt that trajectories need the condition of, once."""
+def distinct_prompts(requests: Sequence[Request], negative_prompt: str) -> list[str]:
+    """Every prompt whose condition the trajectories need, each once. The negative prompt comes last if it is new."""
     wanted = [prompt for request in requests for prompt in (request.prompt, request.instead) if prompt is not None]
     return list(dict.fromkeys([*wanted, negative_prompt]))

@@ -1,8 +1,7 @@
-"""Given videos, or latents of videos, as the source of a cache's points."""
+"""The user's own videos, or their latents, as the source of a cache's points."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,47 +9,55 @@ from torch.nn.functional import interpolate
 
 from fastunlearn.files import open_safetensors, tensor_names
 from fastunlearn.training.data.videos import read_video
-from fastunlearn.training.model.video_model import VideoModel
+from fastunlearn.training.model.video_model import VideoModel, VideoSize
 
 VIDEOS, LATENTS = (".mp4", ".gif"), ".safetensors"
 
 
 def holds_latents(source: Path) -> bool:
-    """Whether a source is latents already, which need no VAE."""
+    """Whether a source holds latents, so that no VAE is needed."""
     return source.suffix.lower() == LATENTS
 
 
-def read_latents(
-    model: VideoModel, source: Path, latent_shape: Sequence[int], height: int, width: int, num_frames: int
-) -> Tensor:
-    """The latents (1, *latent_shape) of a source, float32, on the model's device.
+def read_latents(model: VideoModel, source: Path, size: VideoSize) -> Tensor:
+    """Reads the latents (1, ...) of a source, float32, on the model's device.
 
-    A video is cut to its first frames, scaled to cover the size, and cropped around its middle.
+    A video is cut to its first frames, scaled to cover `size`, and cropped around its centre.
 
     Raises:
-        ValueError: the file is not readable, the latents are of another shape or not finite, or the video is too short.
-        RuntimeError: the source is a video, and the model has no VAE.
+        ValueError: the file is not readable, the latents have another shape or are not finite, or the video is too
+            short.
+        RuntimeError: the source is a video, but the model has no VAE.
     """
     if holds_latents(source):
-        with open_safetensors(source) as file:
-            if "latents" not in tensor_names(file):
-                raise ValueError(f"{source}: expected a tensor called 'latents', got {tensor_names(file)}")
-            latents: Tensor = file.get_tensor("latents").float()
-        if latents.dim() == len(latent_shape) + 1 and len(latents) == 1:
-            latents = latents[0]
-        if tuple(latents.shape) != tuple(latent_shape) or not bool(latents.isfinite().all()):
-            raise ValueError(
-                f"{source}: expected finite latents of shape {tuple(latent_shape)}, got {tuple(latents.shape)}"
-            )
-        return latents[None].to(model.device)
+        return _stored_latents(source, model.latent_shape(*size)).to(model.device)
     frames = read_video(source)
-    if len(frames) < num_frames:
-        raise ValueError(f"{source}: expected at least {num_frames} frames, got {len(frames)}; lower num_frames")
-    return model.encode_video(_covering(frames[:num_frames], height, width)[None]).float().to(model.device)
+    if len(frames) < size.num_frames:
+        raise ValueError(
+            f"{source}: expected at least {size.num_frames} frames, got {len(frames)}; lower num_frames or remove the "
+            "video"
+        )
+    frames = _scale_and_crop(frames[: size.num_frames], size.height, size.width)
+    return model.encode_video(frames[None]).float().to(model.device)
 
 
-def _covering(frames: Tensor, height: int, width: int) -> Tensor:
-    """(F, 3, H, W) scaled and cropped to height x width."""
+def _stored_latents(source: Path, shape: tuple[int, ...]) -> Tensor:
+    """The tensor (1, *shape) in a file of latents, float32; stored with or without the batch dimension."""
+    with open_safetensors(source) as file:
+        if "latents" not in tensor_names(file):
+            raise ValueError(f"{source}: expected a tensor called 'latents', got {tensor_names(file)}")
+        latents: Tensor = file.get_tensor("latents").float()
+    if latents.dim() == len(shape) + 1 and len(latents) == 1:
+        latents = latents[0]
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"{source}: expected latents of shape {shape}, got {tuple(latents.shape)}")
+    if not bool(latents.isfinite().all()):
+        raise ValueError(f"{source}: expected finite latents, got NaN or infinity")
+    return latents[None]
+
+
+def _scale_and_crop(frames: Tensor, height: int, width: int) -> Tensor:
+    """Frames (F, 3, H, W) scaled to cover `height` x `width` pixels, and cropped to it."""
     scale = max(height / frames.shape[2], width / frames.shape[3])
     size = (max(height, round(frames.shape[2] * scale)), max(width, round(frames.shape[3] * scale)))
     if size != tuple(frames.shape[2:]):

@@ -1,4 +1,4 @@
-"""Video files to tensors and back, and pictures of videos' frames."""
+"""Reads and writes video files, and writes pictures that compare the frames of several videos."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fastunlearn.files import replace_file
 
 FORMATS = ("mp4", "gif")
 
-# H.264 in the colours that players take for granted in high definition; the matrix is written into the file too.
+# H.264 with the colour matrix that players assume for high definition; the file names it as well.
 _MP4 = (
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"),
     *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "iec61966-2-1"),
     *("-movflags", "+faststart", "-f", "mp4"),
 )
-# One palette for all frames and an ordered pattern, so that what stands still does not flicker.
+# One palette for all frames and ordered dithering, so that still areas do not flicker.
 _GIF = (
     *("-filter_complex", "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=3"),
     *("-loop", "0", "-f", "gif"),
@@ -43,42 +43,42 @@ _INK, _PALE_INK, _PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
 
 
 def read_video(path: str | os.PathLike[str]) -> Tensor:
-    """Every frame of a video file: (F, 3, H, W) float32 in [0, 1], on the CPU.
+    """Reads all frames of a video file: (F, 3, H, W) float32 in [0, 1], on the CPU.
 
-    Reads gif, and whatever ffmpeg knows. Sound is left out.
+    Reads gif and every format that ffmpeg reads. Sound is ignored.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no video that can be read.
-        OSError: there is no ffmpeg.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a readable video.
+        OSError: ffmpeg is not installed.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: expected a video file, but there is no such file")
     frames = _read_gif(path) if path.suffix.lower() == ".gif" else _read_with_ffmpeg(path)
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float().div_(255)
 
 
 def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> None:
-    """Writes frames as .mp4 or .gif, as `path` ends. What was at `path` stays until the new file is whole.
+    """Writes frames to an .mp4 or .gif file. An existing file is replaced only when the new one is complete.
 
-    H.264 halves the resolution of colours, so that it needs even sizes: an odd one gets its last row or column twice.
+    The H.264 encoding of .mp4 needs even sizes: the last row or column of an odd size is repeated.
 
     Args:
-        path: of the file, in a folder that exists.
+        path: the file, in an existing folder. Its suffix chooses the format.
         frames: (F, 3, H, W) floating point; clamped to [0, 1].
-        fps: frames a second.
+        fps: frames per second.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
-        OSError: the file cannot be written, or there is no ffmpeg.
+        OSError: the file cannot be written, or ffmpeg is not installed.
     """
     path = Path(path)
     _check_frames("frames", frames)
     if not fps > 0:
         raise ValueError(f"fps: expected a positive number, got {fps!r}")
     if path.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"path: expected the ending .mp4 or .gif, got {path.name!r}")
+        raise ValueError(f"path: expected a name that ends in .mp4 or .gif, got {path.name!r}")
     if path.suffix == ".mp4":
         frames = F.pad(frames, (0, frames.shape[3] % 2, 0, frames.shape[2] % 2), mode="replicate")
     pixels = _pixels(frames)
@@ -86,19 +86,19 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
     rate = str(Fraction(fps).limit_denominator(1001))
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", rate, "-i", "-"]
     with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder, "video")
+        encoded = Path(folder, "video")
         encoding = _MP4 if path.suffix == ".mp4" else _GIF
-        done = _ffmpeg([*source, *encoding, str(written)], pixels.tobytes())
-        if done.returncode:
-            raise OSError(f"{path}: cannot be written: {_reason(done)}")
-        replace_file(path, written.read_bytes())
+        process = _ffmpeg([*source, *encoding, str(encoded)], pixels.tobytes())
+        if process.returncode:
+            raise OSError(f"{path}: cannot be written: {_reason(process)}")
+        replace_file(path, encoded.read_bytes())
 
 
 def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
-    """Several videos, each (F, 3, H, W) in [0, 1], as one, (F, 3, H', W'), each under its label.
+    """Joins videos (F, 3, H, W) in [0, 1] to one video (F, 3, H', W'), from left to right, each below its label.
 
     Raises:
-        ValueError: the videos are of different sizes, or not as many as labels.
+        ValueError: the videos differ in size, or the number of labels is not the number of videos.
     """
     _check_same_size(videos, labels)
     count, _, height, width = videos[0].shape
@@ -120,14 +120,14 @@ def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
 def write_strip(
     path: str | os.PathLike[str], rows: Sequence[Tensor], labels: Sequence[str], title: str = "", frames: int = 6
 ) -> None:
-    """Writes a PNG of one video a row: frames from first to last, below each other's, so that they compare at a look.
+    """Writes a PNG with one row per video: some frames from first to last, so that rows can be compared at a glance.
 
     Args:
-        path: of the file, in a folder that exists. What was there stays until the new file is whole.
+        path: the file, in an existing folder. An existing file is replaced only when the new one is complete.
         rows: videos of one size, each (F, 3, H, W) in [0, 1].
-        labels: what each row is.
-        title: above all rows, as the prompt.
-        frames: how many to show of each video, evenly spaced; fewer where there are fewer.
+        labels: the label of each row.
+        title: the text above all rows, such as the prompt.
+        frames: the number of frames to show of each video, evenly spaced; all of them if it has fewer.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -161,25 +161,28 @@ def write_strip(
 
 def _check_frames(name: str, frames: object) -> None:
     if not isinstance(frames, Tensor) or not frames.is_floating_point():
-        kind = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+        got = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
     if frames.dim() != 4 or frames.shape[1] != 3 or 0 in frames.shape:
-        raise ValueError(f"{name}: expected (F, 3, H, W), none of them zero; got {tuple(frames.shape)}")
+        raise ValueError(f"{name}: expected shape (F, 3, H, W) without a zero, got {tuple(frames.shape)}")
 
 
 def _check_same_size(videos: Sequence[Tensor], labels: Sequence[str]) -> None:
     if not videos or len(videos) != len(labels):
-        raise ValueError(f"labels: expected one a video; got {len(labels)} for {len(videos)} videos")
+        raise ValueError(f"labels: expected one per video, got {len(labels)} for {len(videos)} videos")
     for video, label in zip(videos, labels, strict=True):
         _check_frames(f"the video {label!r}", video)
         if video.shape != videos[0].shape:
-            raise ValueError(f"the video {label!r}: {tuple(video.shape)}, but the first is {tuple(videos[0].shape)}")
+            raise ValueError(
+                f"the video {label!r}: expected shape {tuple(videos[0].shape)}, as the first video has; got "
+                f"{tuple(video.shape)}"
+            )
 
 
 def _pixels(frames: Tensor) -> np.ndarray:
-    """(F, 3, H, W) in [0, 1] to (F, H, W, 3) bytes. NaN becomes black."""
-    wide = frames.detach().cpu().float().nan_to_num(0.0).clamp(0, 1)
-    return wide.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    """Converts (F, 3, H, W) in [0, 1] to (F, H, W, 3) bytes. NaN becomes black."""
+    clamped = frames.detach().cpu().float().nan_to_num(0.0).clamp(0, 1)
+    return clamped.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _read_gif(path: Path) -> np.ndarray:
@@ -190,21 +193,21 @@ def _read_gif(path: Path) -> np.ndarray:
                 file.seek(index)
                 frames.append(np.asarray(file.convert("RGB")))
     except (UnidentifiedImageError, OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable gif ({error})") from error
+        raise ValueError(f"{path}: expected a gif, got a file that cannot be read as one ({error})") from error
     return np.stack(frames)
 
 
 def _read_with_ffmpeg(path: Path) -> np.ndarray:
-    # A stream of portable pixmaps tells the frames' size by itself, turned upright as the file says.
+    # Portable pixmaps have the frames' size in their header, and ffmpeg has rotated the frames as the file says.
     decode = ["-an", "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
-    done = _ffmpeg(["-i", f"file:{path}", *decode])
-    if done.returncode or not done.stdout:
-        raise ValueError(f"{path}: not a readable video ({_reason(done)})")
-    header, size, depth, _ = done.stdout.split(b"\n", 3)
+    process = _ffmpeg(["-i", f"file:{path}", *decode])
+    if process.returncode or not process.stdout:
+        raise ValueError(f"{path}: expected a video, got a file that cannot be read as one ({_reason(process)})")
+    header, size, depth, _ = process.stdout.split(b"\n", 3)
     width, height = map(int, size.split())
-    before_pixels = len(header) + len(size) + len(depth) + 3
-    images = np.frombuffer(done.stdout, np.uint8).reshape(-1, before_pixels + height * width * 3)
-    return images[:, before_pixels:].reshape(-1, height, width, 3).copy()
+    header_bytes = len(header) + len(size) + len(depth) + 3
+    images = np.frombuffer(process.stdout, np.uint8).reshape(-1, header_bytes + height * width * 3)
+    return images[:, header_bytes:].reshape(-1, height, width, 3).copy()
 
 
 def _ffmpeg(arguments: Sequence[str], data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -214,18 +217,19 @@ def _ffmpeg(arguments: Sequence[str], data: bytes | None = None) -> subprocess.C
         program = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise OSError(str(error)) from error
-    # Not through imageio: it overlooks that ffmpeg failed, on a full disk for example.
+    # Not through imageio, which does not notice when ffmpeg fails, for example on a full disk.
     command = [program, "-v", "error", *arguments]
     return subprocess.run(command, input=data if data is not None else b"", capture_output=True, check=False)
 
 
-def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"ffmpeg ended with {done.returncode} and no frames"
+def _reason(process: subprocess.CompletedProcess[bytes]) -> str:
+    """Why ffmpeg failed: the last line that it printed."""
+    lines = process.stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"ffmpeg ended with exit status {process.returncode} and no frames"
 
 
 def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
-    """The first of the fonts that has all letters of `text`; DejaVu, which is always there, if none has."""
+    """The first of `_FONTS` that has all letters of `text`; if none has, DejaVu, which comes with matplotlib."""
     from matplotlib.font_manager import findfont
     from matplotlib.ft2font import FT2Font
 
@@ -241,12 +245,12 @@ def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 3) -> list[str]:
-    """`text` in lines of at most `width` pixels, broken between words; what `most` lines do not hold is left out."""
+    """Wraps `text` between words, to at most `most` lines of at most `width` pixels. Cuts off what does not fit."""
     lines = [""]
     for piece in re.findall(r"\s*\S+", text):
         if font.getlength((lines[-1] + piece).strip()) > width and lines[-1]:
             lines.append("")
-        for letter in piece:  # of scripts without spaces a line may be one word
+        for letter in piece:  # a word may be longer than a line in a script without spaces
             if font.getlength((lines[-1] + letter).strip()) > width:
                 lines.append("")
             lines[-1] += letter
@@ -260,7 +264,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 
 
 
 def _shown_size(width: int, height: int) -> tuple[int, int]:
-    """A frame's size in a strip: small ones blown up by a whole number, large ones brought down."""
+    """The size of a frame in a picture: small frames are enlarged by a whole factor, large ones are reduced."""
     if width <= 120:
         return width * (180 // width), height * (180 // width)
     scale = min(1.0, 240 / width)

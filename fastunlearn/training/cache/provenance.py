@@ -1,0 +1,104 @@
+"""What a cache was made from: the facts in its index, and whether they fit the model that is to be trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastunlearn.dtypes import dtype_name
+from fastunlearn.families import find_transformer
+from fastunlearn.training.cache.index import file_entry
+from fastunlearn.training.cache.teacher import Teacher
+from fastunlearn.training.data.requests import Request
+from fastunlearn.training.model.video_model import VideoModel
+
+_SAMPLED_VALUES = 16  # of each weight
+_CONTENT_OPTIONS = (
+    "concept",
+    "negative_prompt",
+    "timesteps_per_trajectory",
+    "num_inference_steps",
+    "batch_size",
+    "mask_threshold",
+    "mask_start",
+    "seed",
+)
+
+
+def cache_facts(teacher: Teacher) -> dict[str, Any]:
+    """Everything that determines the content of a cache, as JSON."""
+    options, model = teacher.options, teacher.model
+    return {
+        "backbone": model.family.name,
+        "weights": weights_digest(model),
+        "transformer": _config(find_transformer(model.experts[0])[0]),
+        "scheduler": _config(model.scheduler),
+        "latent_shape": list(teacher.latent_shape),
+        "token_grid": list(teacher.token_grid),
+        "dtype": dtype_name(model.dtype),
+        "boundary": model.boundary,
+        **teacher.size._asdict(),
+        **{name: getattr(options, name) for name in _CONTENT_OPTIONS},
+        "mask_layers": list(options.mask_layers),
+        "guidance_scale": teacher.plan.guidance_scale,
+        "token_indices": [list(teacher.encoded[prompt].token_indices) for prompt in teacher.prompts],
+        "requests": [_request_facts(request) for request in teacher.plan.requests],
+    }
+
+
+def _config(component: Any) -> dict[str, str]:
+    """The class and the configuration of a pipeline's component."""
+    config = {key: repr(value) for key, value in sorted(component.config.items()) if not key.startswith("_")}
+    return {"class": type(component).__name__, **config}
+
+
+def _request_facts(request: Request) -> dict[str, Any]:
+    facts: dict[str, Any] = {name: getattr(request, name) for name in ("prompt", "group", "instead", "follow")}
+    facts["steps"] = list(request.steps)
+    if request.source is not None:
+        entry = file_entry(request.source)
+        facts["source"] = {"file": entry["file"], "sha256": entry["sha256"]}
+    return facts
+
+
+def weights_digest(model: VideoModel) -> str:
+    """A digest that tells models apart by a few values of each weight, without reading them all. Ignores erasers."""
+    digest = hashlib.sha256()
+    for expert in model.experts:
+        for name, weight in find_transformer(expert)[0].named_parameters():
+            if ".erasers." in name:
+                continue
+            values = weight.detach().flatten()
+            values = values[:: max(1, len(values) // _SAMPLED_VALUES)].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_cache_fits(facts: Mapping[str, Any], model: VideoModel) -> None:
+    """Raises ValueError if a cache with these facts was made with another model than `model`.
+
+    The model's path does not matter, because it may have been moved. Weights are compared if `model` has the dtype that
+    the cache was made in.
+    """
+    if facts["backbone"] != model.family.name:
+        raise ValueError(
+            f"cache: expected one made with a {model.family.name} model, got one made with a {facts['backbone']} model"
+        )
+    if facts["boundary"] != model.boundary:
+        raise ValueError(
+            f"cache: expected one made with experts divided at timestep {model.boundary}, as this model's are; got "
+            f"one made with experts divided at timestep {facts['boundary']}"
+        )
+    transformer: Any = model.experts[0].transformer
+    channels = transformer.config.in_channels
+    shape = tuple(facts["latent_shape"])
+    if len(shape) != 4 or shape[model.family.channel_dim - 1] != channels:
+        raise ValueError(f"cache: expected latents with {channels} channels, as this model's have; got shape {shape}")
+    has_same_dtype = facts.get("dtype") == dtype_name(model.dtype)
+    if "weights" in facts and has_same_dtype and facts["weights"] != weights_digest(model):
+        raise ValueError(
+            f"cache: expected one made with the weights of {model.path}, got one made with the model "
+            f"{facts.get('model')}, which has other weights; load that model, or run prepare with this one"
+        )
