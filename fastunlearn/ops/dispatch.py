@@ -1,4 +1,8 @@
-"""Which backend an operation runs on: the reference in torch, the reference compiled, or a Triton kernel."""
+"""Which backend an operation runs on: torch, torch compiled, or a Triton kernel.
+
+A backend is a module with a function per operation, named like the operation. All backends take the same arguments:
+those of `fastunlearn.functional`, checked and completed. `fastunlearn.ops.torch_backend` has every operation.
+"""
 
 from __future__ import annotations
 
@@ -11,58 +15,32 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
+from fastunlearn.dtypes import compute_dtype, dtype_name
 from fastunlearn.ops import torch_backend
 from fastunlearn.ops.arguments import check_choice
 
 Backend = Literal["torch", "compile", "triton"]
 
-OPS = (
-    "negatively_guided_velocity",
-    "negatively_guided_velocity_loss",
-    "velocity_loss",
-    "localization_loss",
-    "low_rank_localization_loss",
-    "concept_attention",
-)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+class Kernel(NamedTuple):
+    """A Triton kernel: the module in `fastunlearn.kernels`, and whether it computes in float64 on a GPU."""
+
+    module: str
+    has_float64: bool = True
 
 
-def _velocity_kernels() -> ModuleType:
-    from fastunlearn.kernels import velocity
-
-    return velocity
-
-
-def _localization_kernels() -> ModuleType:
-    from fastunlearn.kernels import localization
-
-    return localization
-
-
-def _low_rank_kernels() -> ModuleType:
-    from fastunlearn.kernels import low_rank
-
-    return low_rank
-
-
-def _concept_attention_kernels() -> ModuleType:
-    from fastunlearn.kernels import concept_attention
-
-    return concept_attention
-
-
-# Operation -> what imports its Triton implementation, a function of that name with the arguments of `reference`'s.
-KERNELS = {
-    "negatively_guided_velocity_loss": _velocity_kernels,
-    "velocity_loss": _velocity_kernels,
-    "localization_loss": _localization_kernels,
-    "low_rank_localization_loss": _low_rank_kernels,
-    "concept_attention": _concept_attention_kernels,
+# Every operation, and its kernel if there is one.
+KERNELS: dict[str, Kernel | None] = {
+    "negatively_guided_velocity": None,
+    "negatively_guided_velocity_loss": Kernel("velocity"),
+    "velocity_loss": Kernel("velocity"),
+    "localization_loss": Kernel("localization"),
+    # These multiply matrices, which Triton 3.7 cannot compile for a GPU in float64.
+    "low_rank_localization_loss": Kernel("low_rank", has_float64=False),
+    "concept_attention": Kernel("concept_attention", has_float64=False),
 }
-
-
-# These multiply matrices, which Triton 3.7 cannot compile for a GPU in float64.
-_WITHOUT_FLOAT64 = ("low_rank_localization_loss", "concept_attention")
+OPS = tuple(KERNELS)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class BackendChoice(NamedTuple):
@@ -80,13 +58,13 @@ def choose_backend(
     Args:
         op: one of `OPS`.
         device: where the tensors are.
-        backend: "torch", "compile", "triton", or None: the environment variable FASTUNLEARN_BACKEND if set, else
-            "triton" where the operation has a kernel for the device, else "torch". The variable says what to use where
-            there is a choice: an operation without a kernel runs on "torch" whatever it says.
+        backend: "torch", "compile" or "triton". None means the environment variable FASTUNLEARN_BACKEND if it is set,
+            else "triton" if the operation has a kernel for the device, else "torch". Unlike this argument, the variable
+            does not raise for an operation without a kernel: that runs on "torch".
         dtype: of the arithmetic, float32 or float64.
 
     Raises:
-        ValueError: unknown operation or backend, or a backend that cannot run it.
+        ValueError: unknown operation or backend, or a backend that cannot run the operation.
     """
     check_choice("op", op, OPS)
     name, reason = "backend", "asked for by backend="
@@ -99,7 +77,7 @@ def choose_backend(
         if name == "FASTUNLEARN_BACKEND" and backend == "triton" and not has_kernel(op, device, dtype):
             return BackendChoice("torch", f"no Triton kernel exists for {op} in {dtype}")
         if backend == "triton" and obstacle is not None:
-            raise ValueError(f"{name} must be 'torch', 'compile' or None here, got 'triton': {obstacle}")
+            raise ValueError(f"{name}: expected 'torch', 'compile' or None here, got 'triton': {obstacle}")
         return BackendChoice(cast(Backend, backend), reason + backend)
     if obstacle is not None:
         return BackendChoice("torch", obstacle)
@@ -109,35 +87,49 @@ def choose_backend(
 
 
 def has_kernel(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a Triton kernel for `op` in arithmetic of `dtype`."""
-    return op in KERNELS and not (op in _WITHOUT_FLOAT64 and dtype == torch.float64 and device.type != "cpu")
+    """Whether there is a Triton kernel for `op` that computes in `dtype`."""
+    kernel = KERNELS[op]
+    return kernel is not None and (kernel.has_float64 or dtype != torch.float64 or device.type == "cpu")
 
 
 def _triton_obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `op` cannot run on Triton, or None where it can."""
+    """Why `op` cannot run on Triton, or None if it can."""
     if not has_kernel(op, device, dtype):
-        return f"no Triton kernel exists for {op} in {str(dtype).removeprefix('torch.')} on {device.type} tensors"
+        return f"no Triton kernel exists for {op} in {dtype_name(dtype)} on {device.type} tensors"
     if not _HAS_TRITON:
         return "Triton is not installed"
     # ROCm's device type is "cuda" too. Triton's interpreter runs kernels on CPU tensors.
     if device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    return f"Triton does not run on {device.type} tensors (on CPU ones only under TRITON_INTERPRET=1)"
+    return f"Triton does not run on {device.type} tensors (on CPU tensors only under TRITON_INTERPRET=1)"
 
 
 def implementation(op: str, backend: str | None, *tensors: torch.Tensor | None) -> Callable[..., Any]:
-    """The function that computes `op` of these tensors on the chosen backend, with the arguments of `reference`'s."""
-    given = [x for x in tensors if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
-    name = choose_backend(op, given[0].device, backend, dtype).name
-    if name == "triton":
-        return getattr(KERNELS[op](), op)
+    """The function of the chosen backend that computes `op` of these tensors."""
+    device = next(x.device for x in tensors if x is not None)
+    name = choose_backend(op, device, backend, compute_dtype(*tensors)).name
+    kernel = KERNELS[op]
+    if name == "triton" and kernel is not None:
+        return getattr(_kernel_module(kernel.module), op)
     if name == "compile" and not torch.compiler.is_compiling():
         return _compiled(op)
     return getattr(torch_backend, op)
 
 
+def _kernel_module(name: str) -> ModuleType:
+    # Imported here because Triton may be missing, and by a statement because torch.compile cannot trace importlib.
+    from fastunlearn.kernels import concept_attention, localization, low_rank, velocity
+
+    modules = {
+        "concept_attention": concept_attention,
+        "localization": localization,
+        "low_rank": low_rank,
+        "velocity": velocity,
+    }
+    return modules[name]
+
+
 @functools.cache
 def _compiled(op: str) -> Callable[..., Any]:
-    # Not `fullgraph`: past the limit of recompilations it would raise instead of running uncompiled.
+    # Not `fullgraph`, which raises at the limit of recompilations instead of running uncompiled.
     return torch.compile(getattr(torch_backend, op))
