@@ -1,4 +1,4 @@
-"""Dtypes: which ones tensors may have, what arithmetic runs in, and their names in files and options."""
+"""Dtypes: the ones that tensors may have, the one that arithmetic runs in, and their names in files and options."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 MASK = (torch.bool, *INTEGER, *FLOATING)
 
-_OF_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in MASK}
-_OF_MIXED_PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPE_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in MASK}
+_DTYPE_BY_MIXED_PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of the arithmetic on these tensors: float64 if any of them is, else float32."""
+    """The dtype of the arithmetic on these tensors: float64 if any of them is float64, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name without "torch.", as "bfloat16"."""
+    """The name without "torch.", such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: object) -> torch.dtype | None:
-    """The dtype that `dtype_name` gives this name; None if there is none."""
-    return _OF_NAME.get(name) if isinstance(name, str) else None
+    """The dtype whose `dtype_name` this is, or None if there is no such dtype."""
+    return _DTYPE_BY_NAME.get(name) if isinstance(name, str) else None
 
 
 def model_dtype(mixed_precision: str) -> torch.dtype:
-    """The dtype that a frozen model is loaded in.
+    """The dtype in which a frozen model is loaded.
 
     Raises:
-        ValueError: not one of "no", "fp16" and "bf16".
+        ValueError: `mixed_precision` is not "no", "fp16" or "bf16".
     """
-    if mixed_precision not in _OF_MIXED_PRECISION:
-        expected = ", ".join(_OF_MIXED_PRECISION)
+    if mixed_precision not in _DTYPE_BY_MIXED_PRECISION:
+        expected = ", ".join(_DTYPE_BY_MIXED_PRECISION)
         raise ValueError(f"mixed_precision: expected one of {expected}, got {mixed_precision!r}")
-    return _OF_MIXED_PRECISION[mixed_precision]
+    return _DTYPE_BY_MIXED_PRECISION[mixed_precision]

@@ -1,10 +1,11 @@
-"""Reading a mask at the resolution of the tensor it weighs.
+"""Masks at the resolution of the tensor that they weight.
 
-Inside the library a mask has one form: (B or 1, *spatial), no channel dim, of any resolution.
+Inside the library a mask has one form: (B or 1, *spatial), without a channel dim, at any resolution.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,39 +14,41 @@ from torch import Tensor
 
 
 def drop_channel(mask: Tensor, shape: Sequence[int], channel_dim: int, name: str = "mask") -> Tensor:
-    """The mask as (B or 1, *spatial), checked against the `shape` of the tensor that it weighs.
+    """Check a mask against the `shape` of the tensor that it weights. Returns it without a channel dim.
 
     Args:
-        mask: (B or 1, *spatial), or the same with a dim of size 1 at `channel_dim`. The spatial sizes are free.
-        shape: the weighed tensor's shape, B first.
-        channel_dim: which dim of `shape` is the channel.
-        name: what the error calls the mask.
+        mask: (B or 1, *spatial), or the same with a dim of size 1 at `channel_dim`. Spatial sizes may differ from
+            those of `shape`.
+        shape: the weighted tensor's shape, batch first.
+        channel_dim: the channel's dim in `shape`.
+        name: what an error message calls the mask.
 
     Raises:
-        ValueError: the mask has another number of dims, batch size or channel size.
+        ValueError: the number of dims, the batch size or the channel size does not fit.
     """
-    wanted = list(shape[:channel_dim]) + list(shape[channel_dim + 1 :])
+    expected = list(shape[:channel_dim]) + list(shape[channel_dim + 1 :])
     if mask.dim() == len(shape) and mask.shape[channel_dim] == 1:
         mask = mask.squeeze(channel_dim)
-    if mask.dim() != len(wanted) or mask.shape[0] not in (1, shape[0]) or _reads_nothing(mask.shape, wanted):
+    if mask.dim() != len(expected) or mask.shape[0] not in (1, shape[0]) or _lacks_positions(mask.shape, expected):
         raise ValueError(
-            f"{name} must be (B or 1, *spatial) or have size 1 at dim {channel_dim}, for a tensor of shape "
-            f"{tuple(shape)}, for example {tuple(wanted)}; got {tuple(mask.shape)}"
+            f"{name}: expected (B or 1, *spatial), or the same with size 1 at dim {channel_dim}, for a tensor of shape "
+            f"{tuple(shape)}, for example {tuple(expected)}, got {tuple(mask.shape)}"
         )
     return mask
 
 
-def _reads_nothing(have: Sequence[int], wanted: Sequence[int]) -> bool:
-    return any(have_size == 0 != size for have_size, size in zip(have[1:], wanted[1:], strict=True))
+def _lacks_positions(mask_shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether the mask is empty in a spatial dim where the tensor is not."""
+    return any(mask_size == 0 != size for mask_size, size in zip(mask_shape[1:], expected[1:], strict=True))
 
 
 def read_nearest(mask: Tensor, spatial: Sequence[int]) -> Tensor:
-    """The mask (B or 1, *any) read at the resolution `spatial`, as `F.interpolate(mode="nearest")` reads it."""
+    """The mask (B or 1, *any) resized to `spatial`, exactly as `F.interpolate(mode="nearest")` resizes."""
     for dim, size in enumerate(spatial, start=1):
         if size == 0:
             mask = mask.narrow(dim, 0, 0)
         elif mask.shape[dim] != size:
-            # Interpolating the positions themselves gives exactly the positions that `interpolate` reads.
+            # Interpolating the positions themselves gives exactly the positions that `interpolate` picks.
             positions = torch.arange(mask.shape[dim], device=mask.device, dtype=torch.float32)
             nearest = F.interpolate(positions[None, None], size=size, mode="nearest")[0, 0]
             mask = mask.index_select(dim, nearest.long())
@@ -53,5 +56,10 @@ def read_nearest(mask: Tensor, spatial: Sequence[int]) -> Tensor:
 
 
 def match_resolution(mask: Tensor, shape: Sequence[int], channel_dim: int) -> Tensor:
-    """The mask at the resolution of a tensor of `shape`, with size 1 at `channel_dim`, to broadcast over it."""
+    """The mask at the resolution of a tensor of `shape`, with size 1 at `channel_dim`, ready to broadcast over it."""
     return read_nearest(mask, [*shape[1:channel_dim], *shape[channel_dim + 1 :]]).unsqueeze(channel_dim)
+
+
+def expanded_sum(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of `x` after broadcasting it to `shape`."""
+    return x.sum(dtype=dtype) * (math.prod(shape) // max(x.numel(), 1))

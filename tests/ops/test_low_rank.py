@@ -14,8 +14,8 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from fastunlearn import LowRankOutput, MaskLocalizationLoss, localization_loss
+from fastunlearn.dtypes import MASK
 from fastunlearn.ops import torch_backend
-from fastunlearn.ops.arguments import MASK
 from fastunlearn.testing import (
     DTYPES,
     cases,
@@ -255,12 +255,12 @@ def test_any_output(
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"hidden": torch.zeros(2, 30)}, r"eraser_outputs\[0\]\.hidden must be \(B, N, r\), got \(2, 30\)"),
-        ({"hidden": None}, r"eraser_outputs\[0\]\.hidden must be a tensor, got NoneType"),
-        ({"weight": torch.zeros(R, D)}, r"eraser_outputs\[0\]\.weight must be \(D, 5\) .* got \(5, 12\)"),
-        ({"weight": torch.zeros(D, R, dtype=torch.int32)}, r"eraser_outputs\[0\]\.weight must have one of the dtypes"),
-        ({"bias": torch.zeros(R)}, r"eraser_outputs\[0\]\.bias must have shape \(12,\)"),
-        ({"bias": torch.zeros(D, device="meta")}, r"eraser_outputs\[0\]\.bias must be on cpu"),
+        ({"hidden": torch.zeros(2, 30)}, r"eraser_outputs\[0\]\.hidden: expected shape \(B, N, r\), got \(2, 30\)"),
+        ({"hidden": None}, r"eraser_outputs\[0\]\.hidden: expected a tensor, got NoneType"),
+        ({"weight": torch.zeros(R, D)}, r"eraser_outputs\[0\]\.weight: expected shape \(D, 5\) .* got \(5, 12\)"),
+        ({"weight": torch.zeros(D, R, dtype=torch.int32)}, r"eraser_outputs\[0\]\.weight: expected one of the dtypes"),
+        ({"bias": torch.zeros(R)}, r"eraser_outputs\[0\]\.bias: expected shape \(12,\)"),
+        ({"bias": torch.zeros(D, device="meta")}, r"eraser_outputs\[0\]\.bias: expected a tensor on cpu"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, Any], match: str) -> None:
