@@ -11,19 +11,23 @@ from torch import Tensor
 
 
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """`backward`, computed without a graph and raising if its gradients are differentiated again.
+    """Make `backward` compute without a graph, and its gradients raise if they are differentiated again.
 
-    torch's decorator of that name returns constants where only the inputs, not the upstream gradient, require
-    gradients: a gradient penalty would then be dropped without a word.
+    torch's decorator of the same name returns constants if the inputs require gradients but the upstream gradient does
+    not, so a gradient penalty would silently vanish.
+
+    A second derivative is noticed if it reaches the upstream gradient or one of the saved tensors. A forward pass that
+    does not save its inputs sets `ctx.anchors` to their `anchor`s instead.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
-        # The compiler refuses second derivatives by itself.
+        # Under torch.compile, the compiler itself refuses second derivatives.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            sources = (*upstream, *ctx.saved_tensors)
+            anchors = getattr(ctx, "anchors", None)
+            sources = (*upstream, *(ctx.saved_tensors if anchors is None else anchors))
             forbid: Callable[..., Tensor] = _NoSecondDerivative.apply
             gradients = tuple(None if g is None else forbid(g, *sources) for g in gradients)
         return gradients
@@ -31,8 +35,14 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     return wrapper
 
 
+def anchor(x: Tensor) -> Tensor:
+    """An empty tensor that depends on `x` in the autograd graph but keeps none of its memory alive."""
+    with torch.enable_grad():
+        return x.flatten()[:0].clone() if x.dim() == 0 else x.narrow(0, 0, 0).clone()
+
+
 class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient as it is, depending on everything that it was computed from."""
+    """Return a gradient unchanged, as a function of everything that it was computed from."""
 
     @staticmethod
     def forward(gradient: Tensor, *sources: Tensor | None) -> Tensor:

@@ -1,21 +1,21 @@
 """Losses of tensors that are sharded over a process group, as in context parallelism.
 
-Every process computes the loss of its shard with the implementation that it would use alone. What the shards' results
-have to be divided by is known only together: so all scalars of a call, sums and denominators, go through one
-all-reduce, and the gradient of the shard's loss is multiplied by a scalar on the device. Nothing waits for a device,
-and the backward pass communicates nothing.
+Every process computes the loss of its own shard, with the backend that it would use alone. The divisor of the whole is
+known only to all processes together. So all scalars of a call, sums and divisors, go through one all-reduce, and the
+gradient of the shard's loss is multiplied by a scalar on the device. Nothing waits for a device, and the backward pass
+communicates nothing.
 
-1. A shard's loss l is its sum divided by a number m that the shard knows: value = (sum of l * m) / d with the
-   normalizer d of the whole, itself a sum over the shards.
-2. d value / d l = m / d on the process that holds the shard: what multiplies the upstream gradient there.
-3. For "mean", m = elements of the shard * processes. The factor of equal shards is then 1, exactly, and what the
-   forward pass wrote is the gradient: no second pass over it. For the other normalizers m = 1, or B.
+1. A shard's loss l is a sum divided by a number m that the shard knows. The loss of the whole is sum(l * m) / d, with
+   the divisor d of the whole, which is itself a sum over the shards.
+2. Its derivative with respect to l is m / d. That factor multiplies the upstream gradient of l.
+3. For "mean", l is divided by the number of processes too, so that m = elements of the shard * processes. With equal
+   shards, m / d is then exactly 1: the gradient that the forward pass wrote is final, and no second pass over it is
+   needed. For the other normalizations m = 1 or, as backends divide the localization loss by it, B.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastunlearn.ops.spatial_masks import match_resolution
+from fastunlearn.dtypes import compute_dtype
+from fastunlearn.ops.spatial_masks import expanded_sum, match_resolution
 
 
 def check_group(group: object) -> None:
@@ -31,13 +32,14 @@ def check_group(group: object) -> None:
     if group is None:
         return
     if not dist.is_available():
-        raise TypeError(f"group must be None where torch.distributed is not available, got {type(group).__name__}")
-    # What `new_group` returns to a process outside the group. A ProcessGroup object is only ever held inside.
+        raise TypeError(f"group: expected None without torch.distributed, got {type(group).__name__}")
+    # A process outside a group gets this number from `new_group`, never a ProcessGroup.
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group must be one that this process belongs to, got what new_group returns outside of it")
+        raise ValueError("group: expected one that this process belongs to, got what new_group returns outside of it")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__} (of a DeviceMesh: get_group())"
+            f"group: expected a torch.distributed.ProcessGroup, got {type(group).__name__} "
+            "(a DeviceMesh gives one by get_group())"
         )
 
 
@@ -47,83 +49,92 @@ def velocity_loss_over_group(
     options: dict[str, Any],
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and norms of the whole.
+    """The loss and the norms of the whole.
 
     Args:
-        compute: a velocity loss of the shard, but for the options.
-        prediction: the shard's, (B, ...).
-        options: the keyword arguments of `reference.velocity_loss`.
-        group: who holds the other shards.
+        compute: computes the velocity loss of the shard from the options.
+        prediction: the shard's prediction, (B, ...).
+        options: the keyword arguments of `fastunlearn.ops.torch_backend.velocity_loss`.
+        group: the processes that hold the shards.
     """
-    multiple, normalizers = 1, []
+    multiple, divisors = 1, []
     if options["reduction"] == "mean":
         mask = options["mask"]
         if mask is not None and options["mask_normalization"] == "mask":
             options = options | {"reduction": "sum"}
             weights = match_resolution(mask, prediction.shape, options["channel_dim"])
-            normalizers = [_expanded_sum(weights, prediction.shape)]
+            divisors = [expanded_sum(weights, prediction.shape, torch.float64)]
         else:
             processes = dist.get_world_size(group)
             options = options | {"weight": options["weight"] / processes}
             multiple = prediction.numel() * processes
-            normalizers = [prediction.new_full((), prediction.numel(), dtype=torch.float64)]
+            divisors = [prediction.new_full((), prediction.numel(), dtype=torch.float64)]
     loss, *norms = compute(**options)
     squares = [norm.double().square() for norm in norms]
     sums = [] if options["reduction"] == "none" else [loss.detach().double() * multiple]
-    summed = _all_reduced(torch.stack([*squares, *sums, *normalizers]), group)
+    summed = _all_reduced(torch.stack([*squares, *sums, *divisors]), group)
     prediction_norm, target_norm = summed[:2].sqrt().to(loss.dtype).unbind()
     if sums:
-        normalizer = summed[3] if normalizers else torch.ones_like(summed[2])
-        value = _divide(summed[2], normalizer).to(loss.dtype)
-        factors = _divide(torch.full_like(normalizer, multiple), normalizer)[None]
+        divisor = summed[3] if divisors else torch.ones_like(summed[2])
+        value = _divide(summed[2], divisor).to(loss.dtype)
+        factors = _divide(torch.full_like(divisor, multiple), divisor)[None]
         loss = _Whole.apply(value, factors, loss)  # type: ignore[no-untyped-call]
     return loss, prediction_norm, target_norm
 
 
-class LocalizationPart(NamedTuple):
-    """What an implementation found in some layers of the shard with the normalization "sum"."""
+class ShardTerms(NamedTuple):
+    """The localization loss of some layers on this process, and how it contributes to the whole."""
 
-    loss: Tensor  # weight / (all layers) * sum of the terms
-    terms: Tensor  # (layers of the part,): sums over the shard, divided by `batch`
-    batch: int  # not 0
-    background: Tensor | None  # the sum of 1 - mask over the shard's elements, what "background_mean" divides by
+    loss: Tensor
+    """weight / (number of all layers) * sum of `terms`, possibly divided further."""
+    terms: Tensor
+    """(layers,): sums over the shard, divided by `term_multiple`."""
+    term_multiple: int = 1
+    loss_multiple: int = 1
+    """m: the whole's derivative with respect to `loss` is m / (sum of `divisor` over the processes)."""
+    divisor: Tensor | None = None
+    """The shard's part of the whole's divisor, a float64 scalar. None for 1."""
 
 
 def localization_loss_over_group(
-    parts: Sequence[LocalizationPart], order: Sequence[int], weight: float, group: dist.ProcessGroup
+    shards: Sequence[ShardTerms], order: Sequence[int], weight: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """The loss and the layers' terms of the whole. `order` takes the parts' layers to the caller's.
+    """The loss and the layers' terms of the whole.
 
-    Layers of a part have one background in the whole too, or none of their elements here.
+    Args:
+        shards: one per call of a backend. The layers of a call have one divisor in the whole too, or no elements here.
+        order: for each layer, in the caller's order, its position among the concatenated terms.
+        weight: multiplies the loss.
+        group: the processes that hold the shards.
     """
-    backgrounds = [part.background.expand(len(part.terms)) for part in parts if part.background is not None]
-    multiples = [part.batch if backgrounds else 1 for part in parts]
-    terms = [part.terms.double() * multiple for part, multiple in zip(parts, multiples, strict=True)]
-    # By layer, in the caller's order: layers that make one part here may be several on another process.
-    rows = [torch.cat(row) for row in (terms, backgrounds) if row]
-    sums, *normalizers = _all_reduced(torch.stack([row[i] for row in rows for i in order]), group).split(len(order))
-    (normalizer,) = normalizers or [torch.ones_like(sums)]
-    per_layer = _divide(sums, normalizer)
+    terms = torch.cat([shard.terms.double() * shard.term_multiple for shard in shards])
+    divisors = [shard.divisor.expand(len(shard.terms)) for shard in shards if shard.divisor is not None]
+    # Scalars go by layer, in the caller's order: layers of one call here may be in several calls on another process.
+    rows = [terms, torch.cat(divisors)] if divisors else [terms]
+    sums, *summed_divisors = _all_reduced(torch.stack([row[i] for row in rows for i in order]), group).split(len(order))
+    (divisor,) = summed_divisors or [torch.ones_like(sums)]
+    per_layer = _divide(sums, divisor)
 
-    starts = itertools.accumulate([len(part.terms) for part in parts[:-1]], initial=0)
-    of_parts = [normalizer[order.index(start)] for start in starts]
-    factors = torch.stack(
-        [_divide(torch.full_like(x, multiple), x) for x, multiple in zip(of_parts, multiples, strict=True)]
-    )
-    losses = [part.loss for part in parts]
-    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses) else torch.float32
+    starts = itertools.accumulate([len(shard.terms) for shard in shards[:-1]], initial=0)
+    shard_divisors = [divisor[order.index(start)] for start in starts]
+    factors = [
+        _divide(torch.full_like(own_divisor, shard.loss_multiple), own_divisor)
+        for shard, own_divisor in zip(shards, shard_divisors, strict=True)
+    ]
+    losses = [shard.loss for shard in shards]
+    dtype = compute_dtype(*losses)
     value = (weight * per_layer.mean()).to(dtype)
-    return _Whole.apply(value, factors, *losses), per_layer.to(dtype)  # type: ignore[no-untyped-call]
+    return _Whole.apply(value, torch.stack(factors), *losses), per_layer.to(dtype)  # type: ignore[no-untyped-call]
 
 
 def background_sum(mask: Tensor, shape: Sequence[int]) -> Tensor:
     """The sum of 1 - mask over the elements of a layer's output of `shape`: tokens (B, N, D) or (B, C, *spatial)."""
     background = 1 - match_resolution(mask, shape, 2 if len(shape) == 3 else 1).double()
-    return _expanded_sum(background, shape)
+    return expanded_sum(background, shape)
 
 
 class _Whole(torch.autograd.Function):
-    """The value of the whole, whose derivative with respect to the shard's losses is `factors`."""
+    """The value of the whole, with `factors` as its derivatives with respect to the losses of this process."""
 
     @staticmethod
     def forward(value: Tensor, factors: Tensor, *losses: Tensor) -> Tensor:
@@ -144,17 +155,12 @@ class _Whole(torch.autograd.Function):
 
 @torch.no_grad()
 def _all_reduced(scalars: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sums over the processes of (k,) float64, in which numbers of elements and squares of float32 are exact."""
+    """The sums of (k,) float64 over the processes. Float64 holds element counts and squares of float32 exactly."""
     summed = scalars.clone()
     dist.all_reduce(summed, group=group)
     return summed
 
 
-def _expanded_sum(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """The float64 sum of `x` after broadcasting to `shape`."""
-    return x.sum(dtype=torch.float64) * (math.prod(shape) // max(x.numel(), 1))
-
-
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; 0 where there is nothing to divide by."""
+    """The quotient, and 0 where the denominator is 0."""
     return torch.where(denominator == 0, 0.0, numerator / denominator)

@@ -1,8 +1,12 @@
-"""Every operation in torch, in bounded memory: the backend where there is no kernel.
+"""The torch backend: every operation in bounded memory, for tensors that no Triton kernel runs on.
 
-Arguments are those of `fastunlearn.functional`, already checked; masks are as in `fastunlearn.ops.spatial_masks`.
-Arithmetic is float32, or float64 where any input is, in blocks, so that half-precision inputs are never copied whole.
-An element of weight 0 contributes nothing, whatever its value: its product is overwritten, because 0 * NaN is NaN.
+This is not the definition of the operations, which is `fastunlearn.ops.definition`. It computes the same in blocks, so
+that half-precision inputs are never copied whole, and with backward passes written by hand, so that autograd keeps no
+intermediate tensors.
+
+Arguments are those of `fastunlearn.functional`, already checked. Masks are as in `fastunlearn.ops.spatial_masks`.
+Arithmetic is float32, or float64 if any input is float64. An element of weight 0 contributes nothing, whatever its
+value: its product is overwritten, because 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ from torch import Tensor
 
 from fastunlearn.dtypes import compute_dtype
 from fastunlearn.ops.once_differentiable import once_differentiable
-from fastunlearn.ops.spatial_masks import match_resolution
+from fastunlearn.ops.spatial_masks import expanded_sum, match_resolution
 
-# Float32 temporaries of 4 MB: near a CPU's cache, and few launches on a GPU.
+# Float32 temporaries of 4 MB: small enough for a CPU's cache, large enough for few launches on a GPU.
 BLOCK_ELEMENTS = 2**20
 Block = tuple[slice, ...]
 
@@ -28,9 +32,9 @@ def negatively_guided_velocity(uncond: Tensor, cond: Tensor, guidance_scale: flo
     return _NegativelyGuidedVelocity.apply(uncond, cond, guidance_scale)  # type: ignore[no-untyped-call]
 
 
-def velocity_loss(prediction: Tensor, target: Tensor, **common: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return reduce(weights * rho(prediction - target)), and the L2 norms of prediction and target."""
-    return negatively_guided_velocity_loss(prediction, target, None, guidance_scale=0.0, **common)
+def velocity_loss(prediction: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the L2 norms of prediction and target."""
+    return negatively_guided_velocity_loss(prediction, target, None, guidance_scale=0.0, **options)
 
 
 def negatively_guided_velocity_loss(
@@ -47,9 +51,9 @@ def negatively_guided_velocity_loss(
     mask_normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return reduce(weights * rho(prediction - target)), and the L2 norms of prediction and target.
+    """The loss, and the L2 norms of prediction and target.
 
-    The target is `negatively_guided_velocity(uncond, cond)`, or `uncond` itself where `cond` is None.
+    The target is `negatively_guided_velocity(uncond, cond)`, or `uncond` itself if `cond` is None.
     """
     dtype = compute_dtype(prediction, uncond, cond, mask, sample_weight)
     scale: float | Tensor = weight
@@ -59,7 +63,7 @@ def negatively_guided_velocity_loss(
     if mask is not None:
         weights = match_resolution(mask, prediction.shape, channel_dim).to(dtype)
         if reduction == "mean" and mask_normalization == "mask":
-            scale = weight * _inverse_or_zero(_expanded_sum(weights, prediction.shape))
+            scale = weight * _inverse_or_zero(expanded_sum(weights, prediction.shape))
     if sample_weight is not None:
         per_sample = sample_weight.to(dtype).reshape(-1, *[1] * (prediction.dim() - 1))
         weights = per_sample if weights is None else weights * per_sample
@@ -73,18 +77,17 @@ def negatively_guided_velocity_loss(
 def localization_loss(
     outputs: Sequence[Tensor], masks: Sequence[Tensor], *, loss_type: str, normalization: str, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """The weighted mean over layers of sum(rho(output * (1 - mask))) / normalizer, and every layer's unweighted term.
+    """The loss, and the layers' terms without `weight`.
 
-    Outputs are tokens (B, N, D) with a mask (B or 1, N), or feature maps (B, C, *spatial) with any coarser mask.
+    Outputs are tokens (B, N, D) with a mask (B or 1, N), or feature maps (B, C, *spatial) with a mask of any
+    resolution.
     """
     dtype = compute_dtype(*outputs, *masks)
     terms = []
     for output, mask in zip(outputs, masks, strict=True):
         channel_dim = 2 if output.dim() == 3 else 1
         background = 1 - match_resolution(mask, output.shape, channel_dim).to(dtype)
-        scale: float | Tensor = 1 / max(output.shape[0], 1)
-        if normalization == "background_mean":
-            scale = _inverse_or_zero(_expanded_sum(background, output.shape))
+        scale = _layer_scale(background, output.shape, normalization)
         background = background.expand(output.shape)
         term = _LocalizationTerm.apply(output, background, scale, loss_type, dtype)  # type: ignore[no-untyped-call]
         terms.append(term)
@@ -101,18 +104,16 @@ def low_rank_localization_loss(
     normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """`localization_loss` under "l2" of the outputs hidden @ weight.T + bias, which are not computed.
+    """The "l2" `localization_loss` of the outputs hidden @ weight.T + bias, without computing them.
 
-    With x = (1 - mask) * [hidden, 1] and W = [weight, bias], a layer's sum is that of the elements of W^T W * x^T x:
-    two matrices of rank + 1 rows.
+    Let x = (1 - mask) * [hidden, 1], one row per token, and W = [weight, bias]. The sum of squares of x W^T equals the
+    sum of the elements of (W^T W) * (x^T x): two matrices of rank + 1 rows.
     """
     dtype = compute_dtype(*hiddens, *weights, *biases, *masks)
     terms = []
     for hidden, up, bias, mask in zip(hiddens, weights, biases, masks, strict=True):
         background = 1 - mask.to(dtype)
-        scale: float | Tensor = 1 / max(hidden.shape[0], 1)
-        if normalization == "background_mean":
-            scale = _inverse_or_zero(_expanded_sum(background, (*hidden.shape[:2], up.shape[0])))
+        scale = _layer_scale(background, (*hidden.shape[:2], up.shape[0]), normalization)
         background = background.expand(hidden.shape[:2])
         term, *_ = _LowRankLocalizationTerm.apply(  # type: ignore[no-untyped-call]
             hidden, up, bias, background, scale, dtype
@@ -132,8 +133,8 @@ def concept_attention(
     key_mask: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """Softmax probability of the chosen keys, averaged over heads, summed over `token_indices` (B, T), -1 for none."""
-    # A compiler would unroll the loop over blocks, and need minutes for a hundred of them.
+    """The softmax probabilities of the keys in `token_indices` (B, T), summed over these, averaged over heads."""
+    # A compiler would unroll the loop over blocks, which takes minutes for a hundred blocks.
     compute = _opaque_concept_attention if torch.compiler.is_compiling() else _concept_attention
     return compute(query, key, token_indices, float(scale), key_mask, lse)
 
@@ -151,17 +152,17 @@ def _concept_attention(
     largest_row = max(channels, tokens, keys)
     if lse is not None:
         key = key.gather(2, index[:, None, :, None].expand(batch, heads, tokens, channels)).to(dtype) * scale
-        # Few logits a row: the queries make the larger temporary, if they have to be converted.
+        # With few logits per query, the largest temporary is the converted queries, if they need converting.
         largest_row = max(tokens, 1 if query.dtype == dtype else channels)
     probability = torch.zeros(batch, queries, dtype=dtype, device=query.device)
 
-    for samples, of_heads, rows in _blocks((batch, heads, queries), max(BLOCK_ELEMENTS // largest_row, 1)):
-        # Under autocast the product would be computed in half precision.
+    for samples, some_heads, rows in _blocks((batch, heads, queries), max(BLOCK_ELEMENTS // largest_row, 1)):
+        # Autocast would compute the product in half precision.
         with torch.autocast(query.device.type, enabled=False):
-            q = query[samples, of_heads, rows].to(dtype)
-            logits = (q if lse is not None else q * scale) @ key[samples, of_heads].to(dtype).mT
+            q = query[samples, some_heads, rows].to(dtype)
+            logits = (q if lse is not None else q * scale) @ key[samples, some_heads].to(dtype).mT
         if lse is not None:
-            p = (logits - lse[samples, of_heads, rows, None].to(dtype)).exp()
+            p = (logits - lse[samples, some_heads, rows, None].to(dtype)).exp()
         else:
             if key_mask is not None:
                 logits = logits.masked_fill(~key_mask[samples, None, None], -math.inf)
@@ -172,7 +173,7 @@ def _concept_attention(
 
 
 _opaque_concept_attention = torch.library.custom_op(
-    "fastunlearn::reference_concept_attention",
+    "fastunlearn::torch_concept_attention",
     _concept_attention,
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor token_indices, float scale, Tensor? key_mask, Tensor? lse) -> Tensor",
@@ -246,7 +247,7 @@ class _VelocityLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         prediction, uncond, cond, weights = ctx.saved_tensors
-        # d target / d uncond = 1 + guidance_scale and d target / d cond = -guidance_scale; the target is subtracted.
+        # The target is subtracted. d target / d uncond = 1 + guidance_scale, d target / d cond = -guidance_scale.
         factors = (1.0, -1.0 if cond is None else -1.0 - ctx.guidance_scale, ctx.guidance_scale)
         gradients = [
             torch.empty_like(x) if wanted else None
@@ -300,13 +301,13 @@ class _LowRankLocalizationTerm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         size = hidden.shape[2] + 1
         moments = torch.zeros(size, size, dtype=dtype, device=hidden.device)
-        # Under autocast the products would be computed in half precision.
+        # Autocast would compute the products in half precision.
         with torch.autocast(hidden.device.type, enabled=False):
             for block in _token_blocks(hidden):
                 x = _with_ones(hidden, background, block, dtype)
                 moments.addmm_(x.mT, x)
             gram = _gram(up, bias, dtype)
-        # The sum is of squares: only rounding can make it negative.
+        # This is a sum of squares, which only rounding can make negative.
         return ((gram * moments).sum() * scale).clamp(min=0), gram, moments
 
     @staticmethod
@@ -320,19 +321,19 @@ class _LowRankLocalizationTerm(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, up, bias, background, gram, moments = ctx.saved_tensors
         factor = 2 * upstream * ctx.scale
-        of_hidden, of_up, of_bias = (None, None, None)
+        hidden_gradient, up_gradient, bias_gradient = (None, None, None)
         with torch.autocast(hidden.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                of_hidden = torch.empty_like(hidden)
+                hidden_gradient = torch.empty_like(hidden)
                 columns = (gram * factor)[:, :-1].contiguous()
                 for block in _token_blocks(hidden):
                     slope = (_with_ones(hidden, background, block, ctx.dtype) @ columns).view(hidden[block].shape)
-                    of_hidden[block] = _weigh(slope, background[..., None], block)
+                    hidden_gradient[block] = _weigh(slope, background[..., None], block)
             if any(ctx.needs_input_grad[1:3]):
-                of_both = _columns(up, bias, ctx.dtype) @ (moments * factor)
-                of_up = of_both[:, :-1].to(up.dtype)
-                of_bias = None if bias is None else of_both[:, -1].to(bias.dtype)
-        return of_hidden, of_up, of_bias, None, None, None
+                both_gradients = _columns(up, bias, ctx.dtype) @ (moments * factor)
+                up_gradient = both_gradients[:, :-1].to(up.dtype)
+                bias_gradient = None if bias is None else both_gradients[:, -1].to(bias.dtype)
+        return hidden_gradient, up_gradient, bias_gradient, None, None, None
 
 
 def _token_blocks(hidden: Tensor) -> Iterator[Block]:
@@ -342,7 +343,7 @@ def _token_blocks(hidden: Tensor) -> Iterator[Block]:
 
 
 def _with_ones(hidden: Tensor, background: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """The product background * [hidden, 1] of a block of tokens, (tokens, rank + 1); 0 where the background is."""
+    """The product background * [hidden, 1] for a block of tokens, (tokens, rank + 1); 0 where the background is 0."""
     h = hidden[block].to(dtype)
     x = h.new_empty(*h.shape[:2], h.shape[2] + 1)
     x[..., :-1], x[..., -1] = h, 1
@@ -351,7 +352,7 @@ def _with_ones(hidden: Tensor, background: Tensor, block: Block, dtype: torch.dt
 
 
 def _columns(up: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[weight, bias], (D, rank + 1)."""
+    """The matrix [weight, bias], (D, rank + 1)."""
     last = up.new_zeros(up.shape[0]) if bias is None else bias
     return torch.cat([up.to(dtype), last.to(dtype)[:, None]], 1)
 
@@ -376,7 +377,7 @@ def _slope(error: Tensor, loss_type: str) -> Tensor:
 
 
 def _weigh(values: Tensor, weights: Tensor | None, block: Block) -> Tensor:
-    """The product values * weights, and 0 wherever the weight is, even for NaN and Inf."""
+    """The product values * weights, and 0 wherever the weight is 0, even for NaN and infinity."""
     if weights is None:
         return values
     w = weights[block]
@@ -386,15 +387,17 @@ def _weigh(values: Tensor, weights: Tensor | None, block: Block) -> Tensor:
 def _write_multiples(
     destinations: Sequence[Tensor | None], block: Block, values: Tensor, factors: Sequence[float]
 ) -> None:
-    """Set destination[block] = factor * values for every destination that is wanted, rounded once to its dtype."""
+    """Set destination[block] = factor * values for every destination that is not None, rounded once to its dtype."""
     for destination, factor in zip(destinations, factors, strict=False):
         if destination is not None:
             destination[block] = factor * values
 
 
-def _expanded_sum(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """The sum of `x` after broadcasting to `shape`."""
-    return x.sum() * (math.prod(shape) // max(x.numel(), 1))
+def _layer_scale(background: Tensor, shape: Sequence[int], normalization: str) -> float | Tensor:
+    """What a layer's sum is multiplied by: 1 / the divisor of its output of `shape`."""
+    if normalization == "background_mean":
+        return _inverse_or_zero(expanded_sum(background, shape))
+    return 1 / max(shape[0] if normalization == "sum" else math.prod(shape), 1)
 
 
 def _inverse_or_zero(denominator: Tensor) -> Tensor:
@@ -402,9 +405,9 @@ def _inverse_or_zero(denominator: Tensor) -> Tensor:
 
 
 def _blocks(shape: Sequence[int], limit: int | None = None) -> Iterator[Block]:
-    """Indices of blocks of at most `limit` elements that together cover a tensor of `shape`."""
+    """Indices of blocks of at most `limit` elements, `BLOCK_ELEMENTS` if None, that together cover a `shape`."""
     if limit is None:
-        # A compiler fuses the arithmetic: there are no temporaries to bound, and the loop would be unrolled.
+        # A compiler fuses the arithmetic, so there are no temporaries to bound. It would unroll the loop.
         limit = math.prod(shape) if torch.compiler.is_compiling() else BLOCK_ELEMENTS
     if math.prod(shape) <= limit or not shape:
         yield (slice(None),) * len(shape)

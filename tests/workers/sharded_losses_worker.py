@@ -452,7 +452,7 @@ def check_other_groups() -> None:
                 try:
                     call()
                 except ValueError as error:
-                    assert "group must be one that this process belongs to" in str(error), error
+                    assert "group: expected one that this process belongs to" in str(error), error
                 else:
                     raise AssertionError("a group that the process is not in must raise")
 
