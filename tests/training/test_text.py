@@ -92,6 +92,7 @@ def alive(*types):
 
 
 def test_only_what_a_phase_needs_is_in_memory(tiny_pipeline, monkeypatch):
+    folder = tiny_pipeline("cogvideox")
     denoisers, encoders, vaes = [CogVideoXTransformer3DModel], [T5EncoderModel], [AutoencoderKLCogVideoX]
     before = alive(*denoisers, *encoders, *vaes)
     during = []
@@ -102,10 +103,10 @@ def test_only_what_a_phase_needs_is_in_memory(tiny_pipeline, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(T5EncoderModel, "forward", forward)
-    encode_prompts(tiny_pipeline("cogvideox"), [PROMPT], None, **FP32)
+    encode_prompts(folder, [PROMPT], None, **FP32)
     assert during == [1]
     assert alive(*denoisers, *encoders, *vaes) == before
-    model = load_model(tiny_pipeline("cogvideox"), **FP32)
+    model = load_model(folder, **FP32)
     assert model.vae is None
     assert alive(*denoisers, *encoders, *vaes) == before + 1
-    assert load_model(tiny_pipeline("cogvideox"), vae=True, **FP32).vae is not None
+    assert load_model(folder, vae=True, **FP32).vae is not None
