@@ -1,6 +1,8 @@
-"""What is measured: every operation's inputs, its floor in bytes, and its peers, defined once for every runner.
+"""What is measured of one operation: its inputs, the bytes it must move at least, and its peers.
 
-A peer runs forward and backward once, from the same inputs, and returns the loss and the gradients.
+A peer is one way to compute the operation. A call of it runs forward and backward once on the case's inputs and returns
+the loss and the gradients. The peers called "seed" are the operation in plain PyTorch, as T2VUnlearning-style training
+loops write it.
 """
 
 from __future__ import annotations
@@ -14,31 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastunlearn.bench.agreement import check_largest_difference
+from fastunlearn.bench.meters import MIB
 from fastunlearn.functional import localization_loss, negatively_guided_velocity_loss, velocity_loss
 from fastunlearn.testing.cases import random_tensors
 
 ETA = 7.5
-MIB = 2**20
-# Latents of 480 x 720 x 49 and of the other models' defaults, (B, C, F, H, W).
-REAL = {
+# Latents (B, C, F, H, W) of a video of each model's default size.
+REAL_SHAPES = {
     "cogvideox": (1, 16, 13, 60, 90),
     "hunyuan_video": (1, 16, 33, 90, 160),
     "wan": (1, 16, 21, 60, 104),
 }
-SYNTHETIC = (64, 256, 1024, 4096)
-Result = tuple[Tensor, list[Tensor]]
+SYNTHETIC_MIB = (64, 256, 1024, 4096)
+EXACT = "reference in float64"
+Result = tuple[Tensor, list[Tensor]]  # the loss and the gradients
 
 
 @dataclass(frozen=True)
 class Case:
     """One operation at one size.
 
-    Args:
-        name: of the operation and what is special about the call.
-        size: what the size is called.
+    Attributes:
+        name: the operation and what is special about the call.
+        size: the name of the size.
         inputs: the tensors that require gradients, then the others.
-        floor: bytes read and written at least, forward and backward.
-        peers: by name; each runs once on the inputs.
+        floor: the fewest bytes that forward and backward can move: every input read once, every output written once.
+        peers: by name, functions that run once on the inputs. The peer `EXACT` is only there to compare with.
     """
 
     name: str
@@ -48,54 +52,38 @@ class Case:
     peers: dict[str, Callable[[], Result]]
 
     def check(self) -> None:
-        """Raise unless every peer's loss and gradients agree with float64's.
+        """Compares every peer's loss and gradients with those in float64.
 
-        fastunlearn, which computes in float32, may be off by a rounding of its results; the others compute in the
-        inputs' dtype, and may be off by a few.
+        fastunlearn computes in float32 and may be off by one rounding of its results. The other peers compute in the
+        inputs' dtype and may be off by a few.
 
         Raises:
-            Disagreement: naming the case, the peer, and by how much it is off.
+            Disagreement: a peer is off by more; the message names the case, the peer and the difference.
         """
-        exact = self.peers["reference in float64"]()
+        exact_loss, exact_gradients = self.peers[EXACT]()
         for name, peer in self.timed().items():
             roundings = 1 if name == "fastunlearn" else 8
             loss, gradients = peer()
-            for mine, other in zip([loss, *gradients], [exact[0], *exact[1]], strict=True):
-                what = "loss" if mine is loss else "gradient"
-                allowed = max(roundings * torch.finfo(mine.dtype).eps, 1e-5)
-                _agree(f"{self.name} at {self.size}: a {what} of {name}", mine, other, allowed)
+            for actual, exact in zip([loss, *gradients], [exact_loss, *exact_gradients], strict=True):
+                quantity = "loss" if actual is loss else "gradient"
+                tolerance = max(roundings * torch.finfo(actual.dtype).eps, 1e-5)
+                check_largest_difference(f"{self.name} at {self.size}: {quantity} of {name}", actual, exact, tolerance)
 
     def timed(self) -> dict[str, Callable[[], Result]]:
-        """The peers without the one that is only there to be compared with."""
-        return {name: peer for name, peer in self.peers.items() if name != "reference in float64"}
+        """The peers that are timed: all but `EXACT`."""
+        return {name: peer for name, peer in self.peers.items() if name != EXACT}
 
 
-class Disagreement(RuntimeError):
-    """Peers compute different things: their times must not be compared."""
-
-
-def _agree(what: str, actual: Tensor, exact: Tensor, tolerance: float) -> None:
-    scale = exact.abs().max().item()
-    error = (actual.double() - exact.double()).abs().max().item()
-    if not error <= tolerance * scale:
-        raise Disagreement(f"{what} is off by {error:.3g}, where {tolerance * scale:.3g} is allowed")
-
-
-def velocity_shape(megabytes: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """A velocity of so many MiB, (B, C, F, H, W) with the latents' 16 channels."""
-    return (1, 16, megabytes * MIB // dtype.itemsize // (16 * 64 * 64), 64, 64)
-
-
-def _derive(loss: Tensor, inputs: Sequence[Tensor]) -> Result:
+def _loss_and_gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Result:
     return loss.detach(), list(torch.autograd.grad(loss, inputs))
 
 
-def _doubled(inputs: Sequence[Tensor]) -> list[Tensor]:
+def _as_float64(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
 
 
-def seed_velocity_loss(prediction: Tensor, uncond: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The loss as T2VUnlearning-style loops write it, with the norms of their loss dict."""
+def plain_velocity_loss(prediction: Tensor, uncond: Tensor, cond: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The loss as T2VUnlearning-style loops write it, with the norms that their loss dict reports."""
     target = uncond if cond is None else uncond + ETA * (uncond - cond)
     loss = (prediction - target) ** 2
     if mask is not None:
@@ -104,14 +92,14 @@ def seed_velocity_loss(prediction: Tensor, uncond: Tensor, cond: Tensor | None, 
     return loss.mean() + 0 * norms
 
 
-def seed_localization_loss(outputs: Sequence[Tensor], mask: Tensor) -> Tensor:
+def plain_localization_loss(outputs: Sequence[Tensor], mask: Tensor) -> Tensor:
     """The loss as T2VUnlearning-style loops write it, layer by layer."""
     losses = [((o * (1 - mask[..., None].to(o.dtype))) ** 2).sum(dim=(1, 2)).mean() for o in outputs]
     return sum(losses[1:], losses[0]) / len(losses)
 
 
-def seed_maps(query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
-    """Concept maps (B, Sq) as T2VUnlearning-style loops take them: from probabilities (B, H, Sq, Sk) of all keys."""
+def plain_concept_maps(query: Tensor, key: Tensor, tokens: Tensor) -> Tensor:
+    """Concept maps (B, Sq) as T2VUnlearning-style loops take them: from all probabilities (B, H, Sq, Sk)."""
     probabilities = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
     return probabilities[..., tokens].sum(-1).mean(1)
 
@@ -130,15 +118,15 @@ def velocity_case(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """The unlearning loss, or the preservation loss; a mask has a token for two by two latent pixels.
+    """The unlearning loss or the preservation loss.
 
     Args:
-        size: what to call it.
-        shape: (B, C, F, H, W).
-        guided: with uncond and cond, or with a target.
-        masked: with a hard mask.
-        dtype: of the velocities.
-        device: where.
+        size: the name of the size.
+        shape: (B, C, F, H, W) of a velocity.
+        guided: True for the unlearning loss, from uncond and cond; False for the preservation loss, from a target.
+        masked: whether there is a hard mask, with one token per 2 x 2 latent pixels.
+        dtype: the velocities' dtype.
+        device: where the tensors are.
     """
     inputs = [x.to(device) for x in random_tensors(shape, [dtype] * (3 if guided else 2))]
     inputs[0].requires_grad_()
@@ -152,17 +140,17 @@ def velocity_case(
             result = negatively_guided_velocity_loss(*inputs, guidance_scale=ETA, mask=mask)
         else:
             result = velocity_loss(*inputs, mask=mask)
-        return _derive(result.loss, inputs[:1])
+        return _loss_and_gradients(result.loss, inputs[:1])
 
-    def seed(function: Any, tensors: Sequence[Tensor]) -> Result:
+    def plain(function: Any, tensors: Sequence[Tensor]) -> Result:
         cond = tensors[2] if guided else None
-        return _derive(function(tensors[0], tensors[1], cond, mask), tensors[:1])
+        return _loss_and_gradients(function(tensors[0], tensors[1], cond, mask), tensors[:1])
 
     peers = {
         "fastunlearn": ours,
-        "seed, eager": lambda: seed(seed_velocity_loss, inputs),
-        "seed, compiled": lambda: seed(_compiled(seed_velocity_loss), inputs),
-        "reference in float64": lambda: seed(seed_velocity_loss, _doubled(inputs)),
+        "seed, eager": lambda: plain(plain_velocity_loss, inputs),
+        "seed, compiled": lambda: plain(_compiled(plain_velocity_loss), inputs),
+        EXACT: lambda: plain(plain_velocity_loss, _as_float64(inputs)),
     }
     name = ("guided velocity" if guided else "preservation") + (", masked" if masked else "")
     return Case(name, size, inputs, floor, peers)
@@ -176,64 +164,66 @@ def localization_case(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """The localization loss, half of the tokens masked.
+    """The localization loss with half of the tokens masked.
 
     Args:
-        size: what to call it.
-        shape: (B, N, D) of every layer.
-        layers: how many.
-        dtype: of the outputs.
-        device: where.
+        size: the name of the size.
+        shape: (B, N, D) of each layer's outputs.
+        layers: the number of layers.
+        dtype: the outputs' dtype.
+        device: where the tensors are.
     """
     outputs = [random_tensors(shape, [dtype], seed)[0].to(device).requires_grad_() for seed in range(layers)]
     mask = (random_tensors(shape[:2], [torch.float32])[0] > 0).to(device)
     row = shape[2] * outputs[0].element_size()
     floor = layers * (int((~mask).sum()) * row + shape[0] * shape[1] * row)
 
-    def seed(function: Any, tensors: Sequence[Tensor]) -> Result:
-        return _derive(function(tensors, mask.to(tensors[0].dtype)), tensors)
+    def plain(function: Any, tensors: Sequence[Tensor]) -> Result:
+        return _loss_and_gradients(function(tensors, mask.to(tensors[0].dtype)), tensors)
 
     peers = {
-        "fastunlearn": lambda: _derive(localization_loss(outputs, mask).loss, outputs),
-        "seed, eager": lambda: seed(seed_localization_loss, outputs),
-        "seed, compiled": lambda: seed(_compiled(seed_localization_loss), outputs),
-        "reference in float64": lambda: seed(seed_localization_loss, _doubled(outputs)),
+        "fastunlearn": lambda: _loss_and_gradients(localization_loss(outputs, mask).loss, outputs),
+        "seed, eager": lambda: plain(plain_localization_loss, outputs),
+        "seed, compiled": lambda: plain(_compiled(plain_localization_loss), outputs),
+        EXACT: lambda: plain(plain_localization_loss, _as_float64(outputs)),
     }
     return Case(f"localization, {layers} layers", size, outputs, floor, peers)
 
 
-def makers(
+def case_makers(
     sizes: Sequence[str], dtype: torch.dtype, device: torch.device | str
 ) -> list[tuple[str, Callable[[], Case]]]:
-    """Names, and functions that make the cases one by one: at 4 GB they must not all be there at once.
+    """Names of cases, and functions that make them one at a time: cases of 4 GiB do not fit into memory together.
 
     Args:
-        sizes: "small", "real", "synthetic", or a number of MiB.
-        dtype: of the large tensors.
-        device: where.
+        sizes: each "small", "real", "synthetic" or a number of MiB.
+        dtype: the large tensors' dtype.
+        device: where the tensors are.
 
     Raises:
-        ValueError: an unknown size.
+        ValueError: a size is none of these.
     """
-    found: list[tuple[str, Callable[[], Case]]] = []
+    makers: list[tuple[str, Callable[[], Case]]] = []
     options: dict[str, Any] = {"dtype": dtype, "device": device}
 
     def add(size: str, shape: Sequence[int], tokens: Sequence[int], layers: int) -> None:
         for guided, masked in ((True, False), (True, True), (False, False)):
             velocity = functools.partial(velocity_case, size, shape, guided=guided, masked=masked, **options)
-            found.append((f"velocity {size}", velocity))
-        found.append((f"localization {size}", functools.partial(localization_case, size, tokens, layers, **options)))
+            makers.append((f"velocity {size}", velocity))
+        makers.append((f"localization {size}", functools.partial(localization_case, size, tokens, layers, **options)))
 
     for size in sizes:
         if size == "small":
             add("small", (1, 16, 4, 32, 32), (1, 256, 64), 2)
         elif size == "real":
-            for name, shape in REAL.items():
+            for name, shape in REAL_SHAPES.items():
                 add(name, shape, (1, shape[2] * shape[3] * shape[4] // 4, 3072), 2)
         elif size == "synthetic" or size.isdigit():
-            for megabytes in SYNTHETIC if size == "synthetic" else (int(size),):
-                rows = megabytes * MIB // dtype.itemsize // 3072
-                add(f"{megabytes} MiB", velocity_shape(megabytes, dtype), (1, rows, 3072), 1)
+            for mebibytes in SYNTHETIC_MIB if size == "synthetic" else (int(size),):
+                elements = mebibytes * MIB // dtype.itemsize
+                # Latents of 16 channels and as many frames as make up the size.
+                shape = (1, 16, elements // (16 * 64 * 64), 64, 64)
+                add(f"{mebibytes} MiB", shape, (1, elements // 3072, 3072), 1)
         else:
-            raise ValueError(f"size must be 'small', 'real', 'synthetic' or a number of MiB, got {size!r}")
-    return found
+            raise ValueError(f"--size: expected 'small', 'real', 'synthetic' or a number of MiB, got {size!r}")
+    return makers

@@ -1,9 +1,12 @@
-"""A training step as T2VUnlearning-style loops are published, written plainly: the peer of our own.
+"""A training step as T2VUnlearning-style loops are published, written plainly: what our step is compared with.
 
-The model is there twice, as it was and as it becomes. Every step samples a trajectory with classifier-free guidance,
-to a random step of it (as Receler does, half of the way on average) or to its end. Then, as the usage of the losses has
-it, one pass shows the attention maps, tokens x tokens of them, and another what the erasers add; the model as it was is
-asked three times, and the one that is trained twice, one prompt at a time.
+Two copies of the model are in memory: the original one, and the one that is trained. A step
+
+1. samples a trajectory with classifier-free guidance, to a random sampling step (as Receler does, which is halfway on
+   average) or to its end;
+2. runs one pass to read the concept's mask from attention maps of tokens x tokens, and one to capture the erasers'
+   outputs, as the usage notes of the losses have it;
+3. runs the original model three times and the trained one twice, one prompt at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +21,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastunlearn import EraserOutputsCapture, as_velocity_model, attach_erasers, get_mask
-from fastunlearn.bench.cases import seed_localization_loss, seed_velocity_loss
+from fastunlearn.bench.cases import plain_localization_loss, plain_velocity_loss
 
 
 class Conditions(NamedTuple):
-    """Text embeddings (1, L, D) of a prompt with the concept, of one to keep, and of the empty one."""
+    """Text embeddings (1, L, D) of three prompts.
+
+    Attributes:
+        target: a prompt with the concept.
+        kept: a prompt whose videos should stay as they are.
+        uncond: the empty prompt.
+    """
 
     target: Tensor
     kept: Tensor
@@ -30,7 +39,13 @@ class Conditions(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of a step, without weights: two means of squares, and a sum of squares of what lies outside the mask."""
+    """The losses of a step, without their weights.
+
+    Attributes:
+        unlearning: a mean of squares.
+        preservation: a mean of squares.
+        localization: a sum of squares over what lies outside the mask, averaged over layers.
+    """
 
     unlearning: Tensor
     preservation: Tensor
@@ -38,7 +53,7 @@ class Losses(NamedTuple):
 
 
 class _MapsCapture(TorchFunctionMode):
-    """Computes the probabilities of every attention that runs, all of them, and keeps those of text tokens."""
+    """Computes all probabilities of every attention that runs, and keeps those from video tokens to text tokens."""
 
     def __init__(self, text_length: int) -> None:
         super().__init__()
@@ -54,26 +69,26 @@ class _MapsCapture(TorchFunctionMode):
 
 
 class PublishedStep:
-    """The training of erasers, a step at a time.
+    """Trains erasers one step at a time.
 
     Args:
-        transformer: a CogVideoX, which becomes the one that is trained; a copy stays as it is.
-        scheduler: of its pipeline.
-        conditions: of the prompts.
-        words: where the concept's tokens stand in the text.
-        rank: of the erasers.
-        weights: of the losses.
-        guidance_scale: of sampling.
-        sampling_steps: of a whole trajectory.
-        checkpointing: whether activations are computed again in the backward pass.
+        transformer: a CogVideoX. It becomes the trained model; the original one is a copy.
+        scheduler: the scheduler of its pipeline.
+        conditions: the prompts' text embeddings.
+        words: positions of the concept's tokens in the target prompt.
+        rank: inner width of the erasers.
+        weights: weights of the unlearning, preservation and localization losses.
+        guidance_scale: scale of classifier-free guidance while sampling.
+        sampling_steps: steps of a whole trajectory.
+        checkpointing: whether to use gradient checkpointing.
 
     Attributes:
-        original: the model as it was.
+        original: the model without erasers.
         trained: the model with erasers.
-        erasers: these, by layer.
-        parameters: of all erasers.
-        weights: of the losses.
-        doing: what it is at, or where it ran out of memory.
+        erasers: the erasers, by layer.
+        parameters: the parameters of all erasers.
+        weights: the losses' weights.
+        phase: what the step is doing: after an out-of-memory error, where it happened.
     """
 
     def __init__(
@@ -89,7 +104,7 @@ class PublishedStep:
         sampling_steps: int = 50,
         checkpointing: bool = False,
     ) -> None:
-        self.doing = "copying the model"
+        self.phase = "copying the model"
         self.original = as_velocity_model(copy.deepcopy(transformer).requires_grad_(False))
         self.trained = as_velocity_model(transformer)
         self.erasers = attach_erasers(transformer, rank)
@@ -102,13 +117,18 @@ class PublishedStep:
         self.weights, self._guidance_scale = weights, guidance_scale
         scheduler.set_timesteps(sampling_steps, device=conditions.target.device)
 
-    def step(self, noise: Tensor, until: int) -> None:
-        """A whole step: sampling from `noise` (1, F, C, H, W) through `until` steps, losses, and an update."""
-        x_t, t = self.sample(noise, until)
+    def step(self, noise: Tensor, stop_after: int) -> None:
+        """One whole training step.
+
+        Args:
+            noise: (1, F, C, H, W), where sampling starts.
+            stop_after: the number of sampling steps to take.
+        """
+        x_t, t = self.sample(noise, stop_after)
         masks = get_mask(self.maps(x_t, t), self._words, 0.5, *x_t.shape[-2:], patch_size=self._patch)
         mask = masks["average_mask"]
         losses = self.losses(x_t, t, mask, x_t, t)
-        self.doing = "the backward pass"
+        self.phase = "the backward pass"
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         total.backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -116,47 +136,63 @@ class PublishedStep:
         self._optimizer.zero_grad()
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, until: int) -> tuple[Tensor, Tensor]:
-        """x_t (1, F, C, H, W) and t (1,) after `until` steps; of a whole trajectory, noised anew to its middle."""
-        self.doing = "sampling"
+    def sample(self, noise: Tensor, stop_after: int) -> tuple[Tensor, Tensor]:
+        """Samples part of a trajectory, or all of it; a whole one is noised again to the middle timestep.
+
+        Args:
+            noise: (1, F, C, H, W), where sampling starts.
+            stop_after: the number of sampling steps to take.
+
+        Returns:
+            x_t (1, F, C, H, W) and its timestep (1,).
+        """
+        self.phase = "sampling"
         text = torch.cat([self._conditions.uncond, self._conditions.target])
         timesteps = self._scheduler.timesteps
         x_t = noise
-        for t in timesteps[:until]:
+        for t in timesteps[:stop_after]:
             uncond, cond = self.original(x_t.repeat(2, 1, 1, 1, 1), t.expand(2), text).chunk(2)
             guided = uncond + self._guidance_scale * (cond - uncond)
             x_t = self._scheduler.step(guided, t, x_t, return_dict=False)[0]
-        if until < len(timesteps):
-            return x_t, timesteps[until, None]
+        if stop_after < len(timesteps):
+            return x_t, timesteps[stop_after, None]
         t = timesteps[len(timesteps) // 2, None]
         return self._scheduler.add_noise(x_t, torch.randn_like(x_t), t), t
 
     @torch.no_grad()
     def maps(self, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """The probabilities (1, heads, N, L) with which video tokens attend to the target's text, by layer."""
-        self.doing = "the attention maps"
+        """Attention probabilities (1, heads, N, L) from video tokens to the target prompt's tokens, by layer."""
+        self.phase = "the attention maps"
         with _MapsCapture(self._conditions.target.shape[1]) as captured:
             self.trained(x_t, t, self._conditions.target)
         return captured.maps
 
     def losses(self, x_t: Tensor, t: Tensor, mask: Tensor, x_t_kept: Tensor, t_kept: Tensor) -> Losses:
-        """The losses where the target is asked for and where the kept one is; `mask` (1, F, h, w) on the token grid."""
+        """The three losses.
+
+        Args:
+            x_t: (1, F, C, H, W), the point for the target prompt.
+            t: (1,), its timestep.
+            mask: (1, F, h, w) on the token grid.
+            x_t_kept: (1, F, C, H, W), the point for the kept prompt.
+            t_kept: (1,), its timestep.
+        """
         target, kept, uncond = self._conditions
         outputs: dict[str, Tensor] = {}
-        self.doing = "the erasers' outputs"
+        self.phase = "the erasers' outputs"
         with EraserOutputsCapture(self.trained, self.erasers, outputs):
             self.trained(x_t, t, target)
-        self.doing = "the teacher"
+        self.phase = "the teacher"
         with torch.no_grad():
             v_uncond = self.original(x_t, t, uncond)
             v_cond = self.original(x_t, t, target)
             v_kept = self.original(x_t_kept, t_kept, kept)
-        self.doing = "the student"
+        self.phase = "the student"
         prediction = self.trained(x_t, t, target)
         prediction_kept = self.trained(x_t_kept, t_kept, kept)
-        self.doing = "the losses"
+        self.phase = "the losses"
         return Losses(
-            seed_velocity_loss(prediction, v_uncond, v_cond, None),
-            seed_velocity_loss(prediction_kept, v_kept, None, None),
-            seed_localization_loss(list(outputs.values()), mask.flatten(1)),
+            plain_velocity_loss(prediction, v_uncond, v_cond, None),
+            plain_velocity_loss(prediction_kept, v_kept, None, None),
+            plain_localization_loss(list(outputs.values()), mask.flatten(1)),
         )

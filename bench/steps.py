@@ -1,6 +1,6 @@
-"""A step of training as we do it and as it is published, on one CogVideoX with random weights.
+"""Runs a training step of ours and a published one on the same model, and compares their results.
 
-Every step is of one target point and one kept one.
+Every step trains on one target point and one kept point. A point is a noisy video x_t with its timestep.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -19,79 +19,40 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import AttnMapsCapture, EraserOutputsCapture, localization_loss
-from fastunlearn.bench.cases import ETA, Disagreement
+from fastunlearn.bench.agreement import Disagreement, check_relative_difference
+from fastunlearn.bench.cases import ETA
+from fastunlearn.bench.cogvideox import Size, random_model, random_transformer, scheduler
+from fastunlearn.bench.meters import synchronize
 from fastunlearn.bench.published import Conditions, PublishedStep
-from fastunlearn.families import LatentSpace
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.requests import Request
 from fastunlearn.training.loop import trainer
 from fastunlearn.training.loop.terms import Terms
 from fastunlearn.training.model.text import EncodedPrompt
-from fastunlearn.training.model.video_model import Defaults, VideoModel
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 from fastunlearn.training.prepare import prepare
 from fastunlearn.training.train import train
 
 TARGET, KEPT, UNCOND = "a circle", "a square", ""
-WORDS = [1]  # where "circle" stands in the first
+WORDS = [1]  # the position of "circle" in the target prompt
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# Measured training steps in a call of ours, after a first one.
+OUR_STEPS = 3
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of a CogVideoX, of its videos in pixels and frames, and of its erasers."""
-
-    layers: int
-    heads: int
-    channels: int
-    height: int
-    width: int
-    num_frames: int
-    text_tokens: int
-    text_features: int
-    time_features: int
-    rank: int
-    rotary: bool = False
-
-    @property
-    def features(self) -> int:
-        """Of a token."""
-        return self.heads * self.channels
-
-    @property
-    def latents(self) -> tuple[int, int, int]:
-        """Frames, rows and columns."""
-        return (self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8
-
-    @property
-    def tokens(self) -> int:
-        """Of a video."""
-        frames, rows, columns = self.latents
-        return frames * rows * columns // 4
-
-
-SIZES = {
-    "tiny": Size(4, 8, 32, 256, 256, 13, text_tokens=32, text_features=64, time_features=128, rank=16),
-    "cogvideox-2b": Size(30, 30, 64, 480, 720, 49, text_tokens=226, text_features=4096, time_features=512, rank=128),
-    "cogvideox-5b": Size(
-        42, 48, 64, 480, 720, 49, text_tokens=226, text_features=4096, time_features=512, rank=128, rotary=True
-    ),
-}
-
-
-class Sample(NamedTuple):
-    """What a call of a peer measured, a step."""
+class StepCost(NamedTuple):
+    """What one step costs: samples that go through a transformer, and time."""
 
     passes: float
     seconds: float
 
 
 class RanOut(RuntimeError):
-    """Memory did; the message says at what."""
+    """A step ran out of memory. The message says in which phase."""
 
 
-class _Passes:
-    """Counts the samples that go through transformers: a batch of two is two."""
+class _PassCounter:
+    """Counts the samples that go through transformers: a batch of two counts as two."""
 
     def __init__(self, *models: nn.Module) -> None:
         self.count = 0
@@ -103,7 +64,7 @@ class _Passes:
 
 
 class _DenseTerms(Terms):
-    """The losses of a step with the localization of whole outputs, not of low-rank ones."""
+    """The losses of a step, with the localization loss of dense outputs instead of low-rank ones."""
 
     def of_target(
         self, student: Any, erasers: Mapping[str, nn.Module], points: Any, guidance_scale: float
@@ -117,194 +78,172 @@ class _DenseTerms(Terms):
         return unlearning, localization_loss(outputs, points.mask.to(self._device), weight=weight).loss
 
 
-class Bench:
-    """Builds the model, and runs a peer's step on it.
+class StepRunner:
+    """Builds models and runs training steps on them.
 
     Args:
-        size: of the model.
-        device: where.
-        dtype: of its weights; erasers are float32.
-        sampling_steps: of a trajectory.
+        size: size of the model.
+        device: device of the model.
+        dtype: dtype of the model's weights. Erasers are float32.
+        sampling_steps: steps of a trajectory.
     """
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype, sampling_steps: int) -> None:
         self.size, self.device, self.dtype, self.sampling_steps = size, device, dtype, sampling_steps
         generator = torch.Generator().manual_seed(0)
-        self._encoded = {
-            prompt: EncodedPrompt(
-                prompt,
-                {
-                    "encoder_hidden_states": torch.randn(size.text_tokens, size.text_features, generator=generator).to(
-                        device, dtype
-                    )
-                },
-                WORDS if prompt == TARGET else [],
-            )
-            for prompt in (TARGET, KEPT, UNCOND)
-        }
+        self._encoded = {}
+        for prompt in (TARGET, KEPT, UNCOND):
+            text = torch.randn(size.text_tokens, size.text_features, generator=generator).to(device, dtype)
+            words = WORDS if prompt == TARGET else []
+            self._encoded[prompt] = EncodedPrompt(prompt, {"encoder_hidden_states": text}, words)
         self.training = TrainingOptions("", Path(), Path(), rank=size.rank, checkpointing_steps=10**9)
 
-    def transformer(self) -> Any:
-        """A CogVideoX transformer, with the same weights at every call."""
-        from diffusers import CogVideoXTransformer3DModel
+    def make_cache(self, folder: Path, trajectories: int) -> StepCost:
+        """Makes a teacher cache with `trajectories` for the target prompt, and as many for the kept one.
 
-        size = self.size
-        frames, rows, columns = size.latents
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)  # else it would be float32 first, twice as large
-        try:
-            with torch.random.fork_rng(), torch.device(self.device):
-                torch.manual_seed(0)
-                transformer = CogVideoXTransformer3DModel(
-                    num_attention_heads=size.heads,
-                    attention_head_dim=size.channels,
-                    num_layers=size.layers,
-                    time_embed_dim=size.time_features,
-                    text_embed_dim=size.text_features,
-                    max_text_seq_length=size.text_tokens,
-                    sample_width=columns,
-                    sample_height=rows,
-                    sample_frames=size.num_frames,
-                    use_rotary_positional_embeddings=size.rotary,
-                )
-        finally:
-            torch.set_default_dtype(default)
-        return transformer.to(self.device).eval()  # what came from NumPy
-
-    def model(self) -> VideoModel:
-        """The same as a pipeline would give it."""
-        size = self.size
-        defaults = Defaults(6.0, size.height, size.width, size.num_frames, 8)
-        return VideoModel(
-            [self.transformer()], self._scheduler(), latent_space=LatentSpace(4, 8), defaults=defaults, path=""
-        )
-
-    def _scheduler(self) -> Any:
-        from diffusers import CogVideoXDDIMScheduler
-
-        return CogVideoXDDIMScheduler(
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-            rescale_betas_zero_snr=True,
-            snr_shift_scale=1.0 if self.size.rotary else 3.0,
-        )
-
-    def wait(self) -> None:
-        """Until the device has done what it was given to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def make_cache(self, folder: Path, trajectories: int) -> Sample:
-        """Makes a teacher cache of so many trajectories for the target, and as many to keep; the cost is of each."""
-        model = self.model()
-        passes = _Passes(*model.experts)
+        Returns:
+            The cost per trajectory.
+        """
+        model = random_model(self.size, self.device, self.dtype)
+        passes = _PassCounter(*model.experts)
         options = PrepareOptions("", folder, "circle", num_inference_steps=self.sampling_steps, mixed_precision="no")
         requests = [Request(TARGET), Request(KEPT, group="kept")] * trajectories
         start = time.perf_counter()
         prepare(model, self._encoded, requests, folder, options)
-        self.wait()
-        return Sample(passes.count / len(requests), (time.perf_counter() - start) / len(requests))
+        synchronize(self.device)
+        return StepCost(passes.count / len(requests), (time.perf_counter() - start) / len(requests))
 
     def published_step(self, **options: Any) -> PublishedStep:
-        """Theirs, with our weights of the losses: our localization loss is a mean over tokens and features."""
-        weights = self.training
+        """A published step with our losses' weights. Our localization loss is a mean over tokens and features."""
+        training = self.training
         conditions = (self._encoded[prompt].condition["encoder_hidden_states"] for prompt in (TARGET, KEPT, UNCOND))
         return PublishedStep(
-            self.transformer(),
-            self._scheduler(),
+            random_transformer(self.size, self.device, self.dtype),
+            scheduler(self.size),
             Conditions(*(condition[None] for condition in conditions)),
             WORDS,
             rank=self.size.rank,
             weights=(
-                weights.unlearning_weight,
-                weights.preservation_weight,
-                weights.localization_weight / (self.size.tokens * self.size.features),
+                training.unlearning_weight,
+                training.preservation_weight,
+                training.localization_weight / (self.size.tokens * self.size.features),
             ),
             sampling_steps=self.sampling_steps,
             **options,
         )
 
-    def published(self, call: int, calls: int, *, to_the_end: bool = False, checkpointing: bool = False) -> Sample:
-        """A step of theirs, after a first one. Over all calls the random steps are spread evenly."""
+    def run_published(
+        self, call: int, calls: int, *, to_the_end: bool = False, checkpointing: bool = False
+    ) -> StepCost:
+        """Builds both models, takes a first published step, and measures the second.
+
+        Args:
+            call: the number of this call, from 0.
+            calls: the number of all calls. Their random sampling steps are spread evenly over the trajectory.
+            to_the_end: whether to sample the whole trajectory instead.
+            checkpointing: whether to use gradient checkpointing.
+
+        Raises:
+            RanOut: memory was not enough.
+        """
         frames, rows, columns = self.size.latents
         noise = torch.randn(1, frames, 16, rows, columns, device=self.device, dtype=self.dtype)
-        until = self.sampling_steps if to_the_end else int((call + 0.5) / calls * self.sampling_steps)
+        stop_after = self.sampling_steps if to_the_end else int((call + 0.5) / calls * self.sampling_steps)
         step: PublishedStep | None = None
         try:
             step = self.published_step(checkpointing=checkpointing)
             step.step(noise, 1)
-            self.wait()
-            passes, start = _Passes(step.original, step.trained), time.perf_counter()
-            step.step(noise, until)
-            self.wait()
+            synchronize(self.device)
+            passes, start = _PassCounter(step.original, step.trained), time.perf_counter()
+            step.step(noise, stop_after)
+            synchronize(self.device)
         except torch.OutOfMemoryError:
-            raise RanOut("building the models" if step is None else step.doing) from None
-        return Sample(passes.count, time.perf_counter() - start)
+            raise RanOut("building the models" if step is None else step.phase) from None
+        return StepCost(passes.count, time.perf_counter() - start)
 
-    def ours(self, cache: TeacherCache, *, low_rank: bool = True, steps: int = 3, **options: Any) -> Sample:
-        """Steps of ours, after a first one."""
+    def run_ours(self, cache: TeacherCache, *, low_rank: bool = True, **options: Any) -> StepCost:
+        """Builds the model, takes a first step of ours, and measures `OUR_STEPS` more.
+
+        Args:
+            cache: made by `make_cache`.
+            low_rank: whether the localization loss is the low-rank one.
+            options: of `TrainingOptions`.
+
+        Raises:
+            RanOut: memory was not enough.
+        """
         times: list[float] = []
-        terms = Terms if low_rank else _DenseTerms
         with (
             tempfile.TemporaryDirectory() as folder,
-            mock.patch.object(trainer, "Terms", terms),
-            contextlib.redirect_stderr(io.StringIO()),  # progress bars
+            mock.patch.object(trainer, "Terms", Terms if low_rank else _DenseTerms),
+            contextlib.redirect_stderr(io.StringIO()),  # hides progress bars
         ):
-            chosen = replace(self.training, max_train_steps=1 + steps, **options)
+            training = replace(self.training, max_train_steps=1 + OUR_STEPS, **options)
             try:
-                model = self.model()
-                passes = _Passes(*model.experts)
-                train(model, cache, folder, chosen, on_step=lambda *_: times.append(time.perf_counter()))
+                model = random_model(self.size, self.device, self.dtype)
+                passes = _PassCounter(*model.experts)
+                train(model, cache, folder, training, on_step=lambda *_: times.append(time.perf_counter()))
             except (torch.OutOfMemoryError, MemoryError):
                 raise RanOut("the student") from None
-        return Sample(passes.count / (1 + steps), (times[-1] - times[0]) / steps)
+        return StepCost(passes.count / (1 + OUR_STEPS), (times[-1] - times[0]) / OUR_STEPS)
 
 
-def check(bench: Bench) -> float:
+def check(runner: StepRunner) -> float:
     """Compares both steps' attention maps, losses and gradients, at points of a teacher cache.
 
     Returns:
         The largest relative difference.
 
     Raises:
-        Disagreement: it is more than `TOLERANCE` has for the dtype.
+        Disagreement: it exceeds the `TOLERANCE` of the model's dtype.
     """
-    tolerance = TOLERANCE[bench.dtype]
-    step = bench.published_step()
+    step = runner.published_step()
     with torch.no_grad():
         for eraser in step.erasers.values():
             nn.init.normal_(eraser.up.weight, std=0.02)
     with tempfile.TemporaryDirectory() as folder:
-        bench.make_cache(Path(folder), 1)
+        runner.make_cache(Path(folder), 1)
         cache = TeacherCache.open(folder)
         target, kept = (cache.groups[name].rows([len(cache.groups[name]) // 2]) for name in ("target", "kept"))
-    x_t, x_t_kept = (points.x_t.to(bench.device, bench.dtype) for points in (target, kept))
-    t, t_kept, mask = target.t.to(bench.device), kept.t.to(bench.device), target.mask
-    if mask is None:
-        raise Disagreement("the cache has no masks")
-    theirs = step.losses(x_t, t, mask.to(bench.device), x_t_kept, t_kept)
-    terms = Terms(bench.training, device=bench.device, dtype=bench.dtype)
+    return max(_check_losses(runner, step, target, kept), _check_maps(runner, step, target))
+
+
+def _check_losses(runner: StepRunner, step: PublishedStep, target: Any, kept: Any) -> float:
+    """Compares the losses and their gradients. Returns the largest relative difference."""
+    if target.mask is None:
+        raise Disagreement("teacher cache: expected masks at the target points, got none")
+    x_t, x_t_kept = (points.x_t.to(runner.device, runner.dtype) for points in (target, kept))
+    t, t_kept, mask = (x.to(runner.device) for x in (target.t, kept.t, target.mask))
+    theirs = step.losses(x_t, t, mask, x_t_kept, t_kept)
+    terms = Terms(runner.training, device=runner.device, dtype=runner.dtype)
     unlearning, localization = terms.of_target(step.trained, step.erasers, target, ETA)
     ours = (unlearning, terms.of_kept(step.trained, kept), localization)
-    worst = 0.0
+    tolerance = TOLERANCE[runner.dtype]
+    differences = []
+    for name, weight, our_loss, their_loss in zip(theirs._fields, step.weights, ours, theirs, strict=True):
+        if our_loss is None:
+            raise Disagreement(f"{name} loss: expected a loss of ours, got none")
+        theirs_weighted = weight * their_loss
+        difference = check_relative_difference(f"{name} loss", our_loss.detach(), theirs_weighted.detach(), tolerance)
+        differences.append(difference)
+        gradient, their_gradient = (_flat_gradient(loss, step.parameters) for loss in (our_loss, theirs_weighted))
+        difference = check_relative_difference(f"gradient of the {name} loss", gradient, their_gradient, tolerance)
+        differences.append(difference)
+    return max(differences)
 
-    def agree(what: str, mine: Tensor, other: Tensor) -> None:
-        nonlocal worst
-        error = float((mine.double() - other.double()).norm() / other.double().norm())
-        worst = max(worst, error)
-        if not error <= tolerance:
-            raise Disagreement(f"{what}: relative difference {error:.1e}, at most {tolerance:.0e} expected")
 
-    for name, weight, mine, other in zip(theirs._fields, step.weights, ours, theirs, strict=True):
-        if mine is None:
-            raise Disagreement(f"{name} loss: ours has none")
-        other = weight * other
-        agree(f"{name} loss", mine.detach(), other.detach())
-        derived = (torch.autograd.grad(loss, step.parameters, retain_graph=True) for loss in (mine, other))
-        agree(f"gradient of the {name} loss", *(torch.cat([x.flatten() for x in gradients]) for gradients in derived))
-    captured: dict[str, Tensor] = {}
-    with torch.no_grad(), AttnMapsCapture(step.trained, captured):
-        step.trained(x_t, t, target.condition["encoder_hidden_states"].to(bench.device))
-    for mine, other in zip(captured.values(), step.maps(x_t, t).values(), strict=True):
-        agree("attention maps", mine, other)
-    return worst
+def _flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in torch.autograd.grad(loss, parameters, retain_graph=True)])
+
+
+def _check_maps(runner: StepRunner, step: PublishedStep, target: Any) -> float:
+    """Compares the attention maps. Returns the largest relative difference."""
+    x_t, t = target.x_t.to(runner.device, runner.dtype), target.t.to(runner.device)
+    ours: dict[str, Tensor] = {}
+    with torch.no_grad(), AttnMapsCapture(step.trained, ours):
+        step.trained(x_t, t, target.condition["encoder_hidden_states"].to(runner.device))
+    theirs = step.maps(x_t, t)
+    return max(
+        check_relative_difference("attention maps", our_map, their_map, TOLERANCE[runner.dtype])
+        for our_map, their_map in zip(ours.values(), theirs.values(), strict=True)
+    )

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastunlearn.bench import algorithms, cases, kernels
+from fastunlearn.bench import algorithms, cases, kernels, meters, whole_models
+from fastunlearn.bench.agreement import Disagreement
+from fastunlearn.demo import erase
 
 
 def test_floors_by_hand() -> None:
@@ -27,34 +31,47 @@ def test_floors_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peers_agree(dtype: torch.dtype) -> None:
-    made = [make() for _, make in cases.makers(["small"], dtype, "cpu")]
-    assert {case.name for case in made} == {
+    small_cases = [make() for _, make in cases.case_makers(["small"], dtype, "cpu")]
+    assert {case.name for case in small_cases} == {
         "guided velocity",
         "guided velocity, masked",
         "preservation",
         "localization, 2 layers",
     }
-    for case in made:
+    for case in small_cases:
         del case.peers["seed, compiled"]
         case.check()
 
 
-def test_no_speed_of_what_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cases, "seed_velocity_loss", lambda p, u, c, m: (p - u).abs().mean())
-    with pytest.raises(SystemExit, match="no speed of what disagrees: guided velocity .* is off by"):
-        kernels.main(["--device", "cpu", "--op", "velocity", "--runs", "1"])
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile fails, and the copy that measures the bandwidth is small."""
 
-
-def test_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # What has no compiler says so, and the others are measured all the same.
     def refuse(_: object) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(cases, "_compiled", refuse)
+    monkeypatch.setattr(kernels, "COPY_BYTES", meters.MIB)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_no_time_is_reported_when_losses_disagree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cases, "plain_velocity_loss", lambda p, u, c, m: (p - u).abs().mean())
+    with pytest.raises(SystemExit, match="results disagree, so no time is reported: guided velocity .* got "):
+        kernels.main(["--device", "cpu", "--op", "velocity", "--runs", "1"])
+    assert "guided velocity" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_peers_that_cannot_compile_are_reported_and_the_others_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "new" / "cpu.json"
     kernels.main(["--device", "cpu", "--dtype", "float32", "--runs", "2", "--output", str(output)])
     printed = capsys.readouterr().out
-    assert "not here: RuntimeError: no compiler" in printed
+    assert "unavailable: RuntimeError: no compiler" in printed
     report = json.loads(output.read_text())
     assert not list(output.parent.glob("*.partial"))
     assert {"command", "commit", "environment", "dtype"} <= report.keys()
@@ -69,9 +86,9 @@ def test_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "huge"], "size must be 'small', 'real', 'synthetic' or a number of MiB, got 'huge'"),
+        (["--size", "huge"], "--size: expected 'small', 'real', 'synthetic' or a number of MiB, got 'huge'"),
         (["--device", "nowhere"], "nowhere"),
-        (["--device", "cpu", "--runs", "0"], "--runs must be at least 1, got 0"),
+        (["--device", "cpu", "--runs", "0"], "--runs: expected at least 1, got 0"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
@@ -80,17 +97,21 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
 
 
 @pytest.fixture
-def small_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer of sizes that take no time, at which tokens x tokens are held and not."""
+def small_layer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One small layer, a softmax that fits into memory and one that does not, and the demo at a batch size of 1."""
     layer = algorithms.Layer(tokens=300, features=96, heads=2, channels=16)
     monkeypatch.setattr(algorithms, "LAYERS", {"cogvideox-2b": layer})
     monkeypatch.setattr(algorithms, "ATTENTION_SIZES", {"cpu": ((128, 300), 128)})
     monkeypatch.setattr(algorithms, "RANK", 8)
+    monkeypatch.setattr(erase, "POINTS_A_STEP", 1)
+    gc.freeze()  # the meter collects garbage before every call: it need not search what other modules and tests hold
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.usefixtures("small_layer")
-@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is known on Linux")
-def test_algorithms_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is known on Linux")
+def test_algorithms_print_tables_and_write_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "cpu.json"
     only = ["--only", "localization", "attention", "demo"]
     algorithms.main(["--device", "cpu", "--runs", "1", *only, "--output", str(output)])
@@ -113,18 +134,18 @@ def test_algorithms_table_and_report(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert row["peak_bytes"] >= 0
 
 
-def test_a_captured_forward_pass_beside_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
-    meter = algorithms.Meter(torch.device("cpu"), 1)
-    table = algorithms.captured_forward(meter, layers=1, heads=1, side=8)
+def test_a_captured_forward_pass_is_compared_with_a_plain_one(capsys: pytest.CaptureFixture[str]) -> None:
+    meter = meters.Meter(torch.device("cpu"), 1)
+    table = whole_models.captured_forward(meter, layers=1, heads=1, side=8)
     assert [row["peer"] for row in table["rows"]] == ["plain", "captured"]
     assert "64 + 226 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak of memory is known on Linux")
-def test_the_meter_sees_what_is_held_and_what_takes_long() -> None:
-    meter = algorithms.Meter(torch.device("cpu"), 3)
-    assert meter.peak_bytes(lambda: torch.ones(16 * cases.MIB)) >= 60 * cases.MIB
-    assert meter.peak_bytes(lambda: None) < 16 * cases.MIB
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's peak memory is known on Linux")
+def test_the_meter_measures_peak_memory_and_time() -> None:
+    meter = meters.Meter(torch.device("cpu"), 3)
+    assert meter.peak_bytes(lambda: torch.ones(16 * meters.MIB)) >= 60 * meters.MIB
+    assert meter.peak_bytes(lambda: None) < 16 * meters.MIB
     seconds = meter.seconds({"short": lambda: None, "long": lambda: time.sleep(0.01)})
     assert seconds["long"] >= 0.01 > seconds["short"]
 
@@ -133,58 +154,59 @@ def test_the_meter_sees_what_is_held_and_what_takes_long() -> None:
 @pytest.mark.parametrize(
     ("table", "name", "wrong"),
     [
-        ("localization", "seed_localization_loss", lambda outputs, mask: sum(o.square().sum() for o in outputs)),
+        ("localization", "plain_localization_loss", lambda outputs, mask: sum(o.square().sum() for o in outputs)),
         ("attention", "concept_attention", lambda query, key, *_, **options: torch.ones(1, key.shape[2])),
     ],
 )
-def test_no_speed_of_algorithms_that_disagree(
+def test_no_time_is_reported_when_algorithms_disagree(
     table: str, name: str, wrong: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(algorithms, name, wrong)
-    with pytest.raises(SystemExit, match=r"no speed of what disagrees: .* relative error"):
+    with pytest.raises(SystemExit, match=r"results disagree, so no time is reported: .* relative difference"):
         algorithms.main(["--device", "cpu", "--only", table, "--runs", "1"])
     assert "with lse" not in capsys.readouterr().out
 
 
-def test_no_speed_of_a_forward_pass_with_other_bits_or_fewer_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = algorithms.Meter(torch.device("cpu"), 1)
+def test_no_time_is_reported_for_a_captured_pass_with_other_bits_or_fewer_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = meters.Meter(torch.device("cpu"), 1)
 
-    def deaf(*_: object, **__: object) -> contextlib.nullcontext[None]:
+    def captures_nothing(*_: object, **__: object) -> contextlib.nullcontext[None]:
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(algorithms, "AttnMapsCapture", deaf)
-    with pytest.raises(cases.Disagreement, match="a map of each of 1 layers, got 0"):
-        algorithms.captured_forward(meter, layers=1, heads=1, side=8)
-    as_velocity_model = algorithms.as_velocity_model
+    monkeypatch.setattr(whole_models, "AttnMapsCapture", captures_nothing)
+    with pytest.raises(Disagreement, match="a map of each of 1 layers, got 0"):
+        whole_models.captured_forward(meter, layers=1, heads=1, side=8)
+    as_velocity_model = whole_models.as_velocity_model
 
     def noisy(transformer: torch.nn.Module) -> object:
         model = as_velocity_model(transformer)
         return lambda *arguments: model(*arguments) + torch.randn(())
 
-    monkeypatch.setattr(algorithms, "as_velocity_model", noisy)
-    with pytest.raises(cases.Disagreement, match="same bits"):
-        algorithms.captured_forward(meter, layers=1, heads=1, side=8)
+    monkeypatch.setattr(whole_models, "as_velocity_model", noisy)
+    with pytest.raises(Disagreement, match="same bits"):
+        whole_models.captured_forward(meter, layers=1, heads=1, side=8)
 
 
-def test_no_speed_of_a_demo_step_that_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    capture = algorithms.EraserOutputsCapture
+@pytest.mark.usefixtures("small_layer")
+def test_no_time_is_reported_when_demo_steps_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = whole_models.EraserOutputsCapture
 
     def wrong(
         model: torch.nn.Module, erasers: dict[str, torch.nn.Module], outputs: object, *, low_rank: bool
     ) -> object:
         return capture(model, dict(list(erasers.items())[low_rank:]), outputs, low_rank=low_rank)
 
-    monkeypatch.setattr(algorithms, "EraserOutputsCapture", wrong)
-    with pytest.raises(cases.Disagreement, match="the demo's step: relative error"):
-        algorithms.demo_step(algorithms.Meter(torch.device("cpu"), 1))
+    monkeypatch.setattr(whole_models, "EraserOutputsCapture", wrong)
+    with pytest.raises(Disagreement, match="the demo's step: expected a relative difference"):
+        whole_models.demo_step(meters.Meter(torch.device("cpu"), 1))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "nowhere"], "nowhere"),
-        (["--device", "meta"], "--device must be a CPU or a CUDA GPU, got meta"),
-        (["--device", "cpu", "--runs", "0"], "--runs must be at least 1, got 0"),
+        (["--device", "meta"], "device: 'meta' cannot be used"),
+        (["--device", "cpu", "--runs", "0"], "--runs: expected at least 1, got 0"),
     ],
 )
 def test_bad_arguments_of_algorithms(arguments: list[str], message: str) -> None:
@@ -192,9 +214,15 @@ def test_bad_arguments_of_algorithms(arguments: list[str], message: str) -> None
         algorithms.main(arguments)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is on Linux")
-def test_every_byte_is_the_floor_s() -> None:
-    command = [sys.executable, "-m", "fastunlearn.bench.traffic"]
+def test_only_devices_with_a_known_peak_memory_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "usable_device", torch.device)
+    with pytest.raises(ValueError, match="--device: expected a CPU or a CUDA GPU, got xpu"):
+        meters.measurable_device("xpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
+def test_kernels_move_exactly_the_floor() -> None:
+    command = [sys.executable, "-m", "fastunlearn.bench.traffic", "--size", "small"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     _, *rows = result.stdout.splitlines()
