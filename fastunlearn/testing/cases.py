@@ -1,4 +1,4 @@
-"""The grid of cases that every backend and device has to pass."""
+"""The grid of cases that every backend has to pass on every device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.functional import LowRankOutput, localization_loss
+from fastunlearn.ops.arguments import check_choice
 from fastunlearn.ops.dispatch import OPS
 from fastunlearn.testing import checks
 from fastunlearn.testing.error_bound import Comparison
@@ -17,23 +18,23 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Case(NamedTuple):
-    """One call of an operation, to be run on a device and a backend."""
+    """One checked call of an operation, for any device and backend."""
 
     op: str
     dtype: torch.dtype
     name: str
     run: Callable[[torch.device, str | None], list[Comparison]]
-    """(device, backend) -> every comparison made. Raises AssertionError."""
+    """Takes a device and a backend, and returns all comparisons. Raises AssertionError if one fails."""
 
 
 def random_tensors(shape: Sequence[int], dtypes: Sequence[torch.dtype], seed: int = 0) -> list[Tensor]:
-    """Normally distributed tensors on the CPU, the same for the same seed on every machine."""
+    """One normally distributed tensor per dtype, on the CPU. A seed gives the same numbers on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(*shape, generator=generator).to(dtype) for dtype in dtypes]
 
 
 def random_mask(kind: str, shape: Sequence[int], seed: int = 1) -> Tensor:
-    """A mask on the CPU: "soft", "half" (float16), "bool", "int", "ones" or "zeros"."""
+    """A mask on the CPU. `kind` is "soft" (float32), "half" (soft, float16), "bool", "int", "ones" or "zeros"."""
     soft = torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
     hard = soft > 0.4
     return {
@@ -47,18 +48,17 @@ def random_mask(kind: str, shape: Sequence[int], seed: int = 1) -> Tensor:
 
 
 def cases(ops: Sequence[str] = OPS, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
-    """Every case of some operations and dtypes.
+    """All cases of the given operations and dtypes.
 
     Args:
-        ops: names of `fastunlearn.functional`'s operations.
-        dtypes: of the tensors; where a case mixes dtypes, of the first.
+        ops: names of operations, from `fastunlearn.ops.dispatch.OPS`.
+        dtypes: of the tensors. In cases that mix dtypes, of the first tensor.
 
     Raises:
-        ValueError: an unknown operation.
+        ValueError: an operation is unknown.
     """
-    unknown = [op for op in ops if op not in OPS]
-    if unknown:
-        raise ValueError(f"ops must be among {', '.join(OPS)}; got {unknown[0]!r}")
+    for op in ops:
+        check_choice("ops", op, OPS)
     makers = {
         "negatively_guided_velocity": _guided_velocity_cases,
         "negatively_guided_velocity_loss": lambda dtype: _velocity_cases(dtype, "negatively_guided_velocity_loss", 3),
@@ -79,24 +79,24 @@ def _velocity_cases(dtype: torch.dtype, op: str, count: int) -> Iterator[Case]:
         shape: Sequence[int] = shape,
         dtypes: Sequence[torch.dtype] = (dtype,) * 3,
         arrange: Callable[[Tensor], Tensor] = lambda x: x,
-        wanted: str = "all",
+        all_gradients: bool = True,
         upstream: Tensor | None = None,
         **options: Any,
     ) -> Case:
         def run(device: torch.device, backend: str | None) -> list[Comparison]:
             inputs = [arrange(x.to(device)) for x in random_tensors(shape, dtypes[:count])]
-            for x in inputs if wanted == "all" else inputs[:1]:
+            for x in inputs if all_gradients else inputs[:1]:
                 x.requires_grad_()
             on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
-            given = None if upstream is None else upstream.to(device)
-            return checks.check_velocity_loss(inputs, upstream=given, backend=backend, **on_device)
+            gradient = None if upstream is None else upstream.to(device)
+            return checks.check_velocity_loss(inputs, upstream=gradient, backend=backend, **on_device)
 
         return Case(op, dtype, name, run)
 
     for loss_type in ("l2", "l1"):
         for reduction in ("mean", "sum", "none"):
             yield case(f"{loss_type} {reduction}", loss_type=loss_type, reduction=reduction, weight=0.5)
-        yield case(f"{loss_type}, prediction's gradient only", loss_type=loss_type, wanted="prediction")
+        yield case(f"{loss_type}, prediction's gradient only", loss_type=loss_type, all_gradients=False)
         for kind in ("soft", "half", "bool", "int", "ones"):
             for normalization in ("all", "mask"):
                 yield case(
@@ -115,8 +115,8 @@ def _velocity_cases(dtype: torch.dtype, op: str, count: int) -> Iterator[Case]:
     yield case("channels third", channel_dim=2, mask=random_mask("soft", (2, 3, 5, 7)), shape=(2, 3, 3, 5, 7))
     for shape_ in ((1, 1), (1, 3, 7), (3, 1, 13, 17), (5,), (2, 3, 2, 3, 2, 3), (2, 8, 5, 16, 32)):
         yield case(f"shape {shape_}", shape=shape_)
-    # Eager torch's mean of nothing is NaN.
     yield case("empty batch", shape=(0, 3, 4, 5), reduction="sum")
+    yield case("empty batch, mean", shape=(0, 3, 4, 5))
     yield case("permuted", arrange=lambda x: x.permute(4, 1, 3, 2, 0).detach(), mask=random_mask("soft", (7, 5, 3, 2)))
     yield case("sliced", arrange=lambda x: x[..., ::2].detach(), reduction="none")
     yield case("expanded", arrange=lambda x: x[:1].expand(4, *x.shape[1:]).detach())
@@ -137,7 +137,7 @@ def _velocity_cases(dtype: torch.dtype, op: str, count: int) -> Iterator[Case]:
 def _velocity_gradcheck(count: int, loss_type: str) -> Callable[[torch.device, str | None], list[Comparison]]:
     def run(device: torch.device, backend: str | None) -> list[Comparison]:
         inputs = [x.to(device) for x in random_tensors((2, 2, 3, 2), [torch.float64] * count)]
-        # Apart by one at least, so that no finite difference crosses the kink of l1.
+        # At least one apart, so that no finite difference crosses the kink of l1.
         inputs[0] = inputs[0] + 10
         options: dict[str, Any] = {
             "mask": random_mask("soft", (2, 2, 1)).to(device),
@@ -182,7 +182,15 @@ def _localization_cases(dtype: torch.dtype) -> Iterator[Case]:
             mask = random_mask("bool", (2, *grid))
             yield case(f"{loss_type} {normalization}, layers apart", [tokens, (2, 30, 1), tokens], mask, **options)
             yield case(f"{loss_type} {normalization}, wide tokens", [(2, 30, 64)] * 2, mask, upstream=1024.0, **options)
-    yield case("more layers than a launch takes", [(2, 30, 16)] * 18, random_mask("bool", (2, *grid)), weight=0.5)
+        mean: dict[str, Any] = {"loss_type": loss_type, "normalization": "mean"}
+        yield case(f"{loss_type} mean, tokens, soft mask", [tokens] * 3, random_mask("soft", (2, *grid)), **mean)
+        mask = random_mask("bool", (1, 2, 3, 4))
+        yield case(
+            f"{loss_type} mean, feature maps, mask of another resolution", [features, (2, 1, 4, 4, 4)], mask, **mean
+        )
+    mask = random_mask("bool", (2, *grid))
+    yield case("mean, wide tokens", [(2, 30, 64)] * 2, mask, upstream=1024.0, normalization="mean", weight=0.5)
+    yield case("more layers than a launch takes", [(2, 30, 16)] * 18, mask, weight=0.5)
     if dtype == torch.float64:
         yield Case("localization_loss", dtype, "gradcheck", _localization_gradcheck)
 
@@ -194,7 +202,7 @@ def _localization_gradcheck(device: torch.device, backend: str | None) -> list[C
     ]
     mask = random_mask("soft", (2, 3, 2)).to(device)
     for loss_type in ("l2", "l1"):
-        for normalization in ("sum", "background_mean"):
+        for normalization in ("sum", "mean", "background_mean"):
             options: dict[str, Any] = {"loss_type": loss_type, "normalization": normalization, "weight": 0.7}
             options["backend"] = backend
             checks.check_gradients(lambda *x, options=options: localization_loss(x, mask, **options).loss, outputs)
@@ -212,17 +220,17 @@ def low_rank_outputs(
     kind: str = "random",
     with_bias: bool = True,
 ) -> list[LowRankOutput]:
-    """Low-rank outputs on the CPU, the same everywhere.
+    """Random low-rank outputs on the CPU, the same on every machine.
 
     Args:
-        layers: how many.
+        layers: the number of layers.
         tokens: (B, N).
         features: D.
         rank: r.
         dtype: of `hidden`.
-        weight_dtype: of the parameters, if it is another.
-        kind: "random"; "fresh", of zero parameters; "biased", a large bias; "cancelling", where the bias is about minus
-            hidden @ weight.T.
+        weight_dtype: of `weight` and `bias`, if it differs from that of `hidden`.
+        kind: "random"; "fresh", with parameters of 0; "biased", with a large bias; "cancelling", with a bias of about
+            minus hidden @ weight.T.
         with_bias: whether there is a bias.
     """
     outputs = []
@@ -285,12 +293,12 @@ def _low_rank_cases(dtype: torch.dtype) -> Iterator[Case]:
     soft = random_mask("soft", (2, *grid))
     for normalization in ("sum", "background_mean"):
         for kind in ("soft", "half", "bool", "int", "ones", "zeros"):
-            if kind == "ones" and normalization == "background_mean":
-                continue  # eager torch divides by the sum of nothing
             mask = random_mask(kind, (1 if kind == "half" else 2, *grid))
             yield case(f"{normalization}, {kind} mask", mask, normalization=normalization, weight=0.5)
         for kind in ("fresh", "biased", "cancelling"):
             yield case(f"{normalization}, {kind}", soft, normalization=normalization, kind=kind)
+    yield case("mean, soft mask", soft, normalization="mean", weight=0.5)
+    yield case("mean, bool mask", random_mask("bool", (2, *grid)), normalization="mean", upstream=1024.0)
     yield case("no bias", soft, with_bias=False)
     yield case("float32 weights", soft, weight_dtype=torch.float32, upstream=1024.0)
     for rank, features in ((1, 2), (7, 9), (40, 130), (130, 140)):
@@ -307,7 +315,7 @@ def _low_rank_cases(dtype: torch.dtype) -> Iterator[Case]:
 def _low_rank_gradcheck(device: torch.device, backend: str | None) -> list[Comparison]:
     (output,) = low_rank_outputs(1, (2, 6), 4, 3, torch.float64)
     mask = random_mask("soft", (2, 3, 2)).to(device)
-    for normalization in ("sum", "background_mean"):
+    for normalization in ("sum", "mean", "background_mean"):
         options: dict[str, Any] = {"normalization": normalization, "weight": 0.7, "backend": backend}
         checks.check_gradients(
             lambda *x, options=options: localization_loss([LowRankOutput(*x)], mask, **options).loss,
@@ -353,16 +361,16 @@ def _attention_cases(dtype: torch.dtype) -> Iterator[Case]:
         return Case("concept_attention", dtype, name, run)
 
     for with_lse in (False, True):
-        given = ", lse given" if with_lse else ""
+        suffix = ", lse given" if with_lse else ""
         for is_masked in (False, True):
-            yield case(("keys masked" if is_masked else "all keys") + given, is_masked=is_masked, with_lse=with_lse)
+            yield case(("keys masked" if is_masked else "all keys") + suffix, is_masked=is_masked, with_lse=with_lse)
         for channels in (1, 40, 64, 128):
-            yield case(f"{channels} channels{given}", channels=channels, with_lse=with_lse)
-        yield case(f"other tokens a sample{given}", tokens=[[3, -1, 7], [-1, 0, 0]], with_lse=with_lse)
-        yield case(f"twenty tokens{given}", tokens=list(range(20)), with_lse=with_lse)
-        yield case(f"transposed{given}", arrange=lambda x: x.mT.contiguous().mT, with_lse=with_lse)
-        yield case(f"long{given}", queries=150, keys=333, heads=1, with_lse=with_lse, is_masked=True)
-        yield case(f"float32 keys{given}", key_dtype=torch.float32, with_lse=with_lse)
+            yield case(f"{channels} channels{suffix}", channels=channels, with_lse=with_lse)
+        yield case(f"tokens per sample{suffix}", tokens=[[3, -1, 7], [-1, 0, 0]], with_lse=with_lse)
+        yield case(f"twenty tokens{suffix}", tokens=list(range(20)), with_lse=with_lse)
+        yield case(f"transposed{suffix}", arrange=lambda x: x.mT.contiguous().mT, with_lse=with_lse)
+        yield case(f"long{suffix}", queries=150, keys=333, heads=1, with_lse=with_lse, is_masked=True)
+        yield case(f"float32 keys{suffix}", key_dtype=torch.float32, with_lse=with_lse)
     yield case("one key", keys=1, tokens=[0])
     yield case("sharp", factor=30.0)
     yield case("heads inside", arrange=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), heads=5, tokens=[1])

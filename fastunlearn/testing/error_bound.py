@@ -1,4 +1,4 @@
-"""The error that a result may have: a multiple of eager torch's own, never a flat tolerance."""
+"""The error that a result may have: a multiple of eager torch's own error, never a flat tolerance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastunlearn.testing.oracle import to_numpy
 
 
 class Comparison(NamedTuple):
-    """The largest errors of a result and of eager torch's, in absolute terms, and what is allowed."""
+    """The largest absolute errors of a result and of eager torch's result, and the largest error allowed."""
 
     what: str
     error: float
@@ -31,28 +31,29 @@ def compare(
     magnitude: float | None = None,
     compute: torch.dtype,
 ) -> Comparison:
-    """The error of `actual`, checked: at most twice that of `eager` plus what rounding may add.
+    """Check that the error of `actual` is at most twice that of `eager`, plus what rounding may add.
 
     Args:
-        what: what the result is called.
+        what: the name of the result in messages.
         actual: the result under test.
         eager: eager torch's result, computed in `compute` and rounded to the dtype of `actual`.
-        exact: the float64 oracle's.
+        exact: the float64 oracle's result.
         terms: how many numbers of one sign are added up to make an element. A sum in another order than eager's may
-            lose another half unit at every level of a pairwise sum, and its factors a few units.
-        roundings: how often a result is rounded to its dtype: a gradient twice, as it is written by the forward pass,
-            and as it is multiplied by the upstream gradient. On few elements eager's one rounding may be a lucky one.
-        magnitude: of what cancels in the sum; that of the result if None.
+            lose another half unit at each level of a pairwise sum, and the factors of the terms a few units.
+        roundings: how often a result is rounded to its dtype. A gradient is rounded twice: when the forward pass writes
+            it, and when it is multiplied by the upstream gradient. With few elements, eager's one rounding may happen
+            to be exact.
+        magnitude: the size of the numbers that cancel in the sum; the size of the result if None.
         compute: the dtype of the arithmetic.
 
     Raises:
-        AssertionError: another dtype or shape, an error over the bound, or a bound that zeros would pass.
+        AssertionError: dtype or shape differ, the error is larger than the bound, or the bound would accept zeros.
     """
-    # Not `assert`: Python's -O would take the checks away.
+    # Not `assert`, which Python's -O removes.
     if actual.dtype != eager.dtype:
-        raise AssertionError(f"{what} has dtype {actual.dtype}, not {eager.dtype}")
+        raise AssertionError(f"{what}: expected dtype {eager.dtype}, got {actual.dtype}")
     if not tuple(actual.shape) == tuple(eager.shape) == np.shape(exact):
-        raise AssertionError(f"{what} has shape {tuple(actual.shape)}, not {np.shape(exact)}")
+        raise AssertionError(f"{what}: expected shape {np.shape(exact)}, got {tuple(actual.shape)}")
     exact = np.asarray(exact)
     if exact.size == 0:
         return Comparison(what, 0.0, 0.0, 0.0)
@@ -63,10 +64,10 @@ def compare(
     allowance += torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
     eager_error = np.abs(to_numpy(eager) - exact).max()
     bound = 2 * eager_error + allowance
-    # A bound that lets zeros pass checks nothing. (Results too small for their dtype are zeros.)
+    # A bound that accepts zeros checks nothing, except for results so small that they round to 0.
     if largest > torch.finfo(actual.dtype).smallest_normal and not bound < largest / 2:
         raise AssertionError(f"{what}: the bound {bound} would accept zeros: the exact result is {largest}")
     error = np.abs(to_numpy(actual) - exact).max()
     if not error <= bound:
-        raise AssertionError(f"{what}: error {error} is over the bound {bound}")
+        raise AssertionError(f"{what}: expected an error of at most {bound}, got {error}")
     return Comparison(what, float(error), float(eager_error), float(bound))

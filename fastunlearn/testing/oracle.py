@@ -8,12 +8,12 @@ import numpy as np
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """A tensor or array in float64, on the CPU."""
+    """A tensor or array as a float64 array."""
     return np.asarray(x.detach().double().cpu().numpy() if hasattr(x, "detach") else x, dtype=np.float64)
 
 
 def nearest(mask: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
-    """(B, *any) at the resolution `spatial`: position i reads floor(i * in / out), in float32 as torch does."""
+    """The mask (B, *any) resized to `spatial`: position i reads floor(i * in / out), in float32 as torch does."""
     for axis, size in enumerate(spatial, start=1):
         step = np.float32(mask.shape[axis]) / np.float32(max(size, 1))
         index = np.floor(np.arange(size, dtype=np.float32) * step).astype(np.int64)
@@ -22,7 +22,7 @@ def nearest(mask: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:
 
 
 def weighted(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Weights * values, with 0 * anything = 0."""
+    """The product weights * values, with 0 * anything = 0."""
     with np.errstate(invalid="ignore"):
         return np.where(weights == 0, 0.0, weights * values)
 
@@ -84,7 +84,7 @@ def localization_loss(
     weight: float = 1.0,
     upstream: float = 1.0,
 ) -> dict[str, Any]:
-    """The loss, every layer's term, and the gradients, a list. A mask is (B or 1, N) or (B or 1, *spatial)."""
+    """The loss, the layers' terms, and a list of gradients. A mask is (B or 1, N) or (B or 1, *spatial)."""
     terms, gradients = [], []
     for output, mask in zip(outputs, masks, strict=True):
         o, m = to_numpy(output), to_numpy(mask)
@@ -95,7 +95,7 @@ def localization_loss(
         row_shape = list(o.shape)
         row_shape[2 if o.ndim == 3 else 1] = 1
         rows = np.broadcast_to(outside, row_shape)
-        divisor = o.shape[0] if normalization == "sum" else features * rows.sum()
+        divisor = {"sum": o.shape[0], "mean": o.size, "background_mean": features * rows.sum()}[normalization]
         factor = 1 / divisor if divisor else 0.0
         x = weighted(rows, o)
         rho, slope = (x**2, 2 * x) if loss_type == "l2" else (np.abs(x), np.sign(x))
@@ -111,38 +111,38 @@ def localization_loss(
 def low_rank_localization_loss(
     outputs: list[tuple[Any, Any, Any]], masks: list[Any], *, loss_type: str = "l2", **options: Any
 ) -> dict[str, Any]:
-    """The dense loss of hidden @ weight.T + bias, the gradients by the chain rule: (hidden, weight, bias) a layer.
+    """The dense loss of hidden @ weight.T + bias, with gradients (hidden, weight, bias) per layer, by the chain rule.
 
-    `magnitudes`: of what adds up to the terms and to the three gradients, were nothing to cancel.
+    `magnitudes`, per layer: the size that the term and the three gradients would have if nothing cancelled.
     """
     factors = [tuple(np.zeros(1) if x is None else to_numpy(x) for x in output) for output in outputs]
-    # A row that is not read adds nothing to a weight's gradient, whatever it holds.
+    # A row of weight 0 adds nothing to the gradient of `weight`, whatever it holds.
     factors = [
         (np.where((1 - to_numpy(m) == 0)[:, :, None], 0.0, h), w, b)
         for (h, w, b), m in zip(factors, masks, strict=True)
     ]
     dense = [h @ w.T + b for h, w, b in factors]
-    found = localization_loss(dense, masks, loss_type=loss_type, **options)
+    exact = localization_loss(dense, masks, loss_type=loss_type, **options)
     lengths = [
         (np.linalg.norm(h @ w.T, axis=2) + np.linalg.norm(b * np.ones(w.shape[0])))[:, :, None] for h, w, b in factors
     ]
     bounds = localization_loss(lengths, masks, loss_type=loss_type, **options)
     gradients, magnitudes = [], []
     for (h, w, _), slope, bound, term in zip(
-        factors, found["gradients"], bounds["gradients"], bounds["per_layer"], strict=True
+        factors, exact["gradients"], bounds["gradients"], bounds["per_layer"], strict=True
     ):
         gradients.append((slope @ w, np.einsum("bnd,bnr->dr", slope, h), slope.sum((0, 1))))
-        share = 1 / w.shape[0] if options.get("normalization") == "background_mean" else 1.0
+        share = 1.0 if options.get("normalization", "sum") == "sum" else 1 / w.shape[0]
         steep = share * np.abs(bound)
         row = np.linalg.norm(w) * steep.max(initial=0)
         magnitudes.append((share * term, row, (steep * np.linalg.norm(h, axis=2, keepdims=True)).sum(), steep.sum()))
-    return {**found, "gradients": gradients, "magnitudes": magnitudes}
+    return {**exact, "gradients": gradients, "magnitudes": magnitudes}
 
 
 def concept_attention(
     query: Any, key: Any, token_indices: Any, *, scale: float | None = None, key_mask: Any = None
 ) -> np.ndarray:
-    """(B, Sq), with the whole Sq x Sk matrix."""
+    """The attention (B, Sq) to the tokens, from the whole Sq x Sk matrix."""
     q, k = to_numpy(query), to_numpy(key)
     batch, _, queries, d = q.shape
     logits = np.einsum("bhqd,bhkd->bhqk", q, k) * (d**-0.5 if scale is None else scale)
@@ -160,7 +160,7 @@ def concept_attention(
 
 
 def velocity_error_weight(alphas_cumprod: Any, t: Any, prediction_type: str, loss_type: str) -> np.ndarray:
-    """The factor between prediction error and velocity error, squared under "l2"."""
+    """The velocity error divided by the prediction error, squared under "l2"."""
     a = to_numpy(alphas_cumprod)[to_numpy(t).astype(int)]
     root = np.sqrt(a) if prediction_type == "epsilon" else np.sqrt(1 - a)
     factor = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)

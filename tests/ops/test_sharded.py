@@ -1,4 +1,4 @@
-"""Losses over a process group: shards on 2 and 4 processes against the whole, all in `sharded.py`."""
+"""Losses over a process group: shards on 2 and 4 processes against the whole tensors, in `sharded_losses_worker.py`."""
 
 import importlib.util
 import os
@@ -17,8 +17,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
     not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo to reduce with"
 )
 @pytest.mark.parametrize("processes", [2, 4])
-def test_losses_over_a_group_are_those_of_the_whole(processes: int, tmp_path: Path) -> None:
-    # Kernels too, in Triton's interpreter, where it is cheapest.
+def test_losses_over_a_group_are_those_of_the_whole_tensors(processes: int, tmp_path: Path) -> None:
+    # Run the kernels too, in Triton's interpreter, with as few processes as possible.
     interpreted = {"TRITON_INTERPRET": "1"} if processes == 2 and HAS_TRITON else {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **interpreted}
     if not interpreted:

@@ -1,8 +1,8 @@
-"""A process of a group: losses over shards against the oracle's of the whole. Run by test_group.py.
+"""One process of a group: losses of shards against the oracle's of the whole tensors. Run by `test_sharded.py`.
 
-    python sharded.py RANK WORLD_SIZE STORE
+    python sharded_losses_worker.py RANK WORLD_SIZE STORE
 
-Every process makes the same calls in the same order. A wrong result is reported at the end, so that no process waits
+Every process makes the same calls in the same order. Wrong results are reported at the end, so that no process waits
 for one that has stopped.
 """
 
@@ -41,7 +41,7 @@ LAYOUTS = {
 UNEVEN = LAYOUTS["uneven"]
 failures: list[str] = []
 shared: list[Tensor] = []
-"""What has to have the same bits on every process."""
+"""Values that must have the same bits on every process."""
 
 
 def shard(x: Tensor, dim: int, sizes: Sequence[int] = UNEVEN) -> Tensor:
@@ -49,7 +49,7 @@ def shard(x: Tensor, dim: int, sizes: Sequence[int] = UNEVEN) -> Tensor:
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails where a number is read from a device."""
+    """Fails if a number is read from a device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default, "a call waits for the device"
@@ -63,9 +63,9 @@ def in_one_all_reduce(call: Callable[[], Any]) -> Any:
     return result
 
 
-def check(name: str, run: Callable[[], None]) -> None:
+def collect_failure(name: str, check: Callable[[], None]) -> None:
     try:
-        run()
+        check()
     except AssertionError as error:
         failures.append(f"process {RANK} of {WORLD_SIZE}, {name}: {error}")
 
@@ -88,30 +88,30 @@ def check_velocity(
     own = [shard(x, dim, sizes) for x in inputs]
     own_options = dict(options)
     channel_dim = options.get("channel_dim", 1)
-    # In masks there is no channel dim.
-    own_dims = {"mask": dim - (dim > channel_dim), "sample_weight": 0}
-    for name in own_dims:
-        if name in options and (name == "mask" or dim == 0) and options[name].shape[own_dims[name]] == LENGTH:
-            own_options[name] = shard(options[name], own_dims[name], sizes)
+    # Masks have no channel dim.
+    shard_dims = {"mask": dim - (dim > channel_dim), "sample_weight": 0}
+    for name in shard_dims:
+        if name in options and (name == "mask" or dim == 0) and options[name].shape[shard_dims[name]] == LENGTH:
+            own_options[name] = shard(options[name], shard_dims[name], sizes)
     result = in_one_all_reduce(lambda: op(*own, **own_options, backend=backend, group=dist.group.WORLD))
     gradients = torch.autograd.grad(result.loss, own, torch.full_like(result.loss, upstream))
 
-    compute = compute_dtype(*inputs, *(options.get(name) for name in own_dims))
+    compute = compute_dtype(*inputs, *(options.get(name) for name in shard_dims))
     exact = oracle.velocity_loss(*inputs, **options, upstream=upstream)
     expected, *_ = velocity_loss_of(inputs, definition, **options)
     others = torch.autograd.grad(expected, inputs, torch.full_like(expected, upstream))
 
-    def of_shard(whole: Any) -> Tensor:
+    def own_shard(whole: Any) -> Tensor:
         return shard(torch.as_tensor(whole), dim, sizes)
 
     terms = inputs[0].numel()
     if options.get("reduction") == "none":
-        compare("losses", result.loss, of_shard(expected), of_shard(exact["loss"]), compute=compute)
+        compare("losses", result.loss, own_shard(expected), own_shard(exact["loss"]), compute=compute)
     else:
         compare("loss", result.loss, expected, exact["loss"], terms=terms, compute=compute)
         shared.append(result.loss.detach().double())
     for name, gradient, other in zip(("prediction", "uncond", "cond"), gradients, others, strict=False):
-        compare(name, gradient, of_shard(other), of_shard(exact[name]), terms=terms, roundings=2, compute=compute)
+        compare(name, gradient, own_shard(other), own_shard(exact[name]), terms=terms, roundings=2, compute=compute)
     for name in ("prediction_norm", "target_norm"):
         norm = getattr(result, name)
         assert not norm.requires_grad
@@ -156,7 +156,7 @@ Layers = list[Tensor | LowRankOutput]
 
 
 def layers_of(dtype: torch.dtype, kinds: Sequence[str], features: Sequence[int]) -> Layers:
-    """Layers of 2 * LENGTH tokens, or feature maps of as many positions. Parameters are float32 over a half hidden."""
+    """Layers of 2 * LENGTH tokens or positions. A half-precision `hidden` has float32 weights."""
     layers: Layers = []
     for seed, (kind, size) in enumerate(zip(kinds, features, strict=True)):
         if kind == "low rank":
@@ -195,7 +195,7 @@ def check_localization(
     **options: Any,
 ) -> None:
     whole = layers_of(dtype, kinds, features)
-    of_layers = [random_mask("soft", (2, LENGTH, 2))] * len(whole) if masks is None else list(masks)
+    layer_masks = [random_mask("soft", (2, LENGTH, 2))] * len(whole) if masks is None else list(masks)
     token_sizes = [2 * size for size in sizes]
 
     def own_layer(layer: Tensor | LowRankOutput) -> Tensor | LowRankOutput:
@@ -204,30 +204,30 @@ def check_localization(
         return shard(layer, 1, token_sizes) if layer.dim() == 3 else shard(layer, 2, sizes)
 
     own = [own_layer(layer) for layer in whole]
-    own_masks = {id(m): shard(m, 1, sizes) for m in of_layers}
+    own_masks = {id(m): shard(m, 1, sizes) for m in layer_masks}
     for x in flat(own):
         x.requires_grad_()
     result = in_one_all_reduce(
         lambda: localization_loss(
             {str(i): layer for i, layer in enumerate(own)},
-            {str(i): own_masks[id(m)] for i, m in enumerate(of_layers)},
+            {str(i): own_masks[id(m)] for i, m in enumerate(layer_masks)},
             backend=backend,
             group=dist.group.WORLD,
             **options,
         )
     )
-    found = torch.autograd.grad(result.loss, flat(own), torch.full_like(result.loss, upstream))
-    gradients = [x.contiguous() for x in found]  # gloo gets others wrong
+    gradients = torch.autograd.grad(result.loss, flat(own), torch.full_like(result.loss, upstream))
+    gradients = [x.contiguous() for x in gradients]  # gloo's all-reduce is wrong for other layouts
     parameters = {id(x) for layer in own if isinstance(layer, LowRankOutput) for x in layer[1:]}
     for x, gradient in zip(flat(own), gradients, strict=True):
         if id(x) in parameters:
             dist.all_reduce(gradient)
 
     # The oracle takes one kind of layer at a time.
-    eager_masks = [m.flatten(1) if kind != "feature map" else m for kind, m in zip(kinds, of_layers, strict=True)]
+    eager_masks = [m.flatten(1) if kind != "feature map" else m for kind, m in zip(kinds, layer_masks, strict=True)]
     for x in flat(whole):
         x.requires_grad_()
-    compute = compute_dtype(*flat(whole), *of_layers)
+    compute = compute_dtype(*flat(whole), *layer_masks)
     expected, _ = definition.localization_loss([dense(layer) for layer in whole], eager_masks, **options)
     eager_gradients = torch.autograd.grad(expected, flat(whole), torch.full_like(expected, upstream))
     others = iter(eager_gradients)
@@ -235,25 +235,25 @@ def check_localization(
     per_layer, own_gradients = [], iter(gradients)
     terms = 1000
     for i, (layer, m) in enumerate(zip(whole, eager_masks, strict=True)):
-        of_layer = {**options, "weight": share, "upstream": upstream}
+        layer_options = {**options, "weight": share, "upstream": upstream}
         low_rank = isinstance(layer, LowRankOutput)
         exact: dict[str, Any] = (oracle.low_rank_localization_loss if low_rank else oracle.localization_loss)(
-            [layer], [m], **of_layer
+            [layer], [m], **layer_options
         )
         per_layer.append(exact["per_layer"][0])
         exact_gradients = exact["gradients"][0] if low_rank else exact["gradients"]
         magnitudes = exact["magnitudes"][0][1:] if low_rank else [None]
-        for j, (of_x, magnitude) in enumerate(zip(exact_gradients, magnitudes, strict=True)):
+        for j, (exact_gradient, magnitude) in enumerate(zip(exact_gradients, magnitudes, strict=True)):
             gradient, other = next(own_gradients), next(others)
-            of_x = torch.as_tensor(of_x)
+            exact_gradient = torch.as_tensor(exact_gradient)
             if j == 0:
-                dim, of_dim = (1, token_sizes) if gradient.dim() == 3 else (2, list(sizes))
-                other, of_x = shard(other, dim, of_dim), shard(of_x, dim, of_dim)
+                dim, dim_sizes = (1, token_sizes) if gradient.dim() == 3 else (2, list(sizes))
+                other, exact_gradient = shard(other, dim, dim_sizes), shard(exact_gradient, dim, dim_sizes)
             compare(
                 f"gradient {j} of layer {i}",
                 gradient,
                 other,
-                of_x,
+                exact_gradient,
                 terms=terms,
                 roundings=2,
                 magnitude=magnitude,
@@ -270,8 +270,8 @@ def check_localization(
 def localization_cases() -> Iterator[tuple[str, dict[str, Any]]]:
     soft, hard = random_mask("soft", (2, LENGTH, 2)), random_mask("bool", (1, LENGTH, 2))
     first = (torch.arange(LENGTH)[None, :, None].expand(1, LENGTH, 2) < UNEVEN[0]).float()
-    for normalization in ("sum", "background_mean"):
-        for loss_type in ("l2", "l1"):
+    for normalization in ("sum", "mean", "background_mean"):
+        for loss_type in ("l2",) if normalization == "mean" else ("l2", "l1"):
             yield (
                 f"{loss_type} {normalization}",
                 {"loss_type": loss_type, "normalization": normalization, "weight": 0.5},
@@ -279,7 +279,7 @@ def localization_cases() -> Iterator[tuple[str, dict[str, Any]]]:
         for layout, sizes in LAYOUTS.items():
             yield f"{layout} shards, {normalization}", {"sizes": sizes, "normalization": normalization, "upstream": 3.0}
         yield (
-            f"a mask a layer, {normalization}",
+            f"a mask per layer, {normalization}",
             {
                 "masks": [hard, soft, soft, first],
                 "features": (3, 5, 3, 3),
@@ -296,7 +296,7 @@ def localization_cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check_nan() -> None:
-    """Under weight 0 it is not there; the norms, unweighted, show it on every process."""
+    """NaN of weight 0 is not in the loss. It is in the norms, which are unweighted, on every process."""
     prediction, target = random_tensors((2, 3, LENGTH, 3), (torch.float32,) * 2)
     mask = torch.ones(2, LENGTH, 3)
     mask[:, 0] = 0
@@ -320,46 +320,51 @@ def check_nan() -> None:
 
 
 def check_equal_shards_take_no_second_pass() -> None:
-    """The gradient that the forward pass wrote is the result to the bit: its factor is exactly 1."""
+    """The gradient that the forward pass wrote is the result to the bit, because its factor is exactly 1."""
     for dtype in (torch.float32, torch.float64):
-        for length in (49, 107):  # where a rounded inverse would not do
+        for length in (49, 107):  # where multiplying by a rounded inverse would show
             prediction, target = random_tensors((1, 1, length), (dtype, dtype))
             prediction.requires_grad_()
             result = velocity_loss(prediction, target, group=dist.group.WORLD)
             local = velocity_loss(prediction, target, weight=1 / WORLD_SIZE)
             assert torch.equal(*(torch.autograd.grad(x.loss, prediction)[0] for x in (result, local)))
+            output, mask = prediction.view(1, length, 1), torch.zeros(1, length)
+            options: Any = {"normalization": "mean"}
+            result = localization_loss([output], mask, group=dist.group.WORLD, **options)
+            local = localization_loss([output], mask, weight=1 / WORLD_SIZE, **options)
+            assert torch.equal(*(torch.autograd.grad(x.loss, prediction)[0] for x in (result, local)))
 
 
 def check_layers_alike_on_one_process_alone() -> None:
-    """Of maps of different heights some processes hold nothing; masks of layers are one tensor on the first."""
-    kinds = [random_tensors((2, 3, height, 3), [torch.float64])[0] for height in (LENGTH, 2 * LENGTH, LENGTH)]
+    """Maps of different heights are all empty on most processes; two masks are one tensor on the first process."""
+    maps = [random_tensors((2, 3, height, 3), [torch.float64])[0] for height in (LENGTH, 2 * LENGTH, LENGTH)]
     sizes = [LENGTH, *[0] * (WORLD_SIZE - 1)]
     mask = random_mask("soft", (2, LENGTH, 3)).double()
-    own_maps = [shard(x, 2, [size * x.shape[2] // LENGTH for size in sizes]) for x in kinds]
-    tokens = [x.movedim(1, -1).flatten(1, 2) for x in (kinds[0], kinds[2])]
+    own_maps = [shard(x, 2, [size * x.shape[2] // LENGTH for size in sizes]) for x in maps]
+    tokens = [x.movedim(1, -1).flatten(1, 2) for x in (maps[0], maps[2])]
     masks = [torch.cat([torch.zeros(2, UNEVEN[0], 3), value[:, UNEVEN[0] :]], 1) for value in (mask, mask / 2)]
     own_tokens = [shard(x, 1, [3 * size for size in UNEVEN]) for x in tokens]
     own_masks = [shard(x, 1) for x in masks]
     if RANK == 0:
         own_masks = [own_masks[0]] * 2
-    for whole, of_whole, own, of_own, dim, parts in (
-        (kinds, [mask] * 3, own_maps, shard(mask, 1, sizes), 2, None),
+    for whole, whole_masks, own, own_mask, dim, token_sizes in (
+        (maps, [mask] * 3, own_maps, shard(mask, 1, sizes), 2, None),
         (tokens, masks, own_tokens, dict(enumerate(own_masks)), 1, [3 * size for size in UNEVEN]),
     ):
         for x in (*whole, *own):
             x.requires_grad_()
         options: Any = {"normalization": "background_mean", "weight": 3.0}
-        result = localization_loss(dict(enumerate(own)), of_own, group=dist.group.WORLD, **options)
-        expected = localization_loss(dict(enumerate(whole)), dict(enumerate(of_whole)), **options)
+        result = localization_loss(dict(enumerate(own)), own_mask, group=dist.group.WORLD, **options)
+        expected = localization_loss(dict(enumerate(whole)), dict(enumerate(whole_masks)), **options)
         torch.testing.assert_close(result, expected, rtol=1e-13, atol=0)
         gradients = (torch.autograd.grad(x.loss, y) for x, y in ((result, own), (expected, whole)))
         for gradient, other in zip(*gradients, strict=True):
-            of_shard = parts or [size * other.shape[dim] // LENGTH for size in sizes]
-            torch.testing.assert_close(gradient, shard(other, dim, of_shard), rtol=1e-13, atol=0)
+            dim_sizes = token_sizes or [size * other.shape[dim] // LENGTH for size in sizes]
+            torch.testing.assert_close(gradient, shard(other, dim, dim_sizes), rtol=1e-13, atol=0)
 
 
 class Scale(nn.Module):
-    """A model whose every output depends on the input at its own position, and on one shared parameter."""
+    """A model in which each output depends on the input at its own position and on one shared parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -412,14 +417,16 @@ def check_compiled() -> None:
         over_mask = velocity_loss(prediction, target, mask=mask, mask_normalization="mask", group=group)
         layers = [LowRankOutput(hidden, weight, None), hidden]
         outside = localization_loss(layers, mask, normalization="background_mean", group=group)
+        outside_mean = localization_loss(layers, mask, normalization="mean", group=group)
         mean = velocity_loss(prediction, target, group=group)
-        return over_mask.loss + outside.loss + mean.loss, outside.per_layer + over_mask.prediction_norm
+        total = over_mask.loss + outside.loss + outside_mean.loss + mean.loss
+        return total, outside.per_layer + outside_mean.per_layer + over_mask.prediction_norm
 
     compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
-    found, expected = ([*f(prediction, hidden)] for f in (compiled, losses))
-    for results in (found, expected):
+    actual, expected = ([*f(prediction, hidden)] for f in (compiled, losses))
+    for results in (actual, expected):
         results += torch.autograd.grad(results[0], (prediction, hidden))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def check_second_derivative_raises() -> None:
@@ -436,7 +443,7 @@ def check_second_derivative_raises() -> None:
 
 
 def check_other_groups() -> None:
-    """A group of some processes reduces over these; the others cannot use it."""
+    """A group of some processes reduces over these alone. The others cannot use it."""
     inside = dist.new_group([0, 1])
     outside = dist.new_group([1])
     prediction, target = (x[RANK % 2] for x in random_tensors((2, 1, 3, 4), (torch.float64,) * 2))
@@ -465,14 +472,14 @@ def check_shared() -> None:
         assert torch.equal(mine, other), "processes disagree about the value of the whole"
 
 
-def run_cases(backend: str, *dtypes: torch.dtype) -> None:
+def check_cases(backend: str, *dtypes: torch.dtype) -> None:
     for dtype in dtypes:
-        for cases, run in ((velocity_cases, check_velocity), (localization_cases, check_localization)):
+        for cases, check in ((velocity_cases, check_velocity), (localization_cases, check_localization)):
             for name, case in cases():
                 if (backend == "torch" and dtype in (torch.float32, torch.float64)) or "shards" in name:
-                    check(
-                        f"{run.__name__} {name}, {dtype}, {backend}",
-                        functools.partial(run, dtype, backend=backend, **case),
+                    collect_failure(
+                        f"{check.__name__} {name}, {dtype}, {backend}",
+                        functools.partial(check, dtype, backend=backend, **case),
                     )
 
 
@@ -485,10 +492,10 @@ def main() -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    run_cases("torch", *(dtypes if WORLD_SIZE == 2 else dtypes[:1]))
+    check_cases("torch", *(dtypes if WORLD_SIZE == 2 else dtypes[:1]))
     if is_interpreted():
         with exact_bfloat16():
-            run_cases("triton", torch.float32, torch.float16)
+            check_cases("triton", torch.float32, torch.float16)
     checks = [
         check_nan,
         check_equal_shards_take_no_second_pass,
@@ -497,9 +504,9 @@ def main() -> None:
         check_second_derivative_raises,
     ]
     if WORLD_SIZE == 2:
-        checks.append(check_compiled)  # slow to import
-    for run_alone in (*checks, check_other_groups, check_shared):
-        check(run_alone.__name__, run_alone)
+        checks.append(check_compiled)  # the compiler is slow to import
+    for check in (*checks, check_other_groups, check_shared):
+        collect_failure(check.__name__, check)
     dist.barrier()
     dist.destroy_process_group()
     print(f"{len(shared)} values agree", *failures, sep="\n")
