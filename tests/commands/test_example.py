@@ -17,7 +17,7 @@ SIZE = ["--height", "32", "--width", "48", "--num-frames", "9"]
 
 @pytest.fixture(scope="module")
 def folders(tiny_pipeline: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The pipeline, and what the example left."""
+    """The pipeline, and the folder that the example wrote."""
     pipeline, output = tiny_pipeline("cogvideox"), tmp_path_factory.mktemp("example")
     example.main([str(pipeline), str(output), *FEW, *SIZE])
     return pipeline, output
@@ -34,7 +34,7 @@ def test_the_cache_has_points_of_every_prompt(folders: tuple[Path, Path]) -> Non
     assert 0 < mask.float().mean() < 1
 
 
-def test_the_saved_erasers_lead_the_model_away_from_the_concept(folders: tuple[Path, Path]) -> None:
+def test_the_saved_erasers_turn_the_model_away_from_the_concept(folders: tuple[Path, Path]) -> None:
     pipeline, output = folders
     model = load_model(pipeline, dtype=torch.float32, device="cpu")
     points = TeacherCache.open(output / "cache").groups["target"].rows([0, 5])
@@ -52,7 +52,7 @@ def test_the_saved_erasers_lead_the_model_away_from_the_concept(folders: tuple[P
     assert (after - target).norm() < (before - target).norm()
 
 
-def test_the_videos_can_be_seen(folders: tuple[Path, Path]) -> None:
+def test_the_videos_are_written(folders: tuple[Path, Path]) -> None:
     _, output = folders
     before, after = (read_video(output / f"{name}.mp4") for name in ("before", "after"))
     assert before.shape == after.shape == (9, 3, 32, 48)
@@ -60,7 +60,7 @@ def test_the_videos_can_be_seen(folders: tuple[Path, Path]) -> None:
     assert (output / "before-and-after.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_run_again_it_keeps_the_cache_and_arrives_at_the_same_erasers(folders: tuple[Path, Path]) -> None:
+def test_a_second_run_keeps_the_cache_and_gives_the_same_erasers(folders: tuple[Path, Path]) -> None:
     pipeline, output = folders
     shards = {file: file.stat().st_mtime_ns for file in (output / "cache").glob("shard-*")}
     erasers = {file.name: file.read_bytes() for file in (output / "erasers").iterdir()}
