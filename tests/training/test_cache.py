@@ -1,3 +1,5 @@
+"""The files of a teacher cache: written, resumed, read, and checked when they are damaged or hostile."""
+
 import errno
 import hashlib
 import json
@@ -34,7 +36,7 @@ ORIGIN = {"model": "somewhere", "versions": {"torch": "1"}}
 
 
 def unit(index):
-    """What a unit of work writes: the same every time."""
+    """The points of a unit of work, the same at every call."""
     generator = torch.Generator().manual_seed(index)
     count = POINTS[index]
     latents = [torch.randn(count, *LATENT, generator=generator).bfloat16() for _ in range(3)]
@@ -72,7 +74,7 @@ def folder(tmp_path):
 
 
 def rewrite_index(folder, change, keep_fingerprint=False):
-    """The index as a stranger would write it: consistent in itself."""
+    """Changes the index as an attacker would: with a fingerprint that matches the new facts."""
     index = json.loads((folder / "index.json").read_text())
     change(index)
     if not keep_fingerprint:
@@ -80,7 +82,7 @@ def rewrite_index(folder, change, keep_fingerprint=False):
     (folder / "index.json").write_text(json.dumps(index))
 
 
-def test_what_was_written_is_read(folder):
+def test_reading_gives_what_was_written(folder):
     cache = TeacherCache.open(folder, verify=True)
     assert {name: len(points) for name, points in cache.groups.items()} == {"target": 4, "kept": 2}
     assert cache.facts["latent_shape"] == list(LATENT) and cache.facts["concept"] == "circle"
@@ -96,17 +98,17 @@ def test_what_was_written_is_read(folder):
     assert got.condition.keys() == CONDITIONS["a circle"].keys()
     assert all(torch.equal(x, CONDITIONS["a circle"][name].expand_as(x)) for name, x in got.condition.items())
     assert got.condition["mask"].dtype == torch.bool and len(got.condition["mask"]) == 4
-    assert target.experts.tolist() == [0, 0, 1, 0]  # t = 900, 500, 100, 900: from the boundary on is the first's
-    of_kept = kept.rows([1])
-    assert of_kept.mask is None and not kept.has_masks and target.has_masks
-    assert torch.equal(of_kept.condition["encoder_hidden_states"], torch.ones(1, 5, 6))
+    assert target.experts.tolist() == [0, 0, 1, 0]  # t = 900, 500, 100, 900; the first expert has the boundary
+    kept_row = kept.rows([1])
+    assert kept_row.mask is None and not kept.has_masks and target.has_masks
+    assert torch.equal(kept_row.condition["encoder_hidden_states"], torch.ones(1, 5, 6))
 
 
 @pytest.mark.parametrize(
     ("indices", "error"),
     [([], ValueError), ([4], ValueError), ([-1], ValueError), ([0.5], TypeError), ([[0]], ValueError)],
 )
-def test_rows_that_are_not_there(folder, indices, error):
+def test_wrong_row_indices_are_refused(folder, indices, error):
     with pytest.raises(error, match="indices"):
         TeacherCache.open(folder).groups["target"].rows(indices)
 
@@ -116,33 +118,27 @@ def test_without_a_boundary_there_is_one_expert(tmp_path):
     assert not cache.groups["target"].experts.any()
 
 
-def test_the_same_work_gives_the_same_bytes_whoever_does_it(folder, tmp_path):
-    apart = tmp_path / "apart"
-    second = begin(apart, process_index=1)
+def test_several_processes_write_the_same_bytes_as_one(folder, tmp_path):
+    shared = tmp_path / "shared"
+    second = begin(shared, process_index=1)
     second.write(1, **unit(1))
-    first = begin(apart)
+    first = begin(shared)
     first.write(2, **unit(2))
     with pytest.raises(ValueError, match="expected 3 shards, got 2; shard-00000.* is missing"):
         first.finish()
     first.write(0, **unit(0))
     first.finish()
-    assert contents(apart) == contents(folder)
+    assert contents(shared) == contents(folder)
 
 
 def test_a_shard_is_read_row_by_row(tmp_path):
-    """Resident memory, with a shard much larger than what is read of it."""
+    """Reading a row of a large shard adds little resident memory to a process that did not write it."""
+    facts = {"latent_shape": [1 << 20], "token_grid": [1, 1, 1], "dtype": "float32", "boundary": None}
+    writer = CacheWriter(tmp_path, facts, {"": {"encoder_hidden_states": torch.ones(1)}}, ["kept"])
+    x = torch.zeros(1, 1 << 20).expand(20, -1)
+    writer.write(0, [""] * 20, x_t=x, t=torch.zeros(20), v_uncond=x, v_cond=x)
+    writer.finish()
     code = f"""
-        import torch
-        from fastunlearn.training.cache import TeacherCache
-        from fastunlearn.training.cache.writer import CacheWriter
-        facts = {{"latent_shape": [1 << 20], "token_grid": [1, 1, 1], "dtype": "float32", "boundary": None}}
-        writer = CacheWriter({str(tmp_path)!r}, facts, {{"": {{"encoder_hidden_states": torch.ones(1)}}}}, ["kept"])
-        x = torch.zeros(1, 1 << 20).expand(20, -1)
-        writer.write(0, [""] * 20, x_t=x, t=torch.zeros(20), v_uncond=x, v_cond=x)
-        writer.finish()
-    """
-    reading = f"""
-        import torch
         from fastunlearn.training.cache import TeacherCache
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
@@ -152,14 +148,13 @@ def test_a_shard_is_read_row_by_row(tmp_path):
             rows = points.rows([7])
         print(resident() - before)
     """
-    for text in (code, reading):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(text)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     # One row is 12 MB of the shard's 240.
-    assert float(done.stdout) < 60
+    assert float(process.stdout) < 60
 
 
-def test_resuming_leaves_what_is_there(folder, tmp_path):
+def test_resuming_keeps_existing_files(folder, tmp_path):
     begun = tmp_path / "begun"
     write(begun, [0], finish=False)
     with pytest.raises(ValueError, match="not finished; run prepare again"):
@@ -176,7 +171,7 @@ def test_resuming_leaves_what_is_there(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="shard-00002.*run prepare again"):
         TeacherCache.open(begun)
     write(begun)
-    (begun / "index.json").unlink()  # the shards know by themselves what they belong to
+    (begun / "index.json").unlink()  # the labels of the shards say what they belong to
     (begun / "prompts.safetensors").write_bytes(b"damaged")
     (begun / "notes.txt").unlink()
     write(begun)
@@ -197,11 +192,11 @@ def emptied(path):
     path.write_bytes(b"")
 
 
-def of_another_unit(path):
+def copied_from_another_unit(path):
     path.write_bytes((path.parent / "shard-00000.safetensors").read_bytes())
 
 
-def not_of_a_cache(path):
+def without_a_label(path):
     safetensors.torch.save_file({"x_t": torch.zeros(1)}, path)
 
 
@@ -209,8 +204,8 @@ DAMAGES = {
     truncated: "not a whole safetensors file",
     one_bit_changed: "tensors that match its digest",
     emptied: "not a whole safetensors file",
-    of_another_unit: "another run.*unit is 0, not 1",
-    not_of_a_cache: "expected a shard of a teacher cache",
+    copied_from_another_unit: "another run.*unit is 0, not 1",
+    without_a_label: "expected a shard of a teacher cache",
 }
 
 
@@ -224,7 +219,7 @@ def test_a_wrong_shard_is_named_and_left_alone(tmp_path, damage):
     assert contents(tmp_path) == before
 
 
-def test_a_shard_of_other_arguments_is_known_without_the_index(tmp_path):
+def test_a_shard_of_other_arguments_is_recognised_without_an_index(tmp_path):
     write(tmp_path, [0], finish=False, seed=1)
     (tmp_path / "index.json").unlink()
     with pytest.raises(ValueError, match="shard-00000.*other arguments.*fingerprint"):
@@ -244,14 +239,14 @@ def test_changed_arguments_are_listed(folder):
     assert contents(folder) == before
 
 
-def test_other_versions_go_on_with_a_warning(folder):
+def test_resuming_with_other_versions_warns(folder):
     before = contents(folder)
     with pytest.warns(UserWarning, match="begun with.*'1'.*continues with.*'2'"):
         CacheWriter(folder, FACTS, CONDITIONS, GROUPS, origin=ORIGIN | {"versions": {"torch": "2"}}).finish()
     assert contents(folder) == before
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(FileExistsError, match="expected a new folder or a teacher cache, got one with thesis.tex"):
         begin(tmp_path)
@@ -276,11 +271,11 @@ def test_a_full_disk(tmp_path, folder, monkeypatch):
         ) as caught:
             write(begun)
     assert caught.value.errno == errno.ENOSPC
-    assert contents(begun) == before  # no part of a file either
+    assert contents(begun) == before  # nor is there a partial file
     assert contents(write(begun)) == contents(folder)
 
 
-def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path):
+def test_points_that_are_not_finite_or_do_not_fit_are_not_written(tmp_path):
     writer = begin(tmp_path)
     good = unit(0)
     bad = good["v_cond"].clone()
@@ -294,7 +289,7 @@ def test_what_is_not_finite_or_does_not_fit_is_not_written(tmp_path):
     assert not (tmp_path / "shard-00000.safetensors").exists()
 
 
-def test_checksums_find_what_sizes_do_not(folder):
+def test_verifying_checksums_finds_changed_bytes(folder):
     one_bit_changed(folder / "shard-00001.safetensors")
     TeacherCache.open(folder)
     with pytest.raises(ValueError, match="shard-00001.*checksum"):
@@ -367,7 +362,7 @@ def test_a_damaged_index_is_refused(folder, text, message):
         TeacherCache.open(folder)
 
 
-def test_facts_changed_by_hand_are_noticed(folder):
+def test_facts_edited_by_hand_are_noticed(folder):
     rewrite_index(folder, set_fact("concept", "square"), keep_fingerprint=True)
     with pytest.raises(ValueError, match="expected a fingerprint that matches its facts"):
         TeacherCache.open(folder)
@@ -400,7 +395,7 @@ def test_hostile_tensors_are_refused(folder, case):
         TeacherCache.open(folder, verify=True)
 
 
-def test_no_cache_at_all(tmp_path):
+def test_a_missing_cache(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a teacher cache.*run prepare first"):
         TeacherCache.open(tmp_path / "nowhere")
 
@@ -414,7 +409,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("file", ["index.json", "prompts.safetensors", "shard-00001.safetensors"])
-def test_no_code_is_run(folder, tmp_path, file):
+def test_opening_a_cache_runs_no_code(folder, tmp_path, file):
     bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
     (folder / file).write_bytes(bomb)
     if file != "index.json":

@@ -1,9 +1,13 @@
+"""`prepare`: what the cache holds, how work is shared and resumed, given videos, and the estimate of the cost."""
+
 import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,17 +61,14 @@ def options_for(folder="", output_dir="", **changes):
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_pipeline):
-    """`loaded(family)`: the model and all prompts, once."""
-    known = {}
+def loaded(tiny_pipeline, loaded_model):
+    """`loaded(family)`: the model and all prompts, loaded once. A test that changes the model restores it."""
 
+    @cache
     def load(family):
-        if family not in known:
-            folder = tiny_pipeline(family)
-            prompts = [*TARGETS, *KEPT, "", "bad quality"]
-            encoded = encode_prompts(folder, prompts, "circle", dtype=torch.float32, device="cpu")
-            known[family] = load_model(folder, dtype=torch.float32, device="cpu"), encoded
-        return known[family]
+        prompts = [*TARGETS, *KEPT, "", "bad quality"]
+        encoded = encode_prompts(tiny_pipeline(family), prompts, "circle", dtype=torch.float32, device="cpu")
+        return loaded_model(family), encoded
 
     return load
 
@@ -76,20 +77,34 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def said(model, encoded, x_t, t, prompt):
-    """What the model says at one point, asked directly."""
-    condition = stack_conditions([encoded[prompt].condition], model.device)
-    with torch.no_grad():
-        return model.experts[model.expert_index(float(t))](x_t[None], t[None], condition)[0]
+def velocity(model, encoded, x_t, t, prompts):
+    """The model's velocities (B, ...) at points x_t (B, ...), t (B,), with one prompt each; batched by timestep."""
+    result = torch.empty_like(x_t)
+    for value in t.unique():
+        rows = (t == value).nonzero()[:, 0]
+        condition = stack_conditions([encoded[prompts[row]].condition for row in rows], model.device)
+        with torch.no_grad():
+            result[rows] = model.experts[model.expert_index(float(value))](x_t[rows], t[rows], condition)
+    return result
 
 
-def close(a, b, relative=1e-4):
+def assert_close(a, b, relative=1e-4):
+    """Compares B points one by one: each is accurate relative to its own largest value."""
     assert a.shape == b.shape
-    assert (a - b).abs().max() <= relative * b.abs().max()
+    assert ((a - b).abs().flatten(1).amax(1) <= relative * b.abs().flatten(1).amax(1)).all()
+
+
+@contextmanager
+def hooked(*hooks):
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def count_forwards(model):
-    """Samples that go through the experts from now on; the hooks to remove."""
+    """The batch sizes of the experts' forward passes from now on, and the hooks that record them."""
     batches = []
 
     def count(module, args, kwargs):
@@ -99,12 +114,11 @@ def count_forwards(model):
     return batches, hooks
 
 
-def prepared(model, encoded, folder, requests=REQUESTS, **changes):
+def prepare_and_open(model, encoded, folder, requests=REQUESTS, **changes):
     options = options_for(**changes)
     batches, hooks = count_forwards(model)
-    prepare(model, encoded, requests, folder, options)
-    for hook in hooks:
-        hook.remove()
+    with hooked(*hooks):
+        prepare(model, encoded, requests, folder, options)
     scale = model.defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
     plan = Plan(requests, options, scale, {r.group for r in requests if encoded[r.prompt].token_indices})
     assert sum(batches) == plan.num_forwards
@@ -114,9 +128,9 @@ def prepared(model, encoded, folder, requests=REQUESTS, **changes):
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-def test_the_cache_holds_what_the_frozen_model_says(loaded, tmp_path, family):
+def test_the_cache_holds_the_velocities_of_the_frozen_model(loaded, tmp_path, family):
     model, encoded = loaded(family)
-    cache = prepared(model, encoded, tmp_path, negative_prompt="bad quality", timesteps_per_trajectory=STEPS)
+    cache = prepare_and_open(model, encoded, tmp_path, negative_prompt="bad quality", timesteps_per_trajectory=STEPS)
     shape = model.latent_shape(**SIZE)
     assert tuple(cache.facts["latent_shape"]) == shape and cache.facts["backbone"] == model.family.name
     assert {name: len(points) for name, points in cache.groups.items()} == {"target": 3 * STEPS, "kept": 2 * STEPS}
@@ -127,15 +141,16 @@ def test_the_cache_holds_what_the_frozen_model_says(loaded, tmp_path, family):
         assert rows.x_t.dtype == torch.float32
         assert points.experts.tolist() == [model.expert_index(t) for t in rows.t.tolist()]
         prompts = [cache.prompts[number] for number in points.prompts]
-        asked = [request.prompt for request in REQUESTS if request.group == name]
-        assert prompts == [prompt for prompt in asked for _ in range(STEPS)]
+        requested = [request.prompt for request in REQUESTS if request.group == name]
+        assert prompts == [prompt for prompt in requested for _ in range(STEPS)]
+        assert_close(rows.v_cond, velocity(model, encoded, rows.x_t, rows.t, prompts))
+        negative = ["bad quality"] * len(prompts)
+        assert_close(rows.v_uncond, velocity(model, encoded, rows.x_t, rows.t, negative))
         for i, prompt in enumerate(prompts):
-            close(rows.v_cond[i], said(model, encoded, rows.x_t[i], rows.t[i], prompt))
-            close(rows.v_uncond[i], said(model, encoded, rows.x_t[i], rows.t[i], "bad quality"))
             condition = encoded[prompt].condition
             assert all(torch.equal(rows.condition[key][i], condition[key]) for key in condition)
         assert (rows.v_cond - rows.v_uncond).abs().max() > 0.01 * rows.v_cond.abs().max()
-    # The noise depends on the seed and the number of the trajectory, and it is the start.
+    # A trajectory starts at noise that depends on the seed and the trajectory's index.
     first = cache.groups["target"].rows([0, STEPS, 2 * STEPS]).x_t
     for got, number in zip(first, (0, 1, 3), strict=True):
         assert torch.equal(got, torch.randn(shape, generator=random_generator(0, "noise", number)))
@@ -143,14 +158,14 @@ def test_the_cache_holds_what_the_frozen_model_says(loaded, tmp_path, family):
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-def test_masks_come_from_attention_to_the_words(loaded, tmp_path, family):
+def test_masks_come_from_the_attention_to_the_concept(loaded, tmp_path, family):
     model, encoded = loaded(family)
-    cache = prepared(model, encoded, tmp_path, REQUESTS[:2], mask_threshold=0.6, timesteps_per_trajectory=1)
+    cache = prepare_and_open(model, encoded, tmp_path, REQUESTS[:2], mask_threshold=0.6, timesteps_per_trajectory=1)
     points = cache.groups["target"].rows([0, 1])
     grid = model.token_grid(model.latent_shape(**SIZE))
     assert points.mask.shape == (2, *grid) and points.mask.dtype == torch.bool
     for number in range(2):
-        # The same trajectory, alone, and the attention of forward passes of the prompt alone.
+        # The same trajectory sampled alone, and the attention of forward passes with the prompt alone.
         prompt = TARGETS[number]
         noise = torch.randn(model.latent_shape(**SIZE), generator=random_generator(0, "noise", number))[None]
         conditions = {
@@ -173,21 +188,21 @@ def test_masks_come_from_attention_to_the_words(loaded, tmp_path, family):
             expert = model.experts[model.expert_index(step.t)]
             with torch.no_grad(), AttnMapsCapture(expert, maps, token_indices=encoded[prompt].token_indices):
                 expert(step.x_t, step.t, conditions["prompt"])
-            total = {layer: total.get(layer, 0) + found for layer, found in maps.items()}
+            total = {layer: total.get(layer, 0) + attention for layer, attention in maps.items()}
         expected = get_mask(total, None, 0.6, *grid[1:])["average_mask"][0]
         assert torch.equal(points.mask[number].float(), expected)
         assert 0 < expected.mean() < 1
 
 
-def test_options_of_masks(loaded, tmp_path):
+def test_mask_options(loaded, tmp_path):
     model, encoded = loaded("cogvideox")
 
     def masks(name, **changes):
-        cache = prepared(model, encoded, tmp_path / name, REQUESTS[:2], height=64, width=64, **changes)
+        cache = prepare_and_open(model, encoded, tmp_path / name, REQUESTS[:2], height=64, width=64, **changes)
         return cache.groups["target"].rows(range(4)).mask
 
     default = masks("default")
-    assert torch.equal(default[0], default[1]) and torch.equal(default[2], default[3])  # one a trajectory
+    assert torch.equal(default[0], default[1]) and torch.equal(default[2], default[3])  # one per trajectory
     assert not torch.equal(default, masks("layer", mask_layers=(1,)))
     assert not torch.equal(default, masks("start", mask_start=0.0))
     assert masks("threshold", mask_threshold=0.0).all()
@@ -197,11 +212,13 @@ def test_options_of_masks(loaded, tmp_path):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_something_instead(loaded, tmp_path, guidance_scale):
+def test_v_uncond_of_another_prompt(loaded, tmp_path, guidance_scale):
     model, encoded = loaded("cogvideox")
     instead = KEPT[1]
     requests = [Request(TARGETS[0], "towards", instead), Request(TARGETS[0], "away", instead, "instead", (0.5, 1))]
-    cache = prepared(model, encoded, tmp_path, requests, guidance_scale=guidance_scale, timesteps_per_trajectory=2)
+    cache = prepare_and_open(
+        model, encoded, tmp_path, requests, guidance_scale=guidance_scale, timesteps_per_trajectory=2
+    )
     for number, (name, followed) in enumerate((("towards", TARGETS[0]), ("away", instead))):
         points = cache.groups[name]
         rows = points.rows([0, 1])
@@ -222,34 +239,32 @@ def test_something_instead(loaded, tmp_path, guidance_scale):
                 num_inference_steps=STEPS,
             )
         }
-        for i, t in enumerate(rows.t):
-            close(rows.x_t[i], steps[t.item()][0])
-            close(rows.v_cond[i], said(model, encoded, rows.x_t[i], t, TARGETS[0]))
-            close(rows.v_uncond[i], said(model, encoded, rows.x_t[i], t, instead))
+        assert_close(rows.x_t, torch.cat([steps[t.item()] for t in rows.t]))
+        assert_close(rows.v_cond, velocity(model, encoded, rows.x_t, rows.t, [TARGETS[0]] * 2))
+        assert_close(rows.v_uncond, velocity(model, encoded, rows.x_t, rows.t, [instead] * 2))
         assert rows.mask.any() and not rows.mask.all()
     assert cache.groups["away"].t.tolist() == scheduler_for(model, STEPS).timesteps.tolist()[STEPS // 2 :]
 
 
-def test_without_guidance_the_negative_prompt_is_asked_at_points_only(loaded, tmp_path):
+def test_without_guidance_the_negative_prompt_is_evaluated_at_points_only(loaded, tmp_path):
     model, encoded = loaded("hunyuan_video")
-    cache = prepared(model, encoded, tmp_path, guidance_scale=None, timesteps_per_trajectory=1, batch_size=3)
+    cache = prepare_and_open(model, encoded, tmp_path, guidance_scale=None, timesteps_per_trajectory=1, batch_size=3)
     assert cache.facts["guidance_scale"] == 1.0
     rows = cache.groups["kept"].rows([0, 1])
-    for i, prompt in enumerate(("a square", "")):
-        close(rows.v_uncond[i], said(model, encoded, rows.x_t[i], rows.t[i], ""))
-        close(rows.v_cond[i], said(model, encoded, rows.x_t[i], rows.t[i], prompt))
+    assert_close(rows.v_uncond, velocity(model, encoded, rows.x_t, rows.t, ["", ""]))
+    assert_close(rows.v_cond, velocity(model, encoded, rows.x_t, rows.t, ["a square", ""]))
 
 
-def test_chosen_steps_are_spread():
+def test_point_steps_are_spread_over_the_trajectory():
     options = options_for(num_inference_steps=50, timesteps_per_trajectory=7)
     plan = Plan([Request("x", steps=(0.2, 0.9)) for _ in range(200)], options, 3.0, ())
     edges = [10 + part * 35 // 7 for part in range(8)]
-    for chosen in plan.point_steps:
-        assert all(low <= step < high for low, high, step in zip(edges[:-1], edges[1:], chosen, strict=True))
-    assert {step for chosen in plan.point_steps for step in chosen} == set(range(10, 45))
-    assert len({tuple(chosen) for chosen in plan.point_steps}) > 150  # each trajectory's own
-    everything = Plan([Request("x")], options_for(timesteps_per_trajectory=9), 3.0, ())
-    assert everything.point_steps == [[0, 1, 2, 3]]
+    for steps in plan.point_steps:
+        assert all(low <= step < high for low, high, step in zip(edges[:-1], edges[1:], steps, strict=True))
+    assert {step for steps in plan.point_steps for step in steps} == set(range(10, 45))
+    assert len({tuple(steps) for steps in plan.point_steps}) > 150  # trajectories differ
+    all_steps = Plan([Request("x")], options_for(timesteps_per_trajectory=9), 3.0, ())
+    assert all_steps.point_steps == [[0, 1, 2, 3]]
     with pytest.raises(ValueError, match=r"steps: expected .* of the 4 sampling steps in it, got \(0.3, 0.4\)"):
         Plan([Request("x", steps=(0.3, 0.4))], options_for(), 3.0, ())
     with pytest.raises(ValueError, match="steps: expected a start below an end"):
@@ -264,15 +279,16 @@ def test_chosen_steps_are_spread():
 
 @pytest.fixture(scope="module")
 def undisturbed(loaded, tmp_path_factory):
+    """The files of a cache that one process wrote without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    prepared(*loaded("cogvideox"), folder, batch_size=1)
+    prepare_and_open(*loaded("cogvideox"), folder, batch_size=1)
     return contents(folder)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in turn", "reversed"])
 def test_processes_share_the_work_without_overlap_or_gap(loaded, tmp_path, undisturbed, order):
     model, encoded = loaded("cogvideox")
-    written = []
+    progress = []
     for process_index in order:
         before = set(os.listdir(tmp_path))
         prepare(
@@ -283,15 +299,15 @@ def test_processes_share_the_work_without_overlap_or_gap(loaded, tmp_path, undis
             options_for(batch_size=1),
             process_index=process_index,
             num_processes=2,
-            progress=lambda done, total: written.append((done, total)),
+            progress=lambda done, total: progress.append((done, total)),
         )
         new = {int(name[6:11]) for name in set(os.listdir(tmp_path)) - before if name.startswith("shard")}
         assert new == set(range(process_index, 5, 2))
     assert contents(tmp_path) == undisturbed
-    assert written == [(done, total) for total in [(3, 2)[i] for i in order] for done in range(total + 1)]
+    assert progress == [(done, total) for total in [(3, 2)[i] for i in order] for done in range(total + 1)]
 
 
-def test_with_a_barrier_the_first_process_writes_the_index(loaded, tmp_path, undisturbed):
+def test_with_a_barrier_process_0_writes_the_index(loaded, tmp_path, undisturbed):
     model, encoded = loaded("cogvideox")
 
     def other_process():
@@ -323,18 +339,18 @@ def test_with_a_barrier_the_first_process_writes_the_index(loaded, tmp_path, und
         prepare(model, encoded, REQUESTS, tmp_path, options_for(batch_size=1), num_processes=2, barrier=lambda: None)
 
 
-def test_the_batch_size_and_what_is_beside_change_no_trajectory(loaded, tmp_path):
+def test_a_trajectory_does_not_depend_on_the_rest_of_its_batch(loaded, tmp_path):
     model, encoded = loaded("cogvideox")
-    alone = prepared(model, encoded, tmp_path / "alone", batch_size=1)
-    together = prepared(model, encoded, tmp_path / "together", batch_size=3)
+    alone = prepare_and_open(model, encoded, tmp_path / "alone", batch_size=1)
+    together = prepare_and_open(model, encoded, tmp_path / "together", batch_size=3)
     for name, points in alone.groups.items():
         a, b = (cache.groups[name].rows(range(len(points))) for cache in (alone, together))
         assert torch.equal(a.t, b.t)
         for field in ("x_t", "v_uncond", "v_cond"):
-            close(getattr(a, field), getattr(b, field))
+            assert_close(getattr(a, field), getattr(b, field))
 
 
-def test_changed_arguments_and_models_are_noticed(loaded, tmp_path, undisturbed):
+def test_changed_arguments_and_models_are_reported(loaded, tmp_path, undisturbed):
     model, encoded = loaded("cogvideox")
     for name, content in undisturbed.items():
         (tmp_path / name).write_bytes(content)
@@ -354,25 +370,27 @@ def test_changed_arguments_and_models_are_noticed(loaded, tmp_path, undisturbed)
     other, _ = loaded("cogvideox-rope")
     with pytest.raises(ValueError, match="transformer.use_rotary_positional_embeddings: 'False' -> 'True'"):
         prepare(other, encoded, REQUESTS, tmp_path, options_for(batch_size=1))
-    with torch.no_grad():
-        weight = model.experts[0].transformer.transformer_blocks[1].attn1.to_q.weight
-        before = weight.clone()
-        weight += 1
-    with pytest.raises(ValueError, match="weights: '.*' -> '"):
-        prepare(model, encoded, REQUESTS, tmp_path, options_for(batch_size=1))
-    with torch.no_grad():
-        weight.copy_(before)
+    weight = model.experts[0].transformer.transformer_blocks[1].attn1.to_q.weight
+    before = weight.clone()
+    try:
+        with torch.no_grad():
+            weight += 1
+        with pytest.raises(ValueError, match="weights: '.*' -> '"):
+            prepare(model, encoded, REQUESTS, tmp_path, options_for(batch_size=1))
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
     assert contents(tmp_path) == undisturbed
 
 
-def test_erasers_are_off_meanwhile(loaded, tmp_path, undisturbed):
+def test_erasers_are_disabled_during_prepare(loaded, tmp_path, undisturbed):
     model, encoded = loaded("cogvideox")
     erasers = attach_erasers(model.experts[0], rank=2)
     try:
         with torch.no_grad():
             for eraser in erasers.values():
                 eraser.up.bias.fill_(1.0)
-        prepared(model, encoded, tmp_path, batch_size=1)
+        prepare_and_open(model, encoded, tmp_path, batch_size=1)
     finally:
         detach_erasers(model.experts[0])
         model.experts[0].requires_grad_(False)
@@ -385,14 +403,13 @@ def test_out_of_memory_says_what_helps(loaded, tmp_path):
     def exhaust(module, args):
         raise torch.OutOfMemoryError("tried to allocate 3 GiB")
 
-    hook = model.experts[0].register_forward_pre_hook(exhaust)
-    with pytest.raises(MemoryError, match="3 GiB.*--batch-size 1; --mixed-precision bf16; .*--num-frames"):
+    message = "3 GiB.*--batch-size 1; --mixed-precision bf16; .*--num-frames"
+    with hooked(model.experts[0].register_forward_pre_hook(exhaust)), pytest.raises(MemoryError, match=message):
         prepare(model, encoded, REQUESTS, tmp_path, options_for())
-    hook.remove()
     prepare(model, encoded, REQUESTS, tmp_path, options_for())
 
 
-def test_prompts_that_do_not_go_together(loaded, tmp_path):
+def test_prompts_and_sizes_that_do_not_fit_are_refused(loaded, tmp_path):
     model, encoded = loaded("cogvideox")
     with pytest.raises(
         ValueError,
@@ -406,18 +423,18 @@ def test_prompts_that_do_not_go_together(loaded, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_overflow_is_not_kept(loaded, tmp_path):
+def test_velocities_that_overflow_are_not_written(loaded, tmp_path):
     model, encoded = loaded("cogvideox")
     hook = model.experts[0].register_forward_hook(lambda module, args, output: output * float("inf"))
-    with pytest.raises(ValueError, match="finite values, got NaN or infinity in unit 0.*mixed_precision 'bf16'"):
+    message = "finite values, got NaN or infinity in unit 0.*mixed_precision 'bf16'"
+    with hooked(hook), pytest.raises(ValueError, match=message):
         prepare(model, encoded, REQUESTS, tmp_path, options_for())
-    hook.remove()
     assert not list(tmp_path.glob("shard*"))
 
 
 @pytest.fixture
-def data(tmp_path, loaded):
-    """A folder with a video, a longer and larger one, and latents."""
+def data(tmp_path):
+    """A folder with a video of the right size, one that is longer and larger, and latents; and the latents."""
     folder = tmp_path / "data"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -431,7 +448,7 @@ def data(tmp_path, loaded):
 
 
 @pytest.mark.parametrize("family", ["cogvideox", "wan-2.2"])
-def test_points_of_given_videos(tiny_pipeline, tmp_path, data, family):
+def test_points_of_given_videos(tiny_pipeline, loaded, loaded_model, tmp_path, data, family):
     folder, latents = data
     if family == "wan-2.2":
         latents = latents.movedim(1, 0).contiguous()
@@ -444,52 +461,54 @@ def test_points_of_given_videos(tiny_pipeline, tmp_path, data, family):
     target, kept = cache.groups["target"], cache.groups["kept"]
     assert (len(target), len(kept)) == (6, 3) and target.has_masks and not kept.has_masks
     assert [cache.prompts[number] for number in target.prompts.tolist()] == [TARGETS[0]] * 3 + [TARGETS[1]] * 3
-    model = load_model(tiny_pipeline(family), dtype=torch.float32, device="cpu", vae=True)
-    encoded = encode_prompts(tiny_pipeline(family), cache.prompts, "circle", dtype=torch.float32, device="cpu")
+    model, (_, encoded) = loaded_model(family, vae=True), loaded(family)
     rows = target.rows(range(6))
-    of_video = model.encode_video(read_video(folder / "first.mp4")[None])[0]
-    for number, x_0 in ((0, of_video), (2, latents)):
-        generator = random_generator(0, "noise", number)
-        part = range(0, 3) if number == 0 else range(3, 6)
-        for i in part:
+    video_latents = model.encode_video(read_video(folder / "first.mp4")[None])[0]
+    noised = []
+    for trajectory, x_0 in ((0, video_latents), (2, latents)):
+        generator = random_generator(0, "noise", trajectory)
+        for t in rows.t[len(noised) :][:3]:
             noise = torch.randn(x_0.shape, generator=generator)
-            expected = model.add_noise(x_0[None], noise[None], rows.t[i][None])[0]
-            close(rows.x_t[i], expected)
-            close(rows.v_cond[i], said(model, encoded, rows.x_t[i], rows.t[i], TARGETS[0 if number == 0 else 1]))
-            close(rows.v_uncond[i], said(model, encoded, rows.x_t[i], rows.t[i], "" if number == 0 else KEPT[1]))
+            noised.append(model.add_noise(x_0[None], noise[None], t[None])[0])
+    assert_close(rows.x_t, torch.stack(noised))
+    for name, prompts in (("v_cond", TARGETS), ("v_uncond", ("", KEPT[1]))):
+        expected = velocity(model, encoded, rows.x_t, rows.t, [prompt for prompt in prompts for _ in range(3)])
+        assert_close(getattr(rows, name), expected)
     assert rows.mask.any() and not rows.mask.all()
     (folder / "first.txt").write_text(TARGETS[1])
     with pytest.raises(ValueError, match=r"requests\[0\].prompt: 'a red circle in the street' -> 'a circle'"):
-        run(options)
+        prepare(model, encoded, read_requests(options), options.output_dir, options)
 
 
-def test_data_that_is_not_as_it_should_be(data, loaded, tiny_pipeline, tmp_path):
+def test_wrong_files_in_a_folder_of_videos(data, loaded, loaded_model, tmp_path):
     folder, _ = data
+    model, (_, encoded) = loaded_model("cogvideox", vae=True), loaded("cogvideox")
     assert [request.group for request in read_video_requests(folder, "circle")] == ["target", "kept", "target"]
-    for name in ("fourth.MP4", "fifth.SafeTensors"):  # as cameras spell them
+    for name in ("fourth.MP4", "fifth.SafeTensors"):  # cameras write capitals
         (folder / name).touch()
         (folder / name).with_suffix(".txt").write_text("a dog")
-    found = {request.source.name: holds_latents(request.source) for request in read_video_requests(folder, "circle")}
-    assert [found[name] for name in ("first.mp4", "third.safetensors", "fourth.MP4", "fifth.SafeTensors")] == [
-        False,
-        True,
-        False,
-        True,
-    ]
+    sources = {request.source.name: request.source for request in read_video_requests(folder, "circle")}
+    for name, expected in {
+        "first.mp4": False,
+        "third.safetensors": True,
+        "fourth.MP4": False,
+        "fifth.SafeTensors": True,
+    }.items():
+        assert holds_latents(sources[name]) == expected, name
     for name in ("fourth.MP4", "fifth.SafeTensors"):
         (folder / name).unlink()
-    options = options_for(tiny_pipeline("cogvideox"), tmp_path / "cache", data=folder)
+    options = options_for(data=folder)
     (folder / "first.txt").write_text("one circle\ntwo circle\n")
     with pytest.raises(ValueError, match="first.txt: expected one prompt, got 2"):
-        run(options)
+        read_requests(options)
     (folder / "first.txt").write_text("one circle\tno circle\n")
     with pytest.raises(ValueError, match="first.txt: expected a prompt without 'circle' after the tab"):
-        run(options)
+        read_requests(options)
     (folder / "first.txt").unlink()
     with pytest.raises(FileNotFoundError, match="first.txt"):
-        run(options)
+        read_requests(options)
     (folder / "first.mp4").unlink()
-    for number, (tensors, message) in enumerate(
+    for index, (tensors, message) in enumerate(
         (
             ({"latents": torch.zeros(2, 4, 4, 4)}, r"third.safetensors: .*\(3, 4, 4, 4\), got \(2, 4, 4, 4\)"),
             ({"latents": torch.full((3, 4, 4, 4), float("nan"))}, "third.safetensors: expected finite latents"),
@@ -498,15 +517,16 @@ def test_data_that_is_not_as_it_should_be(data, loaded, tiny_pipeline, tmp_path)
     ):
         safetensors.torch.save_file(tensors, folder / "third.safetensors")
         with pytest.raises(ValueError, match=message):
-            run(dataclasses.replace(options, output_dir=tmp_path / f"cache {number}"))
+            prepare(model, encoded, read_requests(options), tmp_path / f"cache {index}", options)
     (folder / "third.safetensors").unlink()
+    longer = dataclasses.replace(options, num_frames=13)
     with pytest.raises(ValueError, match="second.gif: expected at least 13 frames, got 11"):
-        run(dataclasses.replace(options, num_frames=13, output_dir=tmp_path / "other"))
+        prepare(model, encoded, read_requests(longer), tmp_path / "longer", longer)
     (folder / "second.gif").unlink()
     with pytest.raises(ValueError, match="data: expected .mp4, .gif or .safetensors files.*got none"):
-        run(options)
+        read_requests(options)
     with pytest.raises(FileNotFoundError, match="data: expected a folder of videos"):
-        run(dataclasses.replace(options, data=folder / "nowhere"))
+        read_requests(dataclasses.replace(options, data=folder / "nowhere"))
 
 
 def write_prompts(folder, **files):
@@ -517,7 +537,7 @@ def write_prompts(folder, **files):
     return paths
 
 
-def test_requests_take_turns_with_the_prompts(tmp_path):
+def test_the_prompts_of_a_file_take_turns(tmp_path):
     paths = write_prompts(
         tmp_path, target_prompts="a circle\n# a comment\n\na red circle\ta red square\n", kept_prompts="a dog\n"
     )
@@ -548,7 +568,7 @@ def test_requests_take_turns_with_the_prompts(tmp_path):
         read_requests(options_for(data=tmp_path, **paths))
 
 
-def test_options_say_what_is_wrong_with_them():
+def test_wrong_options_are_refused():
     for change, message in (
         ({"batch_size": 0}, "batch_size: .*at least 1, got 0"),
         ({"mask_threshold": 1.5}, "mask_threshold: .*got 1.5"),
@@ -568,7 +588,7 @@ def test_options_say_what_is_wrong_with_them():
         ({}, "thesis.tex", "expected a new folder or a teacher cache, got one with thesis.tex"),
     ],
 )
-def test_mistakes_are_found_before_weights_are_read(tiny_pipeline, tmp_path, monkeypatch, size, foreign, error):
+def test_mistakes_are_found_before_weights_are_loaded(tiny_pipeline, tmp_path, monkeypatch, size, foreign, error):
     paths = write_prompts(tmp_path, target_prompts=TARGETS[0])
     output = tmp_path / "cache"
     if foreign:
@@ -582,7 +602,7 @@ def test_mistakes_are_found_before_weights_are_read(tiny_pipeline, tmp_path, mon
         run(options_for(tiny_pipeline("cogvideox"), paths["target_prompts"], **paths))
 
 
-def test_a_mistake_that_the_first_process_finds_is_told_by_all(monkeypatch):
+def test_every_process_raises_the_error_of_the_main_process(monkeypatch):
     sent = []
 
     def broadcast(objects):
@@ -590,19 +610,19 @@ def test_a_mistake_that_the_first_process_finds_is_told_by_all(monkeypatch):
             sent[:] = objects
         return list(sent)
 
-    def mistaken():
+    def fail():
         raise ValueError("height: wrong")
 
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", broadcast)
     first, second = (SimpleNamespace(num_processes=2, is_main_process=is_first) for is_first in (True, False))
-    for state in (first, second):  # the second makes nothing of its own
+    for state in (first, second):  # the second computes nothing itself
         with pytest.raises(ValueError, match="^height: wrong$"):
-            prepare_module._broadcast_from_main_process(state, mistaken)
-    for state, make in ((first, lambda: {"a": 1}), (second, mistaken)):
-        assert prepare_module._broadcast_from_main_process(state, make) == {"a": 1}
+            prepare_module._broadcast_from_main_process(state, fail)
+    for state, compute in ((first, lambda: {"a": 1}), (second, fail)):
+        assert prepare_module._broadcast_from_main_process(state, compute) == {"a": 1}
 
 
-def test_run_resumes_without_the_text_encoders(tiny_pipeline, tmp_path, monkeypatch):
+def test_resuming_needs_no_text_encoder(tiny_pipeline, tmp_path, monkeypatch):
     paths = write_prompts(tmp_path, target_prompts=f"{TARGETS[0]}\n", kept_prompts=f"{KEPT[0]}\n")
     options = options_for(
         tiny_pipeline("wan"),
@@ -631,7 +651,7 @@ def test_run_resumes_without_the_text_encoders(tiny_pipeline, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-def test_the_estimate_is_what_it_takes(tiny_pipeline, tmp_path, monkeypatch, capsys, family):
+def test_the_estimate_matches_the_real_cost(tiny_pipeline, tmp_path, monkeypatch, capsys, family):
     paths = write_prompts(
         tmp_path, target_prompts=f"{TARGETS[0]}\n{TARGETS[1]}\t{KEPT[0]}\n", kept_prompts=f"{KEPT[0]}\n{KEPT[1]}\n"
     )
@@ -643,9 +663,9 @@ def test_the_estimate_is_what_it_takes(tiny_pipeline, tmp_path, monkeypatch, cap
         mixed_precision="bf16",
         **paths,
     )
-    told = estimate(options)
+    estimated = estimate(options)
     run(dataclasses.replace(options, estimate=True))
-    assert capsys.readouterr().out == f"{told}\n"
+    assert capsys.readouterr().out == f"{estimated}\n"
     assert not options.output_dir.exists()
     counts = {}
 
@@ -656,19 +676,22 @@ def test_the_estimate_is_what_it_takes(tiny_pipeline, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(prepare_module, "load_model", counted)
     run(options)
-    assert told.forward_passes == sum(counts["batches"])
-    assert (told.trajectories, told.points) == (6, 12)
+    assert estimated.forward_passes == sum(counts["batches"])
+    assert (estimated.trajectories, estimated.points) == (6, 12)
     weights = sum(p.numel() for expert in counts["model"].experts for p in expert.parameters())
-    assert told.transformers == 2 * weights
+    assert estimated.transformers == 2 * weights
     sizes = {path.name: path.stat().st_size for path in options.output_dir.iterdir()}
     tensors = sum(sizes.values()) - sizes["index.json"]
     headers = 1200 * len(sizes)
-    assert told.disk <= tensors <= told.disk + headers
-    assert told.text_encoders > 0 and told.memory >= told.transformers + told.activations > told.transformers
+    assert estimated.disk <= tensors <= estimated.disk + headers
+    assert (
+        estimated.text_encoders > 0
+        and estimated.memory >= estimated.transformers + estimated.activations > estimated.transformers
+    )
 
 
 def test_an_estimate_of_a_real_size(tiny_pipeline, tmp_path):
-    """CogVideoX-2B's own configuration: 64 trajectories of 50 steps, 5 points each."""
+    """The configuration of CogVideoX-2B, with 64 trajectories of 50 steps and 5 points each."""
     folder = tmp_path / "2b"
     shutil.copytree(tiny_pipeline("cogvideox"), folder)
     config = json.loads((folder / "transformer" / "config.json").read_text())
@@ -687,18 +710,18 @@ def test_an_estimate_of_a_real_size(tiny_pipeline, tmp_path):
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
     paths = write_prompts(tmp_path, target_prompts=TARGETS[0], kept_prompts=KEPT[0])
     options = PrepareOptions(str(folder), tmp_path / "cache", "circle", **paths)
-    told = estimate(options)
-    assert (told.points, told.forward_passes) == (320, 6400)
-    # README of the model: 1.69 B parameters.
-    assert 3.3e9 < told.transformers < 3.5e9
-    assert 320 * 3 * 13 * 16 * 60 * 90 * 2 < told.disk < 320 * 6.8e6
-    lines = str(told).splitlines()
+    estimated = estimate(options)
+    assert (estimated.points, estimated.forward_passes) == (320, 6400)
+    # The model's README says 1.69 billion parameters, of 2 bytes each.
+    assert 3.3e9 < estimated.transformers < 3.5e9
+    assert 320 * 3 * 13 * 16 * 60 * 90 * 2 < estimated.disk < 320 * 6.8e6
+    lines = str(estimated).splitlines()
     assert lines[1].split() == ["points", "320"] and lines[3].split() == ["on", "disk", "2.2", "GB"]
 
 
 @pytest.fixture(scope="module")
 def processes(tiny_pipeline, tmp_path_factory):
-    """A folder with the caches of one process, of several that were killed, and of two that a launcher started."""
+    """A folder with three caches: by one process, by processes that were killed, and by two launched processes."""
     folder = tmp_path_factory.mktemp("processes")
     write_prompts(folder, target_prompts="\n".join(TARGETS), kept_prompts="\n".join(KEPT))
     script = Path(__file__).parents[1] / "workers/prepare_worker.py"
@@ -708,10 +731,10 @@ def processes(tiny_pipeline, tmp_path_factory):
     return folder
 
 
-def test_killed_and_resumed_it_is_as_if_nothing_had_been(processes):
+def test_a_killed_and_resumed_cache_is_the_same(processes):
     assert contents(processes / "killed") == contents(processes / "undisturbed")
     assert TeacherCache.open(processes / "killed", verify=True).groups.keys() == {"target", "kept"}
 
 
-def test_two_processes_of_a_launcher(processes):
+def test_two_launched_processes_write_the_same_cache(processes):
     assert contents(processes / "launched") == contents(processes / "undisturbed")

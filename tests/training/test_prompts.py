@@ -1,4 +1,4 @@
-"""Prompt files, and the tokens of a concept in a prompt."""
+"""Reading prompt files, and finding the tokens of a concept in a prompt."""
 
 import pytest
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
@@ -11,7 +11,7 @@ from fastunlearn.training.data.prompts import PromptLine, concept_tokens, occurr
 
 
 class WithoutOffsets:
-    """A tokenizer that tells no offsets, as those that are written in Python."""
+    """A tokenizer that gives no offsets, like transformers' tokenizers in pure Python."""
 
     is_fast, padding_side = False, "right"
 
@@ -57,7 +57,7 @@ def words_at(tokenizer, prompt, positions):
         ("car", "car", "▁car"),
         ("a red Car, a green CAR.", "car", "▁Car▁CAR"),
         ("a car's cars, car-park", "car", "▁car▁car"),
-        ("a zeppelin and a zeppeline", "zeppelin", "▁zeppelin"),  # known by its letters only
+        ("a zeppelin and a zeppeline", "zeppelin", "▁zeppelin"),  # the tokenizer knows only its letters
         ("two (nude) dogs", "nude", "nude"),
     ],
 )
@@ -69,7 +69,7 @@ def test_whole_words_in_any_case_everywhere(tokenizer, prompt, concept, found):
 
 @pytest.fixture(params=["offsets", "no offsets"])
 def spaced(request):
-    """Words come with the space before them, and further spaces are a token: as in byte-level BPE."""
+    """A tokenizer whose words include the space before them and whose further spaces are a token, as byte-level BPE."""
     words = ["<unk>", "a", " nude", " person", " ", "  "]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = Split(Regex(r" ?\w+|\s+(?= )|\s+"), behavior="isolated")
@@ -81,7 +81,7 @@ def test_words_with_a_space_before_them(spaced):
     assert spaced.convert_ids_to_tokens(spaced("a nude   person")["input_ids"]) == ["a", " nude", "  ", " person"]
     assert concept_tokens(spaced, "a nude   person", "nude") == [1]
     assert concept_tokens(spaced, "a nude   person", "person") == ([3] if spaced.is_fast else [2, 3])
-    if spaced.is_fast:  # a space alone is no part of the concept
+    if spaced.is_fast:  # a token of spaces does not belong to the concept
         assert concept_tokens(spaced, "a nude   person", "nude person") == [1, 3]
 
 
@@ -101,7 +101,7 @@ def test_a_concept_that_is_cut_off_is_an_error(tokenizer):
     prompt = "a dog and a cat and a dog"
     assert concept_tokens(tokenizer, prompt, "dog") == [1, 7]
     assert concept_tokens(tokenizer, prompt, "dog", max_length=9) == [1, 7]
-    for length in (7, 8):  # of 8 tokens the last ends the text
+    for length in (7, 8):  # the last of 8 tokens is the end token
         assert concept_tokens(tokenizer, prompt, "dog", max_length=length) == [1]
     with pytest.raises(ValueError, match="first 4 tokens of the prompt, where the rest is cut off.*▁dog ▁and ▁a ▁cat"):
         concept_tokens(tokenizer, prompt, "cat", max_length=4)
@@ -113,7 +113,7 @@ def test_a_blank_concept_is_an_error(t5, concept):
         concept_tokens(t5, "a dog", concept)
 
 
-def test_tokens_that_span_words_are_refused_where_there_are_no_offsets():
+def test_tokens_that_span_words_are_refused_without_offsets():
     class Pairs(WithoutOffsets):
         def __init__(self):
             pass
@@ -134,7 +134,7 @@ def test_scripts_without_spaces_have_no_word_edges():
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("concept", ["person", "shape", "video"])
 def test_positions_are_those_in_the_templated_padded_and_cropped_text(llama, side, concept):
-    """Also of words that the template itself is full of."""
+    """Even for words that also occur in the template."""
     prompt, length = "the video of a person and the shape of a person", 64
     template, crop = DEFAULT_PROMPT_TEMPLATE["template"], DEFAULT_PROMPT_TEMPLATE["crop_start"]
     llama.padding_side = side
@@ -152,7 +152,7 @@ def test_positions_are_those_in_the_templated_padded_and_cropped_text(llama, sid
     assert {tokens[position] for position in positions} == {concept}
 
 
-def test_braces_in_a_prompt_are_letters(t5):
+def test_braces_in_a_prompt_are_ordinary_characters(t5):
     assert concept_tokens(t5, "{} dog {0}", "dog", template="a {}") == concept_tokens(t5, "a {} dog {0}", "dog")
 
 
@@ -184,13 +184,13 @@ def test_a_prompt_file(tmp_path):
         (b"a \xff", "expected UTF-8 text"),
     ],
 )
-def test_a_prompt_file_that_makes_no_sense(tmp_path, content, message):
+def test_wrong_prompt_files_are_refused(tmp_path, content, message):
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(file)
 
 
-def test_a_prompt_file_that_is_not_there(tmp_path):
+def test_a_missing_prompt_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="a text file with one prompt per line"):
         read_prompts(tmp_path / "none.txt")

@@ -1,3 +1,5 @@
+"""Video files, pictures of their frames, and files that are written completely or not at all."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,7 +16,7 @@ from fastunlearn.training.data.videos import read_video, side_by_side, write_str
 
 
 def moving(frames: int = 5, height: int = 32, width: int = 48, colour: tuple[float, ...] = (0.9, 0.2, 0.1)) -> Tensor:
-    """A coloured square that moves over grey."""
+    """A coloured square that moves across a grey background."""
     video = torch.full((frames, 3, height, width), 0.3)
     for index in range(frames):
         video[index, :, 8:20, 4 + 4 * index : 16 + 4 * index] = torch.tensor(colour)[:, None, None]
@@ -65,7 +67,7 @@ def test_the_frame_rate_is_in_the_file(tmp_path: Path) -> None:
     assert (frames, seconds) == (8, pytest.approx(0.5, abs=0.02))
 
 
-def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
+def test_errors_name_the_file_that_is_not_a_video(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.mp4"):
         read_video(tmp_path / "none.mp4")
     for ending in ("mp4", "gif"):
@@ -76,14 +78,14 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["10:30.mp4", "-y.mp4", "100%d.mp4", "a b 'c'.gif"])
-def test_names_are_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusual_file_names_work(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_video(name, moving(2), 8)
     assert read_video(name).shape == (2, 3, 32, 48)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_existing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.mp4"
     write_video(path, moving(), 8)
     before = path.read_bytes()
@@ -148,7 +150,7 @@ def test_a_strip_shows_frames_from_first_to_last(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_large_frames_are_brought_down_and_long_titles_wrap(tmp_path: Path) -> None:
+def test_large_frames_are_reduced_and_long_titles_wrap(tmp_path: Path) -> None:
     video = torch.rand(2, 3, 96, 480)
     write_strip(tmp_path / "a.png", [video], ["before"], "a word " * 400)
     width, height = Image.open(tmp_path / "a.png").size
@@ -156,7 +158,7 @@ def test_large_frames_are_brought_down_and_long_titles_wrap(tmp_path: Path) -> N
     assert height < 48 + 3 * 22 + 60
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_failed_write_of_json_keeps_the_existing_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     assert path.read_text() == '{\n  "a": 1\n}\n'
@@ -166,7 +168,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_unwritable_folder_is_found_at_once(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_into_is_refused(tmp_path: Path) -> None:
     assert writable(tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
@@ -185,7 +187,7 @@ def test_a_title_of_any_script_stays_inside_its_lines(text: str) -> None:
     assert videos._wrapped("", font, 500) == []
 
 
-def test_a_missing_ffmpeg_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ffmpeg_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
         raise RuntimeError("No ffmpeg exe could be found.")
 

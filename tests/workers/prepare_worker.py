@@ -1,6 +1,6 @@
-"""Makes one cache three times: undisturbed, by processes that are killed, and by two at a time.
+"""Makes the same cache three times: undisturbed, by processes that are killed on the way, and by two processes at once.
 
-Run by test_prepare.py as `prepare_processes.py PIPELINE FOLDER`. It imports once, and forks for every process.
+test_prepare.py runs it as `prepare_worker.py PIPELINE FOLDER`. It imports the libraries once and forks every process.
 """
 
 import os
@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import accelerate  # noqa: F401  # before the forks
+import accelerate  # noqa: F401  # here, so that the forked processes need not import it
 import torch
-import transformers  # noqa: F401  # before the forks
-from diffusers import CogVideoXPipeline  # noqa: F401  # before the forks
+import transformers  # noqa: F401
+from diffusers import CogVideoXPipeline  # noqa: F401
 
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.prepare import run
@@ -22,6 +22,7 @@ PIPELINE, FOLDER = sys.argv[1], Path(sys.argv[2])
 
 
 def start(cache: Path, **environment: str) -> int:
+    """Forks a process that makes the cache. Returns its process ID."""
     process = os.fork()
     if process:
         return process
@@ -52,12 +53,12 @@ def start(cache: Path, **environment: str) -> int:
 
 
 def end(process: int) -> int:
-    """0, or what went wrong; a negative signal if it was killed."""
+    """Waits for a process. Returns its exit status, or the negative signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def kill(cache: Path, shards: int, wait: float) -> None:
-    """Starts a process, and kills it `wait` seconds after it has `shards` shards."""
+    """Starts a process, and kills it `wait` seconds after the cache has `shards` shards."""
     process = start(cache)
     while len(list(cache.glob("shard-*.safetensors"))) < shards or not (cache / "index.json").exists():
         if os.waitpid(process, os.WNOHANG)[0]:
