@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.comparison import write_strip
 from fastunlearn.training.data.requests import Request
-from fastunlearn.training.data.videos import write_strip, write_video
+from fastunlearn.training.data.videos import write_video
 from fastunlearn.training.model.erased import without_erasers
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.text import encode_prompts

@@ -19,8 +19,9 @@ from fastunlearn.devices import usable_device
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.families import Condition
 from fastunlearn.files import writable
+from fastunlearn.training.data.comparison import side_by_side, write_strip
 from fastunlearn.training.data.prompts import read_prompts
-from fastunlearn.training.data.videos import side_by_side, write_strip, write_video
+from fastunlearn.training.data.videos import write_video
 from fastunlearn.training.model import erased
 from fastunlearn.training.model.memory import explained_out_of_memory
 from fastunlearn.training.model.sampling import denoise, stack_conditions

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastunlearn.files import writable, write_json
-from fastunlearn.training.data import videos
-from fastunlearn.training.data.videos import read_video, side_by_side, write_strip, write_video
+from fastunlearn.training.data import comparison, videos
+from fastunlearn.training.data.comparison import side_by_side, write_strip
+from fastunlearn.training.data.videos import read_video, write_video
 
 
 def moving(frames: int = 5, height: int = 32, width: int = 48, colour: tuple[float, ...] = (0.9, 0.2, 0.1)) -> Tensor:
@@ -177,14 +178,14 @@ def test_a_folder_that_cannot_be_written_into_is_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["a red circle " * 40, "红圆圈和蓝方块" * 60, "w" * 700])
 def test_a_title_of_any_script_stays_inside_its_lines(text: str) -> None:
-    font = videos._font(16, text)
-    lines = videos._wrapped(text, font, 500)
+    font = comparison._font(16, text)
+    lines = comparison._wrapped(text, font, 500)
     assert len(lines) == 3
     assert all(0 < font.getlength(line) <= 500 for line in lines)
     assert lines[-1].endswith(" …")
     assert text.startswith(lines[0])
-    assert videos._wrapped("short", font, 500) == ["short"]
-    assert videos._wrapped("", font, 500) == []
+    assert comparison._wrapped("short", font, 500) == ["short"]
+    assert comparison._wrapped("", font, 500) == []
 
 
 def test_a_missing_ffmpeg_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

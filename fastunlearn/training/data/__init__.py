@@ -3,5 +3,6 @@
 requests.py     a `Request` per trajectory, made from prompt files or a folder of videos: what `prepare` is asked for
 prompts.py      reads prompt files, and finds the tokens of the concept in a prompt
 user_videos.py  turns the user's own videos into latents
-videos.py       reads and writes video files and pictures of their frames
+videos.py       reads and writes video files
+comparison.py   shows several videos next to each other, as one video or as a picture
 """

@@ -1,0 +1,146 @@
+"""Shows several videos next to each other: as one video, or as a picture of some of their frames."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fastunlearn.files import replace_file
+from fastunlearn.training.data.videos import check_frames, to_bytes
+
+_FONTS = (
+    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "PingFang SC"),
+    *("Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Arial Unicode MS"),
+)
+_GAP = 4  # pixels between frames, and between videos
+_MARGIN = 14
+_TITLE_LINE = 22  # pixels from one line of the title to the next
+_INK, _PALE_INK, _PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
+
+
+def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
+    """Joins videos (F, 3, H, W) in [0, 1] to one video (F, 3, H', W'), from left to right, each below its label.
+
+    Raises:
+        ValueError: the videos differ in size, or the number of labels is not the number of videos.
+    """
+    _check_same_size(videos, labels)
+    num_frames, _, height, width = videos[0].shape
+    font = _font(max(10, min(22, height // 12)), "".join(labels))
+    top = round(1.6 * font.size)
+    size = (len(videos) * (width + _GAP) - _GAP, top + height)
+    picture = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(picture)
+    for index, label in enumerate(labels):
+        draw.text((index * (width + _GAP) + width / 2, top / 2), label, _INK, font, anchor="mm")
+    canvas = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div_(255)
+    joined = canvas.repeat(num_frames, 1, 1, 1)
+    for index, video in enumerate(videos):
+        left = index * (width + _GAP)
+        joined[:, :, top:, left : left + width] = video.cpu().float()
+    return joined
+
+
+def write_strip(
+    path: str | os.PathLike[str], rows: Sequence[Tensor], labels: Sequence[str], title: str = "", frames: int = 6
+) -> None:
+    """Writes a PNG with one row per video: some frames from first to last, so that rows can be compared at a glance.
+
+    Args:
+        path: the file, in an existing folder. An existing file is replaced only when the new one is complete.
+        rows: videos of one size, each (F, 3, H, W) in [0, 1].
+        labels: the label of each row.
+        title: the text above all rows, such as the prompt.
+        frames: the number of frames to show of each video, evenly spaced; all of them if it has fewer.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+        OSError: the file cannot be written.
+    """
+    _check_same_size(rows, labels)
+    num_frames, _, height, width = rows[0].shape
+    chosen = torch.linspace(0, num_frames - 1, min(frames, num_frames)).round().long()
+    shown_width, shown_height = _shown_size(width, height)
+    font, title_font = _font(15, "".join(labels)), _font(16, title)
+    left = _MARGIN + round(max(font.getlength(label) for label in labels)) + _MARGIN
+    right = left + len(chosen) * (shown_width + _GAP) - _GAP
+    lines = _wrapped(title, title_font, right - _MARGIN)
+    top = _MARGIN + len(lines) * _TITLE_LINE + (8 if lines else 0)
+    bottom = top + len(rows) * (shown_height + _GAP) - _GAP
+    picture = Image.new("RGB", (right + _MARGIN, bottom + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    for index, line in enumerate(lines):
+        draw.text((_MARGIN, _MARGIN + _TITLE_LINE * index), line, _INK, title_font)
+    resample = Image.Resampling.NEAREST if shown_width > width else Image.Resampling.LANCZOS
+    for row, (video, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + row * (shown_height + _GAP)
+        draw.text((left - _MARGIN, y + shown_height / 2), label, _PALE_INK, font, anchor="rm")
+        for column, frame in enumerate(to_bytes(video[chosen.to(video.device)])):
+            thumbnail = Image.fromarray(frame).resize((shown_width, shown_height), resample)
+            picture.paste(thumbnail, (left + column * (shown_width + _GAP), y))
+    content = io.BytesIO()
+    picture.save(content, format="PNG", optimize=True)
+    replace_file(Path(path), content.getvalue())
+
+
+def _check_same_size(videos: Sequence[Tensor], labels: Sequence[str]) -> None:
+    if not videos or len(videos) != len(labels):
+        raise ValueError(f"labels: expected one per video, got {len(labels)} for {len(videos)} videos")
+    for video, label in zip(videos, labels, strict=True):
+        check_frames(f"the video {label!r}", video)
+        if video.shape != videos[0].shape:
+            raise ValueError(
+                f"the video {label!r}: expected shape {tuple(videos[0].shape)}, as the first video has; got "
+                f"{tuple(video.shape)}"
+            )
+
+
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """The first of `_FONTS` that has all letters of `text`; if none has, DejaVu, which comes with matplotlib."""
+    from matplotlib.font_manager import findfont
+    from matplotlib.ft2font import FT2Font
+
+    letters = {ord(letter) for letter in text if not letter.isspace()}
+    for family in _FONTS:
+        try:
+            file = findfont(family, fallback_to_default=False)
+        except ValueError:
+            continue
+        if letters <= FT2Font(file).get_charmap().keys():
+            return ImageFont.truetype(file, size)
+    return ImageFont.truetype(findfont(_FONTS[0]), size)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 3) -> list[str]:
+    """Wraps `text` between words, to at most `most` lines of at most `width` pixels. Cuts off what does not fit."""
+    lines = [""]
+    for piece in re.findall(r"\s*\S+", text):
+        if font.getlength((lines[-1] + piece).strip()) > width and lines[-1]:
+            lines.append("")
+        for letter in piece:  # a word may be longer than a line in a script without spaces
+            if font.getlength((lines[-1] + letter).strip()) > width:
+                lines.append("")
+            lines[-1] += letter
+    lines = [line.strip() for line in lines if line.strip()]
+    if len(lines) > most:
+        last = lines[most - 1]
+        while font.getlength(last + " …") > width:
+            last = last[:-1].rstrip()
+        lines = [*lines[: most - 1], last + " …"]
+    return lines
+
+
+def _shown_size(width: int, height: int) -> tuple[int, int]:
+    """The size of a frame in a picture: small frames are enlarged by a whole factor, large ones are reduced."""
+    if width <= 120:
+        return width * (180 // width), height * (180 // width)
+    scale = min(1.0, 240 / width)
+    return round(width * scale), max(1, round(height * scale))
