@@ -150,11 +150,11 @@ def denoise(
     x_t = noise.to(model.device, torch.float32 if model.family.float32_latents else model.dtype)
     for index, t in enumerate(scheduler.timesteps):
         by_name = velocities(model, x_t, t, conditions, watch=watch(index) if watch else None)
-        guided = by_name[follow].float()
+        velocity = by_name[follow].float()
         if guidance_scale != 1 and guide_from is not None:
-            unguided = by_name[guide_from].float()
-            guided = unguided + guidance_scale * (guided - unguided)
-        x_next = advance(guided, index, x_t).to(x_t.dtype)
+            start = by_name[guide_from].float()
+            velocity = start + guidance_scale * (velocity - start)
+        x_next = advance(velocity, index, x_t).to(x_t.dtype)
         yield Step(index, float(t), x_t.to(model.dtype), by_name, x_next)
         x_t = x_next
 

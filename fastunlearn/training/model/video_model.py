@@ -166,7 +166,6 @@ class VideoModel:
         frames, rows, columns = (size // unit for size, unit in zip(sizes, patch_size(self.experts[0]), strict=True))
         return frames, rows, columns
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
         """Decodes latents (B, ...) to videos (B, F, 3, H, W), float32 in [0, 1], on the CPU.
 
@@ -184,7 +183,6 @@ class VideoModel:
             z = z[:, :, z.shape[2] - self._latent_frames(num_frames) :]
         return decode_latents(vae, z, self.latent_space)
 
-    @torch.no_grad()
     def encode_video(self, frames: Tensor, *, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Encodes videos to latents (B, ...), float32, on the VAE's device.
 
