@@ -1,10 +1,10 @@
-"""Concept attention: the softmax probabilities of a few keys, averaged over heads, without queries x keys.
+"""Concept attention: softmax probabilities of a few keys, averaged over heads, without a queries x keys matrix.
 
     result[b, q] = 1 / H * sum over heads and chosen keys j of exp(scale * query . key_j - lse[b, h, q])
 
-lse is the natural logarithm of the softmax's denominator. Floor: where it is given, every query and the chosen keys
-read once, one number a query written. Where it is not, a streaming softmax finds it: one product of queries and keys,
-nothing of it kept.
+lse is the natural logarithm of the softmax's denominator. Floor, if it is given: every query and the chosen keys read
+once, one number per query written. If it is not, a streaming softmax computes it from one product of queries and keys,
+none of which is stored.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn.kernels.launch import compute_dtype, launch_options, on_device, readable
+from fastunlearn.dtypes import compute_dtype
+from fastunlearn.kernels.launch import launch_options, on_device, readable
 
-# No product of tiles is smaller.
+# The smallest dimension of a `tl.dot`.
 SMALLEST_DOT = 16
 BLOCK_TOKENS = SMALLEST_DOT
-# Enough programs to fill any GPU: heads are divided among several until there are.
+# Enough to fill any GPU: heads are divided among programs until there are this many.
 ENOUGH_PROGRAMS = 512
 
 
@@ -38,9 +39,9 @@ def softmax_denominator(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """The largest `scale * query . key`, and the sum over all keys of exp(it less the largest): one pass.
+    """Return the largest logit `scale * query . key`, and the sum over all keys of exp(logit - largest), in one pass.
 
-    Apart, because their log-sum-exp would be rounded as coarsely as the largest is large.
+    They stay apart because the log-sum-exp of both would be rounded to the precision of the largest logit.
     """
     channels = tl.arange(0, BLOCK_CHANNELS)
     largest = tl.full((BLOCK_QUERIES,), -float("inf"), scale.dtype)
@@ -56,7 +57,7 @@ def softmax_denominator(
         logits = tl.dot(query, key.to(DTYPE), input_precision="ieee").to(scale.dtype) * scale
         logits = tl.where(is_attended[None, :], logits, -float("inf"))
         larger = tl.maximum(largest, tl.max(logits, axis=1))
-        # No key so far: infinity less infinity is not a number.
+        # While no key is attended, largest - larger would be inf - inf = NaN.
         base = tl.where(larger == -float("inf"), 0, larger)
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(logits - base[:, None]), axis=1)
         largest = larger
@@ -66,15 +67,15 @@ def softmax_denominator(
 @triton.jit
 def concept_attention_kernel(
     partial_ptr,  # (groups, B, Sq) out: sums over a group's heads, divided by all heads
-    query_ptr,  # (B, H, Sq, CHANNELS), channels dense
+    query_ptr,  # (B, H, Sq, CHANNELS), channels contiguous
     query_batch_stride,
     query_head_stride,
     query_row_stride,
-    key_ptr,  # (B, H, Sk, CHANNELS), channels dense
+    key_ptr,  # (B, H, Sk, CHANNELS), channels contiguous
     key_batch_stride,
     key_head_stride,
     key_row_stride,
-    token_ptr,  # (B, tokens) int64: the chosen keys, or a number out of range
+    token_ptr,  # (B, tokens) int64: the chosen keys; an index out of range chooses none
     token_batch_stride,
     token_stride,
     key_mask_ptr,  # (B, Sk): 0 where not attended, or None
@@ -87,37 +88,37 @@ def concept_attention_kernel(
     scale: tl.float64,
     batch,
     heads,
-    heads_a_group,
+    heads_per_group,
     queries,
     keys,
     tokens,
     CHANNELS: tl.constexpr,
-    DTYPE: tl.constexpr,  # of the products' factors
+    DTYPE: tl.constexpr,  # of the factors of matrix products
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Queries `program_id(0)`, heads `program_id(1)`, sample `program_id(2)`."""
+    """Process query block `program_id(0)` and head group `program_id(1)` of sample `program_id(2)`."""
     group, sample = tl.program_id(1), tl.cast(tl.program_id(2), tl.int64)
     dtype = partial_ptr.dtype.element_ty
     row = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    is_row = row < queries
+    in_bounds = row < queries
     row = row.to(tl.int64)
     channels = tl.arange(0, BLOCK_CHANNELS)
     is_channel = channels < CHANNELS
     factor = tl.full((), scale, dtype)
     probability = tl.zeros((BLOCK_QUERIES,), dtype)
 
-    for head in range(group * heads_a_group, tl.minimum((group + 1) * heads_a_group, heads)):
-        # 1. The queries, and their softmax's denominator.
-        of_head = sample * query_batch_stride + tl.cast(head, tl.int64) * query_head_stride
-        query_offsets = of_head + row[:, None] * query_row_stride + channels[None, :]
-        query = tl.load(query_ptr + query_offsets, is_row[:, None] & is_channel[None, :], 0).to(DTYPE)
+    for head in range(group * heads_per_group, tl.minimum((group + 1) * heads_per_group, heads)):
+        # 1. The queries and the denominators of their softmax.
+        head_offset = sample * query_batch_stride + tl.cast(head, tl.int64) * query_head_stride
+        query_offsets = head_offset + row[:, None] * query_row_stride + channels[None, :]
+        query = tl.load(query_ptr + query_offsets, in_bounds[:, None] & is_channel[None, :], 0).to(DTYPE)
         head_key_ptr = key_ptr + sample * key_batch_stride + tl.cast(head, tl.int64) * key_head_stride
         if lse_ptr is not None:
-            of_head = sample * lse_batch_stride + tl.cast(head, tl.int64) * lse_head_stride
-            largest = tl.load(lse_ptr + of_head + row * lse_row_stride, is_row, 0).to(dtype)
+            head_offset = sample * lse_batch_stride + tl.cast(head, tl.int64) * lse_head_stride
+            largest = tl.load(lse_ptr + head_offset + row * lse_row_stride, in_bounds, 0).to(dtype)
             denominator = tl.full((BLOCK_QUERIES,), 1, dtype)
         else:
             sample_mask_ptr = None
@@ -154,7 +155,7 @@ def concept_attention_kernel(
             probability += tl.sum(tl.where(is_chosen[None, :], p, 0), axis=1)
 
     sum_ptr = partial_ptr + (tl.cast(group, tl.int64) * batch + sample) * queries
-    tl.store(sum_ptr + row, probability / heads, is_row)
+    tl.store(sum_ptr + row, probability / heads, in_bounds)
 
 
 def _launch(
@@ -163,15 +164,15 @@ def _launch(
     batch, heads, queries, channels = query.shape
     keys, tokens = key.shape[2], token_indices.shape[1]
     dtype = compute_dtype(query, key, lse)
-    factors = torch.promote_types(query.dtype, key.dtype) if dtype == torch.float32 else dtype
+    factor_dtype = torch.promote_types(query.dtype, key.dtype) if dtype == torch.float32 else dtype
     if 0 in (batch, queries, tokens):
         return torch.zeros(batch, queries, device=query.device)
     query, key = (x if x.stride(3) == 1 or channels == 1 else x.contiguous() for x in (query, key))
-    # Products of half-precision tiles are the tensor cores', those of others take many registers.
-    block, warps = (64, 4) if factors.itemsize == 2 and channels <= 128 else (32, 8)
+    # Half-precision tiles are multiplied on tensor cores; others take many registers.
+    block, warps = (64, 4) if factor_dtype.itemsize == 2 and channels <= 128 else (32, 8)
     query_blocks = triton.cdiv(queries, block)
-    heads_a_group = triton.cdiv(heads, min(heads, triton.cdiv(ENOUGH_PROGRAMS, query_blocks * batch)))
-    groups = triton.cdiv(heads, heads_a_group)
+    heads_per_group = triton.cdiv(heads, min(heads, triton.cdiv(ENOUGH_PROGRAMS, query_blocks * batch)))
+    groups = triton.cdiv(heads, heads_per_group)
     partial = torch.empty(groups, batch, queries, dtype=dtype, device=query.device)
     mask = None if key_mask is None else readable(key_mask)
     with on_device(query):
@@ -190,17 +191,17 @@ def _launch(
             float(scale),
             batch,
             heads,
-            heads_a_group,
+            heads_per_group,
             queries,
             keys,
             tokens,
             CHANNELS=channels,
-            DTYPE=_TRITON_DTYPES[factors],
+            DTYPE=_TRITON_DTYPES[factor_dtype],
             BLOCK_QUERIES=block,
             BLOCK_KEYS=block,
             BLOCK_TOKENS=BLOCK_TOKENS,
             BLOCK_CHANNELS=max(triton.next_power_of_2(channels), SMALLEST_DOT),
-            # Rows that do not begin at 16 bytes are copied ahead in pieces, whose addresses take registers.
+            # Rows that are not 16-byte aligned are prefetched in pieces, whose addresses take registers.
             num_stages=1 if channels % 16 else 2,
             **launch_options(query, warps),
         )
@@ -215,12 +216,7 @@ _TRITON_DTYPES = {
 }
 
 
-@torch.library.custom_op("fastunlearn::concept_attention", mutates_args=())
-def concept_attention_op(
-    query: Tensor, key: Tensor, token_indices: Tensor, scale: float, key_mask: Tensor | None, lse: Tensor | None
-) -> Tensor:
-    """What compilers see."""
-    return _launch(query, key, token_indices, scale, key_mask, lse)
+concept_attention_op = torch.library.custom_op("fastunlearn::concept_attention", _launch, mutates_args=())
 
 
 @concept_attention_op.register_fake
@@ -237,7 +233,7 @@ def concept_attention(
     key_mask: Tensor | None,
     lse: Tensor | None,
 ) -> Tensor:
-    """The function of that name in `torch_backend`: one launch."""
+    """The Triton counterpart of the `torch_backend` function: one launch."""
     tensors = (
         query.detach(),
         key.detach(),

@@ -1,7 +1,8 @@
-"""What every kernel here shares: 64-bit offsets, tile sizes, dense layouts, and reading weights of any resolution.
+"""What the kernels share: 64-bit offsets, tile sizes, dense layouts, and broadcasting a mask of any resolution.
 
-Velocities, eraser outputs and their gradients are read in the order in which they lie in memory, by flat index: full
-16-byte accesses at any shape. What broadcasts over them (a mask, weights per sample) is found from that index.
+Velocities, eraser outputs and their gradients are read by flat index, in the order in which they lie in memory, so that
+every shape gets full 16-byte accesses. The element of a smaller operand (a mask, per-sample weights) that belongs to a
+flat index is computed from that index: the operand is never expanded.
 """
 
 from __future__ import annotations
@@ -16,61 +17,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Two or more 16-byte loads of every input for each of 128 threads, and few enough registers for full occupancy.
+# Each of 128 threads issues two or more 16-byte loads per input, and uses few enough registers for full occupancy.
 WARPS = 4
 MAX_REGISTERS = 255
 BLOCK_ELEMENTS = 2048
-# Past this many tiles a program takes several: waves enough to fill any GPU evenly, and few enough partial sums that
-# one program adds them up, in a fixed order: the same bits every time, without atomics.
+# Beyond this many tiles, a program processes several. The limit gives enough waves to load any GPU evenly, and few
+# enough partial sums that one program can add them in a fixed order: the same bits every time, without atomics.
 MAX_PROGRAMS = 4096
 FINISH_BLOCK = 2048
 
 
 @triton.jit
 def tile_start(tile, BLOCK: tl.constexpr):
-    """The first element of a tile, in 64 bits: a velocity may have more than 2^31 elements."""
+    """The flat index of a tile's first element, in 64 bits: a velocity may have more than 2^31 elements."""
     return tl.cast(tile, tl.int64) * BLOCK
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """`x` as DTYPE. No hardware rounds float64 to bfloat16: half precisions go by way of float32."""
+    """Convert `x` to DTYPE, to half precision by way of float32: no hardware rounds float64 to bfloat16."""
     if DTYPE.primitive_bitwidth == 16:
         return x.to(tl.float32).to(DTYPE)
     return x.to(DTYPE)
 
 
 @triton.jit
-def nearest(position, SIZE: tl.constexpr, WEIGHT_SIZE: tl.constexpr):
-    """The position among WEIGHT_SIZE that `F.interpolate(mode="nearest")` reads for a position among SIZE."""
-    if WEIGHT_SIZE == SIZE:
+def nearest(position, DIM_SIZE: tl.constexpr, OPERAND_SIZE: tl.constexpr):
+    """The operand position that `F.interpolate(mode="nearest")` reads for a position in a dim of DIM_SIZE."""
+    if OPERAND_SIZE == DIM_SIZE:
         return position
-    # Truncation is floor: nothing is negative.
-    return tl.minimum((position.to(tl.float32) * (WEIGHT_SIZE / SIZE)).to(position.dtype), WEIGHT_SIZE - 1)
+    # Positions are not negative, so truncation is floor.
+    return tl.minimum((position.to(tl.float32) * (OPERAND_SIZE / DIM_SIZE)).to(position.dtype), OPERAND_SIZE - 1)
 
 
 @triton.jit
-def weight_offsets(offsets, strides, SIZES: tl.constexpr, WEIGHT_SIZES: tl.constexpr, NARROW: tl.constexpr):
-    """Where the weight of every element lies: see `Weights`.
+def broadcast_offsets(offsets, strides, DIM_SIZES: tl.constexpr, OPERAND_SIZES: tl.constexpr, IN_32_BITS: tl.constexpr):
+    """The operand offset for every flat index in `offsets`; the other arguments are the fields of a `BroadcastIndex`.
 
-    The sizes are compile-time constants because a division by one is a multiplication. 32 bits, where they are enough,
-    make it four times cheaper.
+    Sizes are compile-time constants because dividing by a constant compiles to a multiplication. 32-bit arithmetic,
+    where it suffices, makes that four times cheaper.
     """
-    index = offsets.to(tl.int32) if NARROW else offsets
-    found = tl.zeros_like(index)
-    for i in tl.static_range(len(SIZES)):
+    index = offsets.to(tl.int32) if IN_32_BITS else offsets
+    operand_offsets = tl.zeros_like(index)
+    for i in tl.static_range(len(DIM_SIZES)):
         position = index
-        if i + 1 < len(SIZES):
-            position = index % SIZES[i]
-            index = index // SIZES[i]
-        if WEIGHT_SIZES[i] != 0:
-            found += nearest(position, SIZES[i], WEIGHT_SIZES[i]) * strides[i]
-    return found
+        if i + 1 < len(DIM_SIZES):
+            position = index % DIM_SIZES[i]
+            index = index // DIM_SIZES[i]
+        if OPERAND_SIZES[i] != 0:
+            operand_offsets += nearest(position, DIM_SIZES[i], OPERAND_SIZES[i]) * strides[i]
+    return operand_offsets
 
 
 @triton.jit
 def finish_sum(partial_ptr, programs, BLOCK: tl.constexpr):
-    """The sum of the (programs,) at `partial_ptr`, in a fixed order."""
+    """Sum the (programs,) values at `partial_ptr` in a fixed order."""
     sums = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
     for first in range(0, programs, BLOCK):
         program = first + tl.arange(0, BLOCK)
@@ -78,64 +79,78 @@ def finish_sum(partial_ptr, programs, BLOCK: tl.constexpr):
     return tl.sum(sums)
 
 
-class Weights(NamedTuple):
-    """How to find the weight of an element from its place in memory: the dims of the weighed tensor, innermost first.
+class BroadcastIndex(NamedTuple):
+    """How to find an operand's element from a flat index into the dense tensor that the operand broadcasts over.
 
-    A dim over which the weights do not vary has weight size 0. A weight size other than the dim's own is read by
-    nearest neighbour.
+    The dims are the dense tensor's, innermost first, adjacent ones merged where possible. A dim that the operand does
+    not vary along has operand size 0. An operand size that differs from the dim's is read by nearest neighbour.
     """
 
-    strides: tuple[int, ...]
-    SIZES: tuple[int, ...]
-    WEIGHT_SIZES: tuple[int, ...]
-    NARROW: bool
+    strides: tuple[int, ...]  # of the operand
+    DIM_SIZES: tuple[int, ...]
+    OPERAND_SIZES: tuple[int, ...]
+    IN_32_BITS: bool  # whether 32-bit arithmetic suffices
 
 
-NO_WEIGHTS = Weights((0,), (1,), (0,), True)
+NO_OPERAND = BroadcastIndex((0,), (1,), (0,), True)
 
 
 @functools.lru_cache(maxsize=4096)
-def weights_of(
+def broadcast_index(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    weight_strides: tuple[int, ...],
-) -> Weights:
-    """Weights of `weight_shape`, over a dense tensor of as many dims; size 1 where they do not vary."""
+    operand_shape: tuple[int, ...],
+    operand_strides: tuple[int, ...],
+) -> BroadcastIndex:
+    """The index of an operand over a dense tensor with as many dims; operand dims of size 1 broadcast."""
     merged: list[tuple[int, int, int]] = []
     for dim in sorted(range(len(shape)), key=lambda i: (strides[i], shape[i])):
-        size, weight_size, stride = shape[dim], weight_shape[dim], weight_strides[dim]
+        size, operand_size, stride = shape[dim], operand_shape[dim], operand_strides[dim]
         if size == 1:
             continue
-        if weight_size == 1 or (stride == 0 and weight_size == size):
-            stride, weight_size = 0, 0
-        if merged and weight_size in (0, size):
-            inner_size, inner_weight_size, inner_stride = merged[-1]
-            # Both do not vary, or one runs through into the other.
-            if (weight_size == inner_weight_size == 0) or (
-                weight_size and inner_weight_size == inner_size and stride == inner_stride * inner_size
+        if operand_size == 1 or (stride == 0 and operand_size == size):
+            stride, operand_size = 0, 0
+        if merged and operand_size in (0, size):
+            inner_size, inner_operand_size, inner_stride = merged[-1]
+            # Merge if the operand broadcasts along both dims, or is contiguous across them.
+            if (operand_size == inner_operand_size == 0) or (
+                operand_size and inner_operand_size == inner_size and stride == inner_stride * inner_size
             ):
                 size *= inner_size
-                merged[-1] = (size, weight_size and size, inner_stride)
+                merged[-1] = (size, operand_size and size, inner_stride)
                 continue
-        merged.append((size, weight_size, stride))
+        merged.append((size, operand_size, stride))
     if not merged:
         merged.append((1, 0, 0))
-    outer_size, outer_weight_size, outer_stride = merged[-1]
-    if outer_weight_size in (0, outer_size):
-        # The outermost size divides nothing: without it a batch of another size needs no other kernel.
-        merged[-1] = (1, min(outer_weight_size, 1), outer_stride)
-    elements, span = 1, 1
+    outer_size, outer_operand_size, outer_stride = merged[-1]
+    if outer_operand_size in (0, outer_size):
+        # Nothing is divided by the outermost size. Left out, it cannot make another batch size recompile the kernel.
+        merged[-1] = (1, min(outer_operand_size, 1), outer_stride)
+    elements, operand_span = 1, 1
     for size in shape:
         elements *= size
-    for size, stride in zip(weight_shape, weight_strides, strict=True):
-        span += (size - 1) * stride
-    sizes, weight_sizes, found_strides = zip(*merged, strict=True)
-    return Weights(found_strides, sizes, weight_sizes, max(elements, span) < 2**31)
+    for size, stride in zip(operand_shape, operand_strides, strict=True):
+        operand_span += (size - 1) * stride
+    dim_sizes, operand_sizes, merged_strides = zip(*merged, strict=True)
+    return BroadcastIndex(merged_strides, dim_sizes, operand_sizes, max(elements, operand_span) < 2**31)
+
+
+def mask_index(x: Tensor, mask: Tensor, channel_dim: int) -> BroadcastIndex:
+    """The index of a mask that lacks the channel dim of `x`."""
+    shape, strides = list(mask.shape), list(mask.stride())
+    shape.insert(channel_dim, 1)
+    strides.insert(channel_dim, 0)
+    return broadcast_index(x.shape, x.stride(), tuple(shape), tuple(strides))
+
+
+def leading_index(x: Tensor, values: Tensor) -> BroadcastIndex:
+    """The index of `values`, one for each position in the first dim of `x`."""
+    rest = x.dim() - 1
+    return broadcast_index(x.shape, x.stride(), (*values.shape, *[1] * rest), (*values.stride(), *[0] * rest))
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in any order of dims."""
+    """Whether the elements fill one stretch of memory without gaps, whatever the order of dims."""
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
@@ -145,9 +160,14 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if it is dense, else a contiguous copy."""
+    return x if is_dense(x) else x.contiguous()
+
+
 def same_layout(first: Tensor, others: Sequence[Tensor | None]) -> list[Any]:
-    """The tensors, dense and in one layout; copied only if they are not."""
-    first = first if is_dense(first) else first.contiguous()
+    """The tensors, dense and all in the layout of the first; only those that differ are copied."""
+    first = dense(first)
     laid_out: list[Tensor | None] = [first]
     for x in others:
         if x is not None and not _has_strides_of(x, first):
@@ -162,28 +182,30 @@ def _has_strides_of(x: Tensor, other: Tensor) -> bool:
     return all(a == b or size == 1 for a, b, size in zip(x.stride(), other.stride(), x.shape, strict=True))
 
 
-def readable(weights: Tensor) -> Tensor:
-    """The same tensor in a dtype that a kernel can load."""
-    return weights.view(torch.uint8) if weights.dtype == torch.bool else weights
+def readable(x: Tensor) -> Tensor:
+    """The same memory in a dtype that kernels can load: bool as uint8."""
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Float64 if any tensor is, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+def distinct(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors; under torch.compile views of them, because it refuses to pass one tensor twice to an autograd op."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    return [x if x is None else x.view_as(x) for x in tensors]
 
 
 def block_elements(dtype: torch.dtype) -> int:
-    """Elements a program, for arithmetic in `dtype`: a float64 takes two registers."""
+    """Elements per tile for arithmetic in `dtype`: a float64 takes two registers."""
     return BLOCK_ELEMENTS // 2 if dtype == torch.float64 else BLOCK_ELEMENTS
 
 
 def programs_for(elements: int, block: int, most: int = MAX_PROGRAMS) -> int:
-    """How many programs share the elements."""
+    """The number of programs that share the elements."""
     return min(triton.cdiv(elements, block), most)
 
 
 def launch_options(x: Tensor, warps: int = WARPS) -> dict[str, int]:
-    """Warps, and on NVIDIA a limit of registers: told one, ptxas no longer spills to make room for one more block."""
+    """The number of warps and, on NVIDIA, a register limit: with one, ptxas does not spill to fit one more block."""
     options = {"num_warps": warps}
     if x.device.type != "xpu" and torch.version.hip is None:
         options["maxnreg"] = MAX_REGISTERS
@@ -191,7 +213,7 @@ def launch_options(x: Tensor, warps: int = WARPS) -> dict[str, int]:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device current: Triton launches on the current device."""
     if x.device.type == "cpu":
         return contextlib.nullcontext()
     return getattr(torch, x.device.type).device(x.device)

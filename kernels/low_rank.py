@@ -1,21 +1,21 @@
-"""The localization loss of low-rank outputs hidden @ weight^T + bias, without the outputs.
+"""The localization loss of low-rank outputs hidden @ weight^T + bias, without computing the outputs.
 
-With a = 1 - mask a token, h = [hidden, 1] and W = [weight, bias], both a column wider than the rank:
+With a = 1 - mask per token, h = [hidden, 1] and W = [weight, bias], both one column wider than the rank:
 
     moments = sum over tokens of a^2 h^T h        gram = W^T W        term = normalizer * sum(moments * gram)
     d term / d h = 2 * normalizer * a^2 * h gram                      d term / d W = 2 * normalizer * W moments
 
-Both matrices come from one kernel: tokens weighed by a with 1 as their last column, or rows of the weight with the
-bias. So do both gradients: rows times a matrix. Floor: the background's hidden rows read once forward and once
-backward, their gradient written once; the parameters likewise.
+One kernel computes both matrices, from tokens weighted by a with a last column of ones, or from rows of the weight with
+the bias as last column. One kernel computes both gradients: rows times a matrix. Floor: the background's hidden rows
+read once forward and once backward and their gradient written once; the same for the parameters.
 
-Products are of bfloat16 parts on tensor cores: one makes up a bfloat16, two a float16, three a float32. Those of
-float32 hidden states are not. Float64 ones run in the interpreter only.
+Matrix products run on tensor cores in bfloat16. A value is split into bfloat16 pieces that add up to it exactly: one
+piece for a bfloat16, two for a float16, three for a float32. Float32 hidden states use ordinary arithmetic instead.
+Float64 runs in the interpreter only.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,72 +24,82 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunlearn.kernels.launch import FINISH_BLOCK, compute_dtype, launch_options, on_device, readable, rounded
-from fastunlearn.kernels.localization import LAYERS_PER_LAUNCH, localization_finish_kernel, select
-from fastunlearn.kernels.upstream import once_differentiable
+from fastunlearn.dtypes import compute_dtype
+from fastunlearn.kernels.launch import FINISH_BLOCK, distinct, launch_options, on_device, readable, rounded
+from fastunlearn.kernels.localization import (
+    LAYERS_PER_LAUNCH,
+    equal_stretches,
+    localization_finish_kernel,
+    normalizer,
+    select,
+)
+from fastunlearn.ops.once_differentiable import once_differentiable
 
-# As large as registers allow with three parts of everything: the compiler spills nothing.
+# As large as registers allow without spilling when every factor is split into three pieces.
 BLOCK_SUMMED_ROWS = 16
 BLOCK_ROWS, BLOCK_INNER = 64, 32
-BLOCK_ROWS_OF_FLOAT32, BLOCK_INNER_OF_FLOAT32 = 32, 16
-BLOCK_RANK = 128  # at most: larger ranks take several blocks
+FLOAT32_BLOCK_ROWS, FLOAT32_BLOCK_INNER = 32, 16
+BLOCK_RANK = 128  # larger ranks take several blocks
 BLOCK_ENTRIES = 1024
 SMALLEST_DOT = 16
 WARPS = 8
-# A program's sums are as large as a few hundred rows: it takes this many, unless that leaves a GPU idle.
-ROWS_A_PROGRAM = 2048
+# A program's partial sums are as large as a few hundred rows, so it should process many more: this many, unless fewer
+# than `ENOUGH_PROGRAMS` programs would then be left to fill a GPU.
+ROWS_PER_PROGRAM = 2048
 ENOUGH_PROGRAMS = 256
-PARTS = {torch.bfloat16: 1, torch.float16: 2}  # else 3
+PIECES = {torch.bfloat16: 1, torch.float16: 2}  # that a dtype is split into; otherwise 3
 
 
 @triton.jit
-def add_product(result, a, b, A_PARTS: tl.constexpr, B_PARTS: tl.constexpr):
-    """The sum result + a @ b as precise as float32 makes it, where so many bfloat16 parts make up `a` and `b` exactly.
+def add_product(result, a, b, A_PIECES: tl.constexpr, B_PIECES: tl.constexpr):
+    """Return result + a @ b to float32 precision, with `a` and `b` split into that many bfloat16 pieces.
 
-    Float32 times float32 would take six products, and more tensor memory than sm_100 has: Triton 3.7 then compiles the
-    kernel to nothing. That is left to ordinary arithmetic.
+    Three pieces times three would take six products and more tensor memory than sm_100 has, and Triton 3.7 then
+    compiles the kernel to nothing. That case uses ordinary arithmetic.
     """
-    if A_PARTS == 3 and B_PARTS == 3:
+    if A_PIECES == 3 and B_PIECES == 3:
         return result + tl.dot(a, b, input_precision="ieee")
     a0, b0 = a.to(tl.bfloat16), b.to(tl.bfloat16)
-    # Smallest first. What two parts beyond the first of both add is below float32's precision.
-    if A_PARTS > 1:
+    # Smallest products first. Products of two pieces that are both beyond the second are below float32's precision.
+    if A_PIECES > 1:
         a_rest = a - a0.to(tl.float32)
         a1 = a_rest.to(tl.bfloat16)
-        if A_PARTS > 2:
+        if A_PIECES > 2:
             result = tl.dot((a_rest - a1.to(tl.float32)).to(tl.bfloat16), b0, result)
-    if B_PARTS > 1:
+    if B_PIECES > 1:
         b_rest = b - b0.to(tl.float32)
         b1 = b_rest.to(tl.bfloat16)
-        if B_PARTS > 2:
+        if B_PIECES > 2:
             result = tl.dot(a0, (b_rest - b1.to(tl.float32)).to(tl.bfloat16), result)
-        if A_PARTS > 1:
+        if A_PIECES > 1:
             result = tl.dot(a1, b1, result)
         result = tl.dot(a0, b1, result)
-    if A_PARTS > 1:
+    if A_PIECES > 1:
         result = tl.dot(a1, b0, result)
     return tl.dot(a0, b0, result)
 
 
 @triton.jit
-def factors(row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN: tl.constexpr, dtype: tl.constexpr):
-    """What multiplies a row, and the row's last column: 1 - mask twice, or 1 and the bias."""
-    is_row = row < rows
-    factor = is_row.to(dtype)
+def row_factors(
+    row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN: tl.constexpr, dtype: tl.constexpr
+):
+    """Return each row's factor and its last column: 1 - mask for both, or 1 and the bias."""
+    in_bounds = row < rows
+    factor = in_bounds.to(dtype)
     last = tl.zeros_like(factor)
     if IS_HIDDEN:
         offsets = (row // tokens) * sample_stride + (row % tokens) * token_stride
-        factor = 1 - tl.load(column_ptr + offsets, is_row, 1.0).to(dtype)
+        factor = 1 - tl.load(column_ptr + offsets, in_bounds, 1.0).to(dtype)
         last = factor
     elif column_ptr is not None:
-        last = tl.load(column_ptr + row * token_stride, is_row, 0).to(dtype)
+        last = tl.load(column_ptr + row * token_stride, in_bounds, 0).to(dtype)
     return factor, last
 
 
 @triton.jit
 def moments_kernel(
-    partial_ptr,  # (programs, layers, (RANK + 1)^2 + 1) out: sums of outer products, and of what multiplies the rows
-    x_ptrs,  # tuple of (rows, RANK), one a layer: hidden states, or weights
+    partial_ptr,  # (programs, layers, (RANK + 1)^2 + 1) out: sums of outer products and, last, of the row factors
+    x_ptrs,  # tuple of (rows, RANK), one per layer: hidden states, or weights
     column_ptrs,  # tuple of masks (B or 1, tokens), or of biases (rows,), or None
     sample_stride,
     token_stride,
@@ -97,11 +107,14 @@ def moments_kernel(
     rows,
     RANK: tl.constexpr,
     IS_HIDDEN: tl.constexpr,
-    PARTS: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
 ):
-    """Layer `program_id(1)`, block `program_id(2)` of the matrix; a program takes every `num_programs(0)`-th tile."""
+    """Sum over rows for layer `program_id(1)` and block `program_id(2)` of the matrix.
+
+    Each program takes every `num_programs(0)`-th tile of rows.
+    """
     program, programs, layer = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     blocks: tl.constexpr = (RANK + BLOCK_RANK - 1) // BLOCK_RANK
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
@@ -115,13 +128,13 @@ def moments_kernel(
     moments = tl.zeros((BLOCK_RANK, BLOCK_RANK), dtype)
     border = tl.zeros((BLOCK_RANK,), dtype)
     corner = tl.zeros((BLOCK_ROWS,), dtype)
-    weights = tl.zeros((BLOCK_ROWS,), dtype)
+    factor_sums = tl.zeros((BLOCK_ROWS,), dtype)
     for tile in range(program, tl.cdiv(rows, BLOCK_ROWS), programs):
         row = tl.cast(tile, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        factor, last = factors(row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN, dtype)
+        factor, last = row_factors(row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN, dtype)
         is_read = factor != 0
         corner += last * last
-        weights += factor
+        factor_sums += factor
         x_right = tl.load(
             x_ptr + row[:, None] * RANK + right[None, :], is_read[:, None] & (right < RANK)[None, :], 0
         ).to(dtype)
@@ -132,12 +145,12 @@ def moments_kernel(
             )
         border += tl.sum(x * (factor * last)[:, None], axis=0)
         x = tl.trans(x * (factor * factor)[:, None])
-        if IS_HIDDEN and PARTS < 3:
-            # A hard mask leaves what is read as it is: its parts are enough.
+        if IS_HIDDEN and PIECES < 3:
+            # Where a hard mask lets rows through, they are unchanged, so their own number of pieces suffices.
             if tl.sum((is_read & (factor != 1)).to(tl.int32)) == 0:
-                moments = add_product(moments, x, x_right, PARTS, PARTS)
+                moments = add_product(moments, x, x_right, PIECES, PIECES)
             else:
-                moments = add_product(moments, x, x_right, 3, PARTS)
+                moments = add_product(moments, x, x_right, 3, PIECES)
         else:
             moments = add_product(moments, x, x_right, 3, 3)
 
@@ -150,12 +163,12 @@ def moments_kernel(
         tl.store(entry_ptr + RANK * WIDTH + left, border, left < RANK)
     if tl.program_id(2) == 0:
         tl.store(entry_ptr + WIDTH * WIDTH - 1, tl.sum(corner))
-        tl.store(entry_ptr + WIDTH * WIDTH, tl.sum(weights))
+        tl.store(entry_ptr + WIDTH * WIDTH, tl.sum(factor_sums))
 
 
 @triton.jit
 def moments_finish_kernel(
-    sum_ptr,  # (2, L, sums_stride) out: of moments * gram, and of what multiplies the rows, a block each
+    sum_ptr,  # (2, L, blocks) out: sums of moments * gram, and of the row factors
     layer_stride,
     weight_stride,
     moments_ptr,  # (layers, SIZE) out
@@ -169,7 +182,7 @@ def moments_finish_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up what the programs found, in a fixed order: entries `program_id(0)` of layer `program_id(1)`."""
+    """Add up partial sums in a fixed order: block `program_id(0)` of the entries of layer `program_id(1)`."""
     block, layer, layers = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64), tl.num_programs(1)
     dtype: tl.constexpr = moments_ptr.dtype.element_ty
     entry = block * BLOCK + tl.arange(0, BLOCK)
@@ -184,18 +197,18 @@ def moments_finish_kernel(
     tl.store(moments_ptr + layer * SIZE + entry, moments, is_entry)
     tl.store(gram_ptr + layer * SIZE + entry, gram, is_entry)
     sum_ptr += layer * layer_stride + block
-    # The last entry is none of the matrix.
+    # The last entry is the sum of the row factors, not part of the matrix.
     is_product = entry < SIZE - 1
     tl.store(sum_ptr, tl.sum(tl.where(is_product, moments * gram, 0)) * tl.full((), term_scale, dtype))
-    weights = tl.sum(tl.where(entry == SIZE - 1, moments, 0))
-    tl.store(sum_ptr + weight_stride, weights * tl.full((), weight_scale, dtype))
+    factor_sum = tl.sum(tl.where(entry == SIZE - 1, moments, 0))
+    tl.store(sum_ptr + weight_stride, factor_sum * tl.full((), weight_scale, dtype))
 
 
 @triton.jit
 def gradient_rows_kernel(
-    result_ptrs,  # tuple of (rows, RANK) out, one a layer, or None
-    last_ptrs,  # tuple of (rows,) out: the last column, or None
-    x_ptrs,  # as in `moments_kernel`, like what follows
+    result_ptrs,  # tuple of (rows, RANK) out, one per layer, or None
+    last_ptrs,  # tuple of (rows,) out: the gradient's last column, or None
+    x_ptrs,  # this and the next four as in `moments_kernel`
     column_ptrs,
     sample_stride,
     token_stride,
@@ -207,12 +220,12 @@ def gradient_rows_kernel(
     rows,
     RANK: tl.constexpr,
     IS_HIDDEN: tl.constexpr,
-    PARTS: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """Rows `program_id(0)` of layer `program_id(1)`, columns `program_id(2)`: [x, last column] @ matrix."""
+    """[x, last column] @ matrix for rows `program_id(0)` and columns `program_id(2)` of layer `program_id(1)`."""
     layer = tl.program_id(1)
     dtype: tl.constexpr = matrix_ptr.dtype.element_ty
     WIDTH: tl.constexpr = RANK + 1
@@ -220,17 +233,17 @@ def gradient_rows_kernel(
     column_ptr = None
     if column_ptrs is not None:
         column_ptr = select(column_ptrs, layer)
-    multiple = tl.load(upstream_ptr).to(dtype) * tl.full((), scale, dtype)
+    common_factor = tl.load(upstream_ptr).to(dtype) * tl.full((), scale, dtype)
     if inverse_ptr is not None:
-        multiple *= tl.load(inverse_ptr + layer)
+        common_factor *= tl.load(inverse_ptr + layer)
     matrix_ptr += tl.cast(layer, tl.int64) * (WIDTH * WIDTH + 1)
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    factor, last = factors(row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN, dtype)
+    factor, last = row_factors(row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN, dtype)
     is_read = factor != 0
     if IS_HIDDEN:
-        multiples, last = multiple * factor * factor, is_read.to(dtype)
+        row_scales, last = common_factor * factor * factor, is_read.to(dtype)
     else:
-        multiples = multiple * factor
+        row_scales = common_factor * factor
     column = tl.program_id(2) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     is_column = column < RANK
 
@@ -244,19 +257,19 @@ def gradient_rows_kernel(
         )
         is_entry = (inner < RANK)[:, None] & is_column[None, :]
         matrix = tl.load(matrix_ptr + inner[:, None] * WIDTH + column[None, :], is_entry, 0)
-        result = add_product(result, x, matrix, PARTS, 3)
+        result = add_product(result, x, matrix, PIECES, 3)
         if last_ptrs is not None:
             inner_border = tl.load(matrix_ptr + RANK * WIDTH + inner, inner < RANK, 0)
             last_result += tl.sum(x * inner_border[None, :], axis=1)
 
     if result_ptrs is not None:
         result_ptr = select(result_ptrs, layer)
-        result = rounded(tl.where(is_read[:, None], result * multiples[:, None], 0), result_ptr.dtype.element_ty)
+        result = rounded(tl.where(is_read[:, None], result * row_scales[:, None], 0), result_ptr.dtype.element_ty)
         is_stored = (row < rows)[:, None] & is_column[None, :]
         tl.store(result_ptr + row[:, None] * RANK + column[None, :], result, is_stored)
     if last_ptrs is not None:
         last_ptr = select(last_ptrs, layer)
-        last_result = rounded(last_result * multiples, last_ptr.dtype.element_ty)
+        last_result = rounded(last_result * row_scales, last_ptr.dtype.element_ty)
         tl.store(last_ptr + row, last_result, (row < rows) & (tl.program_id(2) == 0))
 
 
@@ -267,17 +280,20 @@ class _Layer(NamedTuple):
     mask: Tensor
 
 
+def _layers(tensors: Sequence[Any], masks: Sequence[Tensor]) -> list[_Layer]:
+    """Layers from a flat list of the hidden states, weight and bias of each."""
+    return [_Layer(*tensors[3 * i : 3 * i + 3], mask) for i, mask in enumerate(masks)]
+
+
 def _runs(layers: Sequence[_Layer]) -> list[slice]:
-    """Consecutive layers that share a launch: alike in everything, `LAYERS_PER_LAUNCH` at most."""
-
-    def likeness(i: int) -> tuple[Any, ...]:
-        return tuple(x if x is None else (x.dtype, x.shape, x.stride()) for x in layers[i])
-
-    runs = []
-    for _, found in itertools.groupby(range(len(layers)), likeness):
-        of_run = list(found)
-        runs += [of_run[i : i + LAYERS_PER_LAUNCH] for i in range(0, len(of_run), LAYERS_PER_LAUNCH)]
-    return [slice(run[0], run[-1] + 1) for run in runs if layers[run[0]].hidden.numel()]
+    """Consecutive layers that share a launch: alike in everything, at most `LAYERS_PER_LAUNCH`, not empty."""
+    keys = [[x if x is None else (x.dtype, x.shape, x.stride()) for x in layer] for layer in layers]
+    return [
+        slice(start, min(start + LAYERS_PER_LAUNCH, run.stop))
+        for run in equal_stretches(keys)
+        if layers[run.start].hidden.numel()
+        for start in range(run.start, run.stop, LAYERS_PER_LAUNCH)
+    ]
 
 
 def _block_rank(rank: int) -> int:
@@ -285,7 +301,7 @@ def _block_rank(rank: int) -> int:
 
 
 class _Rows(NamedTuple):
-    """The rows of a run's hidden states, or of its weights, as both kernels take them."""
+    """The hidden states of a run's layers, or their weights, as arguments of both kernels."""
 
     x: tuple[Tensor, ...]
     columns: tuple[Tensor, ...] | None
@@ -295,13 +311,13 @@ class _Rows(NamedTuple):
     rows: int
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Compile-time constants and options of both kernels, which compute in `dtype`."""
+        """The compile-time constants and launch options of both kernels for arithmetic in `dtype`."""
         rank = self.x[0].shape[-1]
         return {
             "RANK": rank,
             "IS_HIDDEN": self.x[0].dim() == 3,
-            # Sums of bfloat16 products are float32.
-            "PARTS": PARTS.get(self.x[0].dtype, 3) if dtype == torch.float32 else 3,
+            # Sums of bfloat16 products are float32, so float64 arithmetic is never split.
+            "PIECES": PIECES.get(self.x[0].dtype, 3) if dtype == torch.float32 else 3,
             "BLOCK_RANK": _block_rank(rank),
             **launch_options(self.x[0], WARPS),
         }
@@ -321,10 +337,15 @@ def _weight_rows(layers: Sequence[_Layer]) -> _Rows:
     return _Rows(x, biases or None, 0, biases[0].stride(0) if biases else 0, 1, x[0].shape[0])
 
 
+def _normalizer(layer: _Layer, normalization: str) -> int:
+    """That of the output, which is not computed."""
+    return normalizer((*layer.hidden.shape[:2], layer.weight.shape[0]), normalization)
+
+
 def _partial_moments(rows: _Rows, dtype: torch.dtype) -> Tensor:
     layers, rank = len(rows.x), rows.x[0].shape[-1]
     tiles = triton.cdiv(rows.rows, BLOCK_SUMMED_ROWS)
-    programs = min(tiles, max(triton.cdiv(rows.rows, ROWS_A_PROGRAM), ENOUGH_PROGRAMS // layers))
+    programs = min(tiles, max(triton.cdiv(rows.rows, ROWS_PER_PROGRAM), ENOUGH_PROGRAMS // layers))
     blocks = triton.cdiv(rank, _block_rank(rank)) ** 2
     partial = torch.empty(programs, layers, (rank + 1) ** 2 + 1, dtype=dtype, device=rows.x[0].device)
     moments_kernel[(programs, layers, blocks)](partial, *rows, BLOCK_ROWS=BLOCK_SUMMED_ROWS, **rows.constants(dtype))
@@ -332,27 +353,27 @@ def _partial_moments(rows: _Rows, dtype: torch.dtype) -> Tensor:
 
 
 def _launch_forward(
-    layers: Sequence[_Layer], normalization: str, weight: float
+    tensors: list[Tensor | None], masks: list[Tensor], normalization: str, weight: float
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Loss, terms, and what the backward pass needs: moments and gram of every run; the inverse sums, if any."""
-    device = layers[0].hidden.device
-    dtype = compute_dtype(*(x for layer in layers for x in layer))
+    """Return the loss, the layers' terms, moments and gram of every run, and the layers' 1 / (sum of a) if used."""
+    layers = _layers(tensors, masks)
+    device = masks[0].device
+    dtype = compute_dtype(*tensors, *masks)
     is_normalized = normalization == "background_mean"
-    runs = _runs(layers)
-    most = max((layer.hidden.shape[2] + 1) ** 2 + 1 for layer in layers)
-    sums = torch.zeros(2, len(layers), triton.cdiv(most, BLOCK_ENTRIES), dtype=dtype, device=device)
+    largest_size = max((layer.hidden.shape[2] + 1) ** 2 + 1 for layer in layers)
+    sums = torch.zeros(2, len(layers), triton.cdiv(largest_size, BLOCK_ENTRIES), dtype=dtype, device=device)
     per_layer = torch.empty(len(layers), dtype=dtype, device=device)
     loss = torch.empty((), dtype=dtype, device=device)
     inverse = torch.empty_like(per_layer) if is_normalized else None
     matrices = []
-    with on_device(layers[0].hidden):
-        for run in runs:
-            of_run = layers[run]
-            partial_moments = _partial_moments(_hidden_rows(of_run), dtype)
-            partial_gram = _partial_moments(_weight_rows(of_run), dtype)
+    with on_device(loss):
+        for run in _runs(layers):
+            run_layers = layers[run]
+            partial_moments = _partial_moments(_hidden_rows(run_layers), dtype)
+            partial_gram = _partial_moments(_weight_rows(run_layers), dtype)
             moments, gram = torch.empty_like(partial_moments[0]), torch.empty_like(partial_gram[0])
             size = moments.shape[1]
-            moments_finish_kernel[(triton.cdiv(size, BLOCK_ENTRIES), len(of_run))](
+            moments_finish_kernel[(triton.cdiv(size, BLOCK_ENTRIES), len(run_layers))](
                 sums[:, run],
                 sums.stride(1),
                 sums.stride(0),
@@ -362,8 +383,8 @@ def _launch_forward(
                 partial_gram,
                 partial_moments.shape[0],
                 partial_gram.shape[0],
-                1.0 if is_normalized else 1 / of_run[0].hidden.shape[0],
-                float(of_run[0].weight.shape[0]),
+                1 / _normalizer(run_layers[0], normalization),
+                float(run_layers[0].weight.shape[0]),
                 SIZE=size,
                 BLOCK=BLOCK_ENTRIES,
                 **launch_options(moments),
@@ -385,118 +406,90 @@ def _launch_forward(
 
 
 def _launch_backward(
-    layers: Sequence[_Layer],
-    wanted: Sequence[Sequence[bool]],
+    tensors: list[Tensor | None],
+    masks: list[Tensor],
+    needs_gradient: list[bool],
     upstream: Tensor,
-    matrices: Sequence[Tensor],
+    matrices: list[Tensor],
     inverse: Tensor | None,
+    normalization: str,
     weight: float,
-) -> list[list[Tensor | None]]:
-    """The gradients of hidden, weight and bias of every layer, None where not wanted."""
-    found: list[list[Tensor | None]] = [
-        [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if is_wanted and x is not None else None
-            for x, is_wanted in zip(layer[:3], of_layer, strict=True)
-        ]
-        for layer, of_layer in zip(layers, wanted, strict=True)
+) -> list[Tensor]:
+    """Return the gradients of those of `tensors` that need one."""
+    layers = _layers(tensors, masks)
+    # An empty layer is in no run: its gradients are zeros.
+    gradients = [
+        (torch.empty if layers[i // 3].hidden.numel() else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
+        if needed and x is not None
+        else None
+        for i, (x, needed) in enumerate(zip(tensors, needs_gradient, strict=True))
     ]
-    runs = _runs(layers)
-    for layer, of_layer in zip(layers, found, strict=True):
-        if not layer.hidden.numel():
-            for x in of_layer:
-                if x is not None:
-                    x.zero_()
     with on_device(upstream):
-        for i, run in enumerate(runs):
-            of_run, moments, gram = layers[run], matrices[2 * i], matrices[2 * i + 1]
-            scale = 2 * weight / len(layers)
-            if inverse is None:
-                scale /= of_run[0].hidden.shape[0]
-            for rows, matrix, names in (
-                (_hidden_rows(of_run), gram, (0, None)),
-                (_weight_rows(of_run), moments, (1, 2)),
-            ):
-                results, last = (_all_or_none(of_run, found[run], name) for name in names)
-                if results is None and last is None:
-                    continue
-                blocks = triton.cdiv(rows.x[0].shape[-1], _block_rank(rows.x[0].shape[-1]))
-                constants = rows.constants(matrix.dtype)
-                is_whole = constants["PARTS"] == 3
-                block = BLOCK_ROWS_OF_FLOAT32 if is_whole else BLOCK_ROWS
-                gradient_rows_kernel[(triton.cdiv(rows.rows, block), len(of_run), blocks)](
-                    results,
-                    last,
-                    *rows[:5],
-                    matrix,
-                    upstream,
-                    None if inverse is None else inverse[run],
-                    scale,
-                    rows.rows,
-                    BLOCK_ROWS=block,
-                    BLOCK_INNER=BLOCK_INNER_OF_FLOAT32 if is_whole else BLOCK_INNER,
-                    **constants,
+        for i, run in enumerate(_runs(layers)):
+            run_layers, moments, gram = layers[run], matrices[2 * i], matrices[2 * i + 1]
+            scale = 2 * weight / len(layers) / _normalizer(run_layers[0], normalization)
+            run_inverse = None if inverse is None else inverse[run]
+            of_hidden, of_weight, of_bias = (
+                _destinations(
+                    tensors[3 * run.start + j : 3 * run.stop : 3], gradients[3 * run.start + j : 3 * run.stop : 3]
                 )
-    return found
-
-
-def _all_or_none(
-    layers: Sequence[_Layer], gradients: Sequence[Sequence[Tensor | None]], index: int | None
-) -> tuple[Tensor, ...] | None:
-    """Where to write the gradients of a run; where only some layers' are wanted, the others' go where nobody looks."""
-    if index is None or all(of_layer[index] is None for of_layer in gradients):
-        return None
-    results = []
-    for layer, of_layer in zip(layers, gradients, strict=True):
-        x = of_layer[index]
-        if x is None:
-            like = layer[index]
-            x = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        results.append(x)
-    return tuple(results)
-
-
-class _LowRankLocalizationLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, masks: Sequence[Tensor], normalization: str, weight: float, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """`tensors`: hidden, weight and bias of every layer."""
-        loss, per_layer, matrices, inverse = _launch_forward(_layers(tensors, masks), normalization, weight)
-        ctx.save_for_backward(*tensors, *masks, *matrices, *inverse)
-        ctx.layers, ctx.weight, ctx.inverses = len(masks), weight, len(inverse)
-        ctx.mark_non_differentiable(per_layer)
-        return loss, per_layer
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        count = ctx.layers
-        tensors, masks = ctx.saved_tensors[: 3 * count], ctx.saved_tensors[3 * count : 4 * count]
-        end = len(ctx.saved_tensors) - ctx.inverses
-        matrices, inverse = ctx.saved_tensors[4 * count : end], ctx.saved_tensors[end:]
-        wanted = ctx.needs_input_grad[3:]
-        with torch.no_grad():
-            found = _launch_backward(
-                _layers(tensors, masks),
-                [wanted[i : i + 3] for i in range(0, len(wanted), 3)],
-                upstream,
-                matrices,
-                inverse[0] if inverse else None,
-                ctx.weight,
+                for j in range(3)
             )
-        gradients = [x for of_layer in found for x in of_layer]
-        return (None, None, None, *once_differentiable(gradients, upstream, [x for x in tensors if x is not None]))
+            _launch_gradient_rows(of_hidden, None, _hidden_rows(run_layers), gram, upstream, run_inverse, scale)
+            _launch_gradient_rows(of_weight, of_bias, _weight_rows(run_layers), moments, upstream, run_inverse, scale)
+    return [x for x in gradients if x is not None]
 
 
-def _layers(tensors: Sequence[Any], masks: Sequence[Tensor]) -> list[_Layer]:
-    return [_Layer(*tensors[3 * i : 3 * i + 3], mask) for i, mask in enumerate(masks)]
+def _destinations(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+    """Where a launch writes the gradients of a run's layers, or None if no layer needs one.
+
+    If only some do, the others' are written to memory that nobody reads.
+    """
+    if all(x is None for x in gradients):
+        return None
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if gradient is None else gradient
+        for x, gradient in zip(tensors, gradients, strict=True)
+        if x is not None
+    )
 
 
-@torch.library.custom_op("fastunlearn::low_rank_localization_loss", mutates_args=())
-def low_rank_localization_loss_op(
-    tensors: list[Tensor | None], masks: list[Tensor], normalization: str, weight: float
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """What compilers see: the loss, the terms, and what the backward pass needs."""
-    return _launch_forward(_layers(tensors, masks), normalization, weight)
+def _launch_gradient_rows(
+    results: tuple[Tensor, ...] | None,
+    last: tuple[Tensor, ...] | None,
+    rows: _Rows,
+    matrix: Tensor,
+    upstream: Tensor,
+    inverse: Tensor | None,
+    scale: float,
+) -> None:
+    if results is None and last is None:
+        return
+    rank = rows.x[0].shape[-1]
+    constants = rows.constants(matrix.dtype)
+    is_unsplit = constants["PIECES"] == 3
+    block = FLOAT32_BLOCK_ROWS if is_unsplit else BLOCK_ROWS
+    gradient_rows_kernel[(triton.cdiv(rows.rows, block), len(rows.x), triton.cdiv(rank, _block_rank(rank)))](
+        results,
+        last,
+        *rows[:5],
+        matrix,
+        upstream,
+        inverse,
+        scale,
+        rows.rows,
+        BLOCK_ROWS=block,
+        BLOCK_INNER=FLOAT32_BLOCK_INNER if is_unsplit else BLOCK_INNER,
+        **constants,
+    )
+
+
+low_rank_localization_loss_op = torch.library.custom_op(
+    "fastunlearn::low_rank_localization_loss", _launch_forward, mutates_args=()
+)
+low_rank_localization_loss_backward_op = torch.library.custom_op(
+    "fastunlearn::low_rank_localization_loss_backward", _launch_backward, mutates_args=()
+)
 
 
 @low_rank_localization_loss_op.register_fake
@@ -513,47 +506,42 @@ def _(
     return loss, per_layer, matrices, [torch.empty_like(per_layer)] if normalization == "background_mean" else []
 
 
-@torch.library.custom_op("fastunlearn::low_rank_localization_loss_backward", mutates_args=())
-def low_rank_localization_loss_backward_op(
-    tensors: list[Tensor | None],
-    masks: list[Tensor],
-    wanted: list[bool],
-    upstream: Tensor,
-    matrices: list[Tensor],
-    inverse: Tensor | None,
-    weight: float,
-) -> list[Tensor]:
-    """The wanted gradients."""
-    of_layers = [wanted[i : i + 3] for i in range(0, len(wanted), 3)]
-    found = _launch_backward(_layers(tensors, masks), of_layers, upstream, matrices, inverse, weight)
-    return [x for of_layer in found for x in of_layer if x is not None]
-
-
 @low_rank_localization_loss_backward_op.register_fake
-def _(tensors: list[Tensor | None], masks: list[Tensor], wanted: list[bool], *_: Any) -> list[Tensor]:
-    pairs = zip(tensors, wanted, strict=True)
-    return [x.new_empty(x.shape) for x, is_wanted in pairs if is_wanted and x is not None]
+def _(tensors: list[Tensor | None], masks: list[Tensor], needs_gradient: list[bool], *_: Any) -> list[Tensor]:
+    pairs = zip(tensors, needs_gradient, strict=True)
+    return [x.new_empty(x.shape) for x, needed in pairs if needed and x is not None]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    tensors, masks, _, ctx.weight = inputs
-    _, _, matrices, inverse = output
-    ctx.wanted = [x is not None and x.requires_grad for x in tensors]
-    ctx.counts = len(tensors), len(masks), len(matrices)
-    ctx.save_for_backward(*tensors, *masks, *matrices, *inverse)
+class _LowRankLocalizationLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, normalization: str, weight: float, layers: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`tensors`: hidden states, weight and bias of every layer, then the mask of every layer."""
+        # Outside of a compiled graph, a registered operator would cost host time.
+        launch = low_rank_localization_loss_op if torch.compiler.is_compiling() else _launch_forward
+        inputs, masks = list(tensors[: 3 * layers]), list(tensors[3 * layers :])
+        loss, per_layer, matrices, inverse = launch(inputs, masks, normalization, weight)
+        ctx.save_for_backward(*tensors, inverse[0] if inverse else None, *matrices)
+        ctx.layers, ctx.normalization, ctx.weight = layers, normalization, weight
+        ctx.mark_non_differentiable(per_layer)
+        return loss, per_layer
 
-
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = iter(ctx.saved_tensors)
-    tensors, masks, matrices = ([next(saved) for _ in range(count)] for count in ctx.counts)
-    inverse = next(saved, None)
-    found = iter(
-        low_rank_localization_loss_backward_op(tensors, masks, ctx.wanted, upstream, matrices, inverse, ctx.weight)
-    )
-    return [next(found) if is_wanted else None for is_wanted in ctx.wanted], [None] * len(masks), None, None
-
-
-low_rank_localization_loss_op.register_autograd(_backward, setup_context=_setup_context)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        count = 3 * ctx.layers
+        inputs, masks = ctx.saved_tensors[:count], ctx.saved_tensors[count : 4 * ctx.layers]
+        inverse, *matrices = ctx.saved_tensors[4 * ctx.layers :]
+        needs_gradient = list(ctx.needs_input_grad[3 : 3 + count])
+        launch = low_rank_localization_loss_backward_op if torch.compiler.is_compiling() else _launch_backward
+        gradients = iter(
+            launch(
+                list(inputs), list(masks), needs_gradient, upstream, matrices, inverse, ctx.normalization, ctx.weight
+            )
+        )
+        of_inputs = (next(gradients) if needed else None for needed in needs_gradient)
+        return (None, None, None, *of_inputs, *[None] * ctx.layers)
 
 
 def low_rank_localization_loss(
@@ -565,9 +553,8 @@ def low_rank_localization_loss(
     normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The function of that name in `torch_backend`: three launches for `LAYERS_PER_LAUNCH` layers, and one."""
+    """The Triton counterpart of the `torch_backend` function: 3 launches per `LAYERS_PER_LAUNCH` layers, and one."""
     tensors = [x for layer in zip(hiddens, weights, biases, strict=True) for x in layer]
-    if torch.compiler.is_compiling():
-        loss, per_layer, *_ = low_rank_localization_loss_op(tensors, list(masks), normalization, weight)
-        return loss, per_layer.detach()
-    return _LowRankLocalizationLoss.apply(masks, normalization, weight, *tensors)  # type: ignore[no-untyped-call]
+    return _LowRankLocalizationLoss.apply(  # type: ignore[no-untyped-call]
+        normalization, weight, len(masks), *distinct([*tensors, *masks])
+    )

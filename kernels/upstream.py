@@ -1,15 +1,14 @@
-"""Backward of every loss here: multiply the gradients that the forward pass wrote by the upstream gradient.
+"""The backward pass of losses whose forward pass writes the gradients: multiply those by the upstream gradient.
 
-    result = gradient * upstream * scale * inverse * weight of the element's sample or layer
+    result = gradient * upstream * scale * inverse * (weight of the element's sample or layer)
 
-Floor: where the product is 1, which is seen on the device, and the gradients may be overwritten: nothing. Elsewhere one
-read and one write. A gradient of 0 stays 0, whatever multiplies it: its weight may have been 0.
+Floor: nothing, where the gradients may be overwritten and the product is 1, which the kernel finds out on the device.
+Otherwise one read and one write. A gradient of 0 stays 0 whatever multiplies it, because its element may have weight 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,15 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunlearn.kernels.launch import (
-    NO_WEIGHTS,
-    Weights,
+    NO_OPERAND,
     block_elements,
+    broadcast_offsets,
     launch_options,
+    leading_index,
     on_device,
     programs_for,
+    readable,
     rounded,
     tile_start,
-    weight_offsets,
 )
 
 
@@ -35,64 +35,54 @@ def scale_gradients_kernel(
     gradient_ptrs,  # tuple of (elements,) that the forward pass wrote
     upstream_ptr,  # (elements,) if PER_ELEMENT, else ()
     inverse_ptr,  # () another factor, or None
-    weight_ptr,  # a factor for every sample or layer, or None
+    weight_ptr,  # one factor per sample or per layer, or None
     weight_strides,
     scale: tl.float64,
     elements,
-    SIZES: tl.constexpr,
-    WEIGHT_SIZES: tl.constexpr,
-    NARROW: tl.constexpr,
+    WEIGHT_DIM_SIZES: tl.constexpr,
+    WEIGHT_OPERAND_SIZES: tl.constexpr,
+    WEIGHT_IN_32_BITS: tl.constexpr,
     PER_ELEMENT: tl.constexpr,
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Multiply all gradients; a program takes every `num_programs`-th tile."""
+    """Multiply all gradients; each program takes every `num_programs`-th tile."""
     dtype = upstream_ptr.dtype.element_ty
-    factor = tl.full((), scale, dtype)
+    common_factor = tl.full((), scale, dtype)
     if not PER_ELEMENT:
-        factor *= tl.load(upstream_ptr)
+        common_factor *= tl.load(upstream_ptr)
     if inverse_ptr is not None:
-        factor *= tl.load(inverse_ptr)
+        common_factor *= tl.load(inverse_ptr)
     tiles = tl.cdiv(elements, BLOCK)
     if IN_PLACE and not PER_ELEMENT and weight_ptr is None:
-        # No `return` in a kernel: no tiles instead.
-        tiles = tl.where(factor == 1, 0, tiles)
+        # A kernel cannot return early, so it runs over no tiles instead.
+        tiles = tl.where(common_factor == 1, 0, tiles)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         offsets = tile_start(tile, BLOCK) + tl.arange(0, BLOCK)
-        mask = offsets < elements
-        factors = tl.zeros((BLOCK,), dtype) + factor
+        in_bounds = offsets < elements
+        factors = tl.zeros((BLOCK,), dtype) + common_factor
         if PER_ELEMENT:
-            factors *= tl.load(upstream_ptr + offsets, mask, 0)
+            factors *= tl.load(upstream_ptr + offsets, in_bounds, 0)
         if weight_ptr is not None:
-            found = weight_offsets(offsets, weight_strides, SIZES, WEIGHT_SIZES, NARROW)
-            factors *= tl.load(weight_ptr + found, mask, 0).to(dtype)
+            weight_offsets = broadcast_offsets(
+                offsets, weight_strides, WEIGHT_DIM_SIZES, WEIGHT_OPERAND_SIZES, WEIGHT_IN_32_BITS
+            )
+            factors *= tl.load(weight_ptr + weight_offsets, in_bounds, 0).to(dtype)
         for i in tl.static_range(len(gradient_ptrs)):
-            gradient = tl.load(gradient_ptrs[i] + offsets, mask, 0).to(dtype)
+            gradient = tl.load(gradient_ptrs[i] + offsets, in_bounds, 0).to(dtype)
             gradient = tl.where(gradient == 0, 0, gradient * factors)
-            tl.store(result_ptrs[i] + offsets, rounded(gradient, result_ptrs[i].dtype.element_ty), mask)
+            tl.store(result_ptrs[i] + offsets, rounded(gradient, result_ptrs[i].dtype.element_ty), in_bounds)
 
 
-def scale_gradients(
+def _launch(
     gradients: Sequence[Tensor],
     upstream: Tensor,
     scale: float,
+    inverse: Tensor | None,
+    weight: Tensor | None,
     *,
-    inverse: Tensor | None = None,
-    weight: Tensor | None = None,
-    weights: Weights | None = None,
-    in_place: bool = False,
+    in_place: bool,
 ) -> list[Tensor]:
-    """The gradients, all of one dense layout, times `upstream` and what else is given, in one launch.
-
-    Args:
-        gradients: what the forward pass wrote, overwritten if `in_place`.
-        upstream: () or of the gradients' shape.
-        scale: a factor.
-        inverse: () another.
-        weight: a factor that varies as `weights` says.
-        weights: how to find the `weight` of an element.
-        in_place: whether the gradients may be overwritten.
-    """
     gradients = list(gradients)
     results = gradients if in_place else [torch.empty_like(x) for x in gradients]
     elements = gradients[0].numel() if gradients else 0
@@ -103,8 +93,8 @@ def scale_gradients(
         if upstream.stride() != gradients[0].stride():
             upstream = torch.empty_like(gradients[0], dtype=upstream.dtype).copy_(upstream)
     elif upstream.dim() > 0:
-        upstream = upstream[(0,) * upstream.dim()]  # one value, expanded: the gradient of a sum or a mean
-    weights = weights or NO_WEIGHTS
+        upstream = upstream[(0,) * upstream.dim()]  # one expanded value: the gradient of a sum or a mean
+    weight_index = NO_OPERAND if weight is None else leading_index(gradients[0], weight)
     block = block_elements(upstream.dtype)
     with on_device(upstream):
         scale_gradients_kernel[(programs_for(elements, block),)](
@@ -112,13 +102,13 @@ def scale_gradients(
             tuple(gradients),
             upstream,
             inverse,
-            weight,
-            weights.strides,
+            None if weight is None else readable(weight),
+            weight_index.strides,
             float(scale),
             elements,
-            SIZES=weights.SIZES,
-            WEIGHT_SIZES=weights.WEIGHT_SIZES,
-            NARROW=weights.NARROW,
+            WEIGHT_DIM_SIZES=weight_index.DIM_SIZES,
+            WEIGHT_OPERAND_SIZES=weight_index.OPERAND_SIZES,
+            WEIGHT_IN_32_BITS=weight_index.IN_32_BITS,
             PER_ELEMENT=per_element,
             IN_PLACE=in_place,
             BLOCK=block,
@@ -127,37 +117,43 @@ def scale_gradients(
     return results
 
 
-def graph_is_kept() -> bool:
-    """Whether the backward pass that is running may run again, so that nothing it saved may be overwritten."""
+@torch.library.custom_op("fastunlearn::scale_gradients", mutates_args=())
+def scale_gradients_op(
+    gradients: list[Tensor], upstream: Tensor, scale: float, inverse: Tensor | None, weight: Tensor | None
+) -> list[Tensor]:
+    """What compilers see: `scale_gradients`, never in place."""
+    return _launch(gradients, upstream, scale, inverse, weight, in_place=False)
+
+
+@scale_gradients_op.register_fake
+def _(gradients: list[Tensor], *_: object) -> list[Tensor]:
+    return [torch.empty_like(x) for x in gradients]
+
+
+def scale_gradients(
+    gradients: Sequence[Tensor],
+    upstream: Tensor,
+    scale: float,
+    inverse: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> list[Tensor]:
+    """Multiply gradients of one dense layout in one launch: in place, unless the graph is kept or compiled.
+
+    Args:
+        gradients: what the forward pass wrote, all of one shape.
+        upstream: the upstream gradient, () or of the gradients' shape.
+        scale: a factor.
+        inverse: another one, ().
+        weight: a factor for each position in the gradients' first dim, (n,), or (1,) for all of them.
+    """
+    if torch.compiler.is_compiling():
+        return scale_gradients_op(list(gradients), upstream, scale, inverse, weight)
+    return _launch(gradients, upstream, scale, inverse, weight, in_place=not _graph_is_kept())
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward pass may run again, so that nothing it saved may be overwritten."""
     try:
         return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
         return True
-
-
-def anchor(x: Tensor) -> Tensor:
-    """An empty tensor that depends on `x` and holds none of its memory."""
-    with torch.enable_grad():
-        return x.flatten()[:0].clone() if x.dim() == 0 else x.narrow(0, 0, 0).clone()
-
-
-def once_differentiable(
-    gradients: Sequence[Tensor | None], upstream: Tensor, anchors: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The gradients, which raise if they are differentiated again with respect to what they were computed from."""
-    if not torch.is_grad_enabled():
-        return list(gradients)
-    forbid: Callable[..., Tensor] = _NoSecondDerivative.apply
-    return [None if x is None else forbid(x, upstream, *anchors) for x in gradients]
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient as it is, depending on what it was computed from."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> None:
-        raise RuntimeError("fastunlearn's losses are once-differentiable: there is no second derivative")

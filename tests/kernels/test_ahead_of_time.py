@@ -138,5 +138,5 @@ def test_more_than_two_to_the_31_elements() -> None:
         loss.backward()
     forward, _, backward = launches
     assert forward.signature["elements"] == backward.signature["elements"] == "i64"
-    assert forward.constants[(forward.kernel.arg_names.index("MASK_NARROW"),)] is False
+    assert forward.constants[(forward.kernel.arg_names.index("MASK_IN_32_BITS"),)] is False
     check(launches, list(TARGETS))

@@ -1,4 +1,4 @@
-"""What all kernels share."""
+"""The pieces that all kernels share: 64-bit offsets, broadcasting, layouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastunlearn.kernels.launch import is_dense, same_layout, tile_start, weight_offsets, weights_of
+from fastunlearn.kernels.launch import broadcast_index, broadcast_offsets, is_dense, same_layout, tile_start
 
 
 @triton.jit
@@ -19,20 +19,20 @@ def tile_start_kernel(result_ptr, tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def weight_kernel(
+def broadcast_kernel(
     result_ptr,
-    weight_ptr,
+    operand_ptr,
     strides,
     elements,
-    SIZES: tl.constexpr,
-    WEIGHT_SIZES: tl.constexpr,
-    NARROW: tl.constexpr,
+    DIM_SIZES: tl.constexpr,
+    OPERAND_SIZES: tl.constexpr,
+    IN_32_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.arange(0, BLOCK).to(tl.int64)
-    mask = offsets < elements
-    found = weight_offsets(offsets, strides, SIZES, WEIGHT_SIZES, NARROW)
-    tl.store(result_ptr + offsets, tl.load(weight_ptr + found, mask, 0), mask)
+    in_bounds = offsets < elements
+    operand_offsets = broadcast_offsets(offsets, strides, DIM_SIZES, OPERAND_SIZES, IN_32_BITS)
+    tl.store(result_ptr + offsets, tl.load(operand_ptr + operand_offsets, in_bounds, 0), in_bounds)
 
 
 def test_offsets_are_64_bit() -> None:
@@ -44,36 +44,36 @@ def test_offsets_are_64_bit() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 7), min_size=1, max_size=5),
-    weight_sizes=st.lists(st.integers(1, 9), min_size=5, max_size=5),
+    operand_sizes=st.lists(st.integers(1, 9), min_size=5, max_size=5),
     kinds=st.lists(st.sampled_from(["same", "one", "expanded", "other"]), min_size=5, max_size=5),
     seed=st.integers(0, 1000),
 )
-def test_weights_are_those_of_interpolate(
-    shape: list[int], weight_sizes: list[int], kinds: list[str], seed: int
+def test_broadcasting_reads_what_interpolate_reads(
+    shape: list[int], operand_sizes: list[int], kinds: list[str], seed: int
 ) -> None:
-    """For any order of dims in memory, of the tensor and of its weights, and any mix of resolutions."""
+    """For any order of dims in memory, of the tensor and of the operand, and any mix of resolutions."""
     order = torch.randperm(len(shape), generator=torch.Generator().manual_seed(seed)).tolist()
     x = torch.empty([shape[i] for i in order]).permute([order.index(i) for i in range(len(shape))])
     assert list(x.shape) == shape and is_dense(x)
     sizes = [
         {"same": size, "one": 1, "expanded": 1, "other": other}[kind]
-        for size, other, kind in zip(shape, weight_sizes, kinds, strict=False)
+        for size, other, kind in zip(shape, operand_sizes, kinds, strict=False)
     ]
-    weights = torch.rand(sizes[::-1]).permute(*range(len(sizes))[::-1])
-    weights = weights.expand([n if kind == "expanded" else -1 for n, kind in zip(shape, kinds, strict=False)])
-    how = weights_of(x.shape, x.stride(), weights.shape, weights.stride())
+    operand = torch.rand(sizes[::-1]).permute(*range(len(sizes))[::-1])
+    operand = operand.expand([n if kind == "expanded" else -1 for n, kind in zip(shape, kinds, strict=False)])
+    index = broadcast_index(x.shape, x.stride(), operand.shape, operand.stride())
     result = torch.empty_like(x)
-    weight_kernel[(1,)](
+    broadcast_kernel[(1,)](
         result,
-        weights,
-        how.strides,
+        operand,
+        index.strides,
         x.numel(),
-        SIZES=how.SIZES,
-        WEIGHT_SIZES=how.WEIGHT_SIZES,
-        NARROW=how.NARROW,
+        DIM_SIZES=index.DIM_SIZES,
+        OPERAND_SIZES=index.OPERAND_SIZES,
+        IN_32_BITS=index.IN_32_BITS,
         BLOCK=triton.next_power_of_2(x.numel()),
     )
-    expected = weights
+    expected = operand
     for dim, size in enumerate(shape):
         moved = expected.movedim(dim, -1)
         flat = moved.reshape(1, -1, moved.shape[-1])
@@ -86,9 +86,9 @@ def test_weights_are_those_of_interpolate(
 def test_layouts_that_agree_are_not_copied(is_copied: bool) -> None:
     first = torch.randn(2, 3, 4).permute(2, 0, 1)
     second = torch.randn(4, 2, 3) if is_copied else torch.randn(2, 3, 4).permute(2, 0, 1)
-    found = same_layout(first, [second, None])
-    assert found[0] is first
-    assert (found[1] is second) is not is_copied
-    assert torch.equal(found[1], second)
-    assert found[1].stride() == first.stride()
-    assert found[2] is None
+    laid_out = same_layout(first, [second, None])
+    assert laid_out[0] is first
+    assert (laid_out[1] is second) is not is_copied
+    assert torch.equal(laid_out[1], second)
+    assert laid_out[1].stride() == first.stride()
+    assert laid_out[2] is None
