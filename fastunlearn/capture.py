@@ -1,7 +1,7 @@
-"""What a forward pass shows on the way: the erasers' outputs, and where video tokens attend to the concept's words.
+"""Captures of a forward pass: the erasers' outputs, and how much video tokens attend to the concept's words.
 
-Both captures are context managers around calls of the model. They listen only while the model's own forward method
-runs, so that gradient checkpointing, which runs blocks again in the backward pass, cannot overwrite what was captured.
+Both captures are context managers around calls of the model. They capture only while the model's own forward method
+runs. Gradient checkpointing runs blocks again in the backward pass, which must not overwrite what was captured.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from fastunlearn.ops.arguments import integer_tensor, token_index_rows
 
 
 class _Capture:
-    """Knows when the model's forward method runs, and cleans up."""
+    """Base class: knows when the model's forward method runs, and removes all hooks at the end."""
 
     def __init__(self, model: nn.Module) -> None:
         self._transformer, self._family = find_transformer(model)
         self._undo: ExitStack | None = None
-        self._running = False
-        self._grad_wanted = False
+        self._in_forward = False
+        self._grad_enabled = False
         self._seen: set[str] = set()
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        self._running = True
-        self._grad_wanted = torch.is_grad_enabled()
+        self._in_forward = True
+        self._grad_enabled = torch.is_grad_enabled()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running = False
+        self._in_forward = False
 
-    def _listen(self, undo: ExitStack) -> None:
+    def _install_hooks(self, undo: ExitStack) -> None:
+        """Installs the hooks, and pushes onto `undo` what removes them."""
         raise NotImplementedError
 
-    def _why_nothing(self) -> str:
+    def _reasons_for_nothing(self) -> str:
+        """Why nothing may have been captured, for the error message."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:
@@ -51,51 +53,51 @@ class _Capture:
         with ExitStack() as undo:
             undo.callback(self._transformer.register_forward_pre_hook(self._before).remove)
             undo.callback(self._transformer.register_forward_hook(self._after, always_call=True).remove)
-            self._listen(undo)
+            self._install_hooks(undo)
             self._undo = undo.pop_all()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._undo is not None:
             self._undo.close()
-        self._undo, self._running = None, False
-        if kind is None and not self._seen:
-            raise RuntimeError(f"{type(self).__name__} captured nothing: {self._why_nothing()}")
+        self._undo, self._in_forward = None, False
+        if error_type is None and not self._seen:
+            raise RuntimeError(f"{type(self).__name__} captured nothing: {self._reasons_for_nothing()}")
 
 
-def _check_mapping(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
+def _check_mapping(name: str, value: object, mapping_type: type) -> None:
+    if not isinstance(value, mapping_type):
         raise TypeError(f"{name}: expected a mapping such as a dict, got {type(value).__name__}")
 
 
 class EraserOutputsCapture(_Capture):
-    """Fills `eraser_outputs` with what each eraser adds to its attention, for the localization loss.
+    """Fills `eraser_outputs` with the output of each eraser, for the localization loss.
 
         eraser_outputs = {}
         with EraserOutputsCapture(model, erasers, eraser_outputs):
             velocity = model(x_t, t, cond)
 
-    Outputs are (B, N, D) by layer, in the computation's dtype and with their graph, and without the scale that
-    `set_eraser_scale` gave the erasers. Another call of the model replaces them; the recomputation of gradient
+    Outputs are (B, N, D) by layer, in the dtype that the model computes in, with their autograd graph, and without the
+    scale set by `set_eraser_scale`. Another call of the model replaces them. The recomputation of gradient
     checkpointing does not.
 
-    With `low_rank`, which is the form to prefer, each is a `LowRankOutput` instead, which `localization_loss` takes as
-    well: what the eraser's last layer reads, r of D numbers a token (128 of 3072 in CogVideoX-5B), and its parameters
-    themselves.
+    `low_rank=True` is recommended: it captures `LowRankOutput`s, which `localization_loss` takes too. Such an output is
+    the input of the eraser's last layer, r instead of D numbers per token (128 instead of 3072 in CogVideoX-5B),
+    together with that layer's parameters.
 
     Args:
         model: the transformer that has the erasers, or a wrapper of it.
-        erasers: those to capture, by layer, as `attach_erasers` returned them.
+        erasers: the erasers to capture, by layer, as `attach_erasers` returned them.
         eraser_outputs: the mapping to fill.
         low_rank: whether to capture low-rank outputs.
 
     Raises:
-        TypeError: the model is of no supported family, or `erasers` or `eraser_outputs` is no mapping.
-        ValueError: `low_rank` with an eraser that does not end in a `torch.nn.Linear` called `up`.
-        RuntimeError: at the end, if nothing was captured; in the forward pass, if checkpointing is reentrant, which
-            cuts captured outputs off their gradients.
+        TypeError: the model is of no supported family, or `erasers` or `eraser_outputs` is not a mapping.
+        ValueError: `low_rank` is set, and an eraser does not end in a `torch.nn.Linear` called `up`.
+        RuntimeError: at the end, if nothing was captured; in the forward pass, if gradient checkpointing is reentrant,
+            because captured outputs then have no gradient.
     """
 
     def __init__(
@@ -114,14 +116,14 @@ class EraserOutputsCapture(_Capture):
                 raise TypeError(f"erasers[{name!r}]: expected a torch.nn.Module, got {type(eraser).__name__}")
             if low_rank and not isinstance(getattr(eraser, "up", None), nn.Linear):
                 raise ValueError(
-                    f"erasers[{name!r}]: expected one that ends in a torch.nn.Linear called up, as AdapterEraser does; "
-                    f"got {type(eraser).__name__}: capture with low_rank=False"
+                    f"erasers[{name!r}]: expected an eraser that ends in a torch.nn.Linear called up, as AdapterEraser "
+                    f"does, got {type(eraser).__name__}; capture it with low_rank=False"
                 )
         self._erasers = erasers
         self._outputs = eraser_outputs
         self._low_rank = low_rank
 
-    def _listen(self, undo: ExitStack) -> None:
+    def _install_hooks(self, undo: ExitStack) -> None:
         for name, eraser in self._erasers.items():
             if self._low_rank:
                 last: Any = eraser.up
@@ -131,10 +133,10 @@ class EraserOutputsCapture(_Capture):
 
     def _hook(self, name: str, eraser: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            if not self._running:
+            if not self._in_forward:
                 return
             trained = any(parameter.requires_grad for parameter in eraser.parameters())
-            if self._grad_wanted and trained and not output.requires_grad:
+            if self._grad_enabled and trained and not output.requires_grad:
                 raise RuntimeError(
                     f"the output of eraser {name!r} has no gradient: checkpoint with use_reentrant=False"
                 )
@@ -144,7 +146,7 @@ class EraserOutputsCapture(_Capture):
 
         return keep
 
-    def _why_nothing(self) -> str:
+    def _reasons_for_nothing(self) -> str:
         return (
             "the model was not called, its erasers were disabled, they belong to another model, or it was compiled "
             "before the capture began"
@@ -152,31 +154,32 @@ class EraserOutputsCapture(_Capture):
 
 
 class AttnMapsCapture(_Capture):
-    """Fills `attn_maps` with the probabilities with which video tokens attend to text tokens.
+    """Fills `attn_maps` with the attention probabilities of video tokens to text tokens.
 
         attn_maps = {}
         with AttnMapsCapture(model, attn_maps, token_indices=[3, 4]):
             model(x_t, t, cond)
         mask = get_mask(attn_maps, None, 0.5, height, width)["average_mask"]
 
-    They are the probabilities of the attention that runs, after query and key norms and rotary embedding, over all its
-    keys. The attention's output stays the same, bit for bit. Neither queries, keys nor anything with tokens x tokens
-    elements is kept. Several calls of the model within one `with` are averaged; recomputation by gradient checkpointing
-    does not count. Maps are detached float32, by layer ("transformer_blocks.0.attn1"), and may change while the `with`
-    lasts.
+    These are the probabilities of the model's own attention, over all of its keys, after query and key norms and
+    rotary embeddings. The attention's output stays the same, bit for bit. No queries, no keys and nothing with
+    tokens x tokens elements is kept. Maps of several calls of the model within one `with` are averaged; recomputation
+    by gradient checkpointing does not count as a call. Maps are float32, detached, by layer
+    ("transformer_blocks.0.attn1"), and may change until the `with` ends.
 
     Args:
         model: a supported transformer, or a wrapper of one.
-        attn_maps: the mapping to fill. With `token_indices`: (B, N) for N video tokens, summed over the chosen tokens
-            and averaged over heads, the form to prefer. Without: (B, heads, N, text tokens), which
-            `get_mask(word_indices=...)` reduces later (CogVideoX-2B at 480p: 0.5 GB a layer).
-        token_indices: positions in the text, (T,) or (B, T), -1 for none. With classifier-free guidance B is the
+        attn_maps: the mapping to fill. With `token_indices`, which is recommended: (B, N) for N video tokens, summed
+            over the chosen text tokens and averaged over heads. Without: (B, heads, N, text tokens), to be reduced
+            later by `get_mask(word_indices=...)` (CogVideoX-2B at 480p: 0.5 GB per layer).
+        token_indices: positions in the text, (T,) or (B, T), with -1 for none. With classifier-free guidance B is the
             doubled batch, and the unconditional rows can be all -1.
 
     Raises:
-        TypeError: the model is of no supported family, `attn_maps` is no mapping, or `token_indices` not of integers.
-        ValueError: `token_indices` is empty; in the forward pass, if it does not fit the batch or the text, or if a
-            call's batch or size is not that of the calls before.
+        TypeError: the model is of no supported family, `attn_maps` is not a mapping, or `token_indices` does not hold
+            integers.
+        ValueError: `token_indices` is empty; in the forward pass, if it does not fit the batch or the text, or if the
+            batch or the size of a call differs from that of earlier calls.
         RuntimeError: at the end, if nothing was captured.
     """
 
@@ -198,27 +201,28 @@ class AttnMapsCapture(_Capture):
             if not self._tokens.numel():
                 raise ValueError(f"token_indices: expected at least one position, got {token_indices}")
 
-    def _listen(self, undo: ExitStack) -> None:
+    def _install_hooks(self, undo: ExitStack) -> None:
         self._calls.clear()
         for name, attention in attentions(self._transformer, self._family.text_attended).items():
             undo.callback(self._wrap(name, attention))
 
     def _wrap(self, name: str, attention: Any) -> Callable[[], None]:
-        """Replaces the instance's forward method: the mode is then left whatever happens in between, unlike by hooks.
+        """Replaces the forward method of one attention, and returns what restores it.
 
-        The processor cannot be wrapped instead: diffusers passes it only the arguments that its signature names.
+        Unlike hooks, a wrapped method leaves the interception even if an error occurs. Wrapping the attention processor
+        would not work: diffusers passes a processor only the arguments that its signature names.
         """
-        original, was_own = attention.forward, "forward" in vars(attention)
+        original, has_own_forward = attention.forward, "forward" in vars(attention)
 
         def forward(hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kw: Any) -> Any:
-            if not self._running or encoder_hidden_states is None:
+            if not self._in_forward or encoder_hidden_states is None:
                 return original(hidden_states, encoder_hidden_states, *args, **kw)
             text_length = encoder_hidden_states.shape[1]
             with Interception(lambda attention: self._keep(name, text_length, attention)):
                 return original(hidden_states, encoder_hidden_states, *args, **kw)
 
         def restore() -> None:
-            if was_own:
+            if has_own_forward:
                 attention.forward = original
             else:
                 del attention.forward
@@ -227,36 +231,37 @@ class AttnMapsCapture(_Capture):
         return restore
 
     def _keep(self, name: str, text_length: int, attention: Attention) -> None:
-        # Maps made in inference mode could not be averaged with those of a call outside of it.
+        # A tensor made in inference mode could not be averaged in place with one made outside.
         with torch.inference_mode(False), torch.no_grad():
             new = self._map(attention, *self._family.video_and_text(attention.query.shape[2], text_length))
             calls = self._calls[name] = self._calls.get(name, 0) + 1
             if calls > 1:
-                had, got = tuple(self._maps[name].shape), tuple(new.shape)
-                if had != got:
+                expected, got = tuple(self._maps[name].shape), tuple(new.shape)
+                if expected != got:
                     raise ValueError(
-                        f"the maps of {name!r} are averaged over calls of one shape: had {had}, got {got}; "
-                        "capture each shape apart"
+                        f"attn_maps[{name!r}]: expected shape {expected}, as in earlier calls, got {got}; maps are "
+                        "averaged over calls, so capture each shape separately"
                     )
-                # In place: a map with all heads and words may be too large to have twice.
+                # In place: two copies of a map with all heads and words may not fit into memory.
                 new = self._maps[name].lerp_(new, 1 / calls)
         self._maps[name] = new
         self._seen.add(name)
 
     def _map(self, attention: Attention, video: slice, text: slice) -> Tensor:
+        """The map of one attention, in the form that `attn_maps` documents."""
         if attention.lse is None:
-            self._warn_of_another_pass()
+            self._warn_of_extra_pass()
         if self._tokens is None:
             return attention.with_lse().part(video, text).probabilities()
         batch, keys = attention.query.shape[0], attention.key.shape[2]
         first, last, _ = text.indices(keys)
         index = token_index_rows(self._tokens, batch, last - first).to(attention.query.device)
         if not attention.masks_keys_only:
-            # Masks that are added, or differ by head or query, are beyond what the kernel reads.
+            # The kernel takes no masks that are added to the logits, or that differ between heads or queries.
             probabilities = attention.with_lse().part(video, text).probabilities().mean(1)
             index = index[:, None].expand(-1, probabilities.shape[1], -1)
             return probabilities.gather(2, index.clamp(min=0)).masked_fill(index < 0, 0).sum(2)
-        # A log-sum-exp over all keys leaves only the text's to be read.
+        # With the log-sum-exp known, only the keys of the text have to be read.
         if attention.lse is not None:
             attention = attention.part(video, text)
         else:
@@ -271,17 +276,17 @@ class AttnMapsCapture(_Capture):
             lse=attention.lse,
         )
 
-    def _warn_of_another_pass(self) -> None:
+    def _warn_of_extra_pass(self) -> None:
         if self._has_warned or torch.compiler.is_compiling():
             return
         self._has_warned = True
         warnings.warn(
-            "the attention that runs does not give its log-sum-exp (it has a mask on a GPU, dropout, or a backend of "
-            "its own): each captured map takes another pass over the keys",
+            "the attention does not return its log-sum-exp (it has a mask on a GPU, dropout, or an unknown backend): "
+            "each captured map takes another pass over the keys",
             stacklevel=2,
         )
 
-    def _why_nothing(self) -> str:
+    def _reasons_for_nothing(self) -> str:
         return (
             "the model was not called, it was compiled before the capture began, or its attention processors do not "
             "use torch.nn.functional.scaled_dot_product_attention (choose the native attention backend)"

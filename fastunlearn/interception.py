@@ -1,4 +1,4 @@
-"""Queries, keys and log-sum-exp of a model's own attention, taken where it runs."""
+"""Intercepting a model's attention: its queries, keys and log-sum-exp, taken while it runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-_BLOCK_ELEMENTS = 2**24  # attention logits to hold at once where only they tell the log-sum-exp: 64 MB
+_BLOCK_ELEMENTS = 2**24  # how many logits to hold at once when the log-sum-exp has to be computed: 64 MB in float32
 
 
 class Attention(NamedTuple):
-    """Queries (B, H, Sq, d) and keys (B, H, Sk, d) of an attention that ran.
+    """An attention that ran.
 
-    mask: broadcasts to (B, H, Sq, Sk), or None. lse: (B, H, Sq), over all keys of the attention; None where the
-    attention did not tell it.
+    Attributes:
+        query: (B, H, Sq, d).
+        key: (B, H, Sk, d).
+        mask: the attention mask, which broadcasts to (B, H, Sq, Sk), or None.
+        scale: the factor of query . key.
+        lse: (B, H, Sq), the log-sum-exp of the logits over all keys; None if the attention did not return it.
     """
 
     query: Tensor
@@ -29,32 +33,32 @@ class Attention(NamedTuple):
 
     @property
     def key_mask(self) -> Tensor | None:
-        """(B, Sk), True where attended, of a mask that is boolean and the same for all heads and queries."""
+        """(B, Sk), True where attended: the mask, if it is boolean and the same for all heads and queries."""
         return None if self.mask is None else self.mask[:, 0, 0].expand(self.query.shape[0], -1)
 
     @property
     def masks_keys_only(self) -> bool:
-        """Whether `key_mask` says everything."""
+        """Whether `key_mask` is equivalent to the mask."""
         mask = self.mask
         return mask is None or (mask.dtype is torch.bool and mask.shape[1] == mask.shape[2] == 1)
 
     def with_lse(self) -> Attention:
-        """The same, its log-sum-exp computed if the attention did not tell it."""
+        """The same attention, with its log-sum-exp, computed if need be."""
         if self.lse is not None:
             return self
         return self._replace(lse=_log_sum_exp(self.query, self.key, self.mask, self.scale))
 
     def part(self, rows: slice, keys: slice) -> Attention:
-        """Of these queries, and these keys among all."""
+        """The attention of some queries to some keys; the log-sum-exp remains that over all keys."""
         mask = None if self.mask is None else _rows(self.mask, rows)[..., keys]
         lse = None if self.lse is None else self.lse[:, :, rows]
         return Attention(self.query[:, :, rows], self.key[:, :, keys], mask, self.scale, lse)
 
     def probabilities(self) -> Tensor:
-        """(B, H, Sq, Sk) float32. Needs the log-sum-exp."""
+        """The attention probabilities (B, H, Sq, Sk), float32. Call `with_lse` first."""
         assert self.lse is not None
         logits = _logits(self.query, self.key, self.mask, self.scale)
-        # A query whose keys are all masked attends to nothing; infinity less infinity would be no number.
+        # A query whose keys are all masked attends to nothing; -inf - -inf would be NaN.
         lse = self.lse.masked_fill(self.lse == -torch.inf, 0)
         return logits.sub_(lse[..., None]).exp_().float()
 
@@ -72,7 +76,7 @@ def _logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Te
 
 
 def _log_sum_exp(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """(B, H, Sq), some queries at a time."""
+    """The log-sum-exp (B, H, Sq), computed for a block of queries at a time."""
     step = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * key.shape[2]))
     blocks = [slice(start, start + step) for start in range(0, query.shape[2], step)]
     return torch.cat(
@@ -85,7 +89,7 @@ def _log_sum_exp(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) 
 
 
 class Interception(TorchFunctionMode):
-    """Hands every scaled dot-product attention to `keep`, and returns what it returns."""
+    """Passes every scaled dot-product attention to `keep`. The attention's result stays the same, bit for bit."""
 
     def __init__(self, keep: Callable[[Attention], None]) -> None:
         super().__init__()
@@ -108,41 +112,44 @@ class Interception(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         if is_causal:
-            raise ValueError("attention maps of causal attention are not supported")
+            raise ValueError("is_causal: expected False, got True; maps of causal attention are not supported")
         if query.shape[1] != key.shape[1]:
-            raise ValueError("attention maps of grouped queries are not supported")
+            raise ValueError(
+                f"key: expected {query.shape[1]} heads, as in query, got {key.shape[1]}; "
+                "maps of grouped-query attention are not supported"
+            )
         device = query.device.type
-        if torch.is_autocast_enabled(device):  # the attention casts its inputs, so the probabilities are of cast ones
+        if torch.is_autocast_enabled(device):  # the attention casts its inputs, and its probabilities are of those
             query, key, value = (_autocast(tensor) for tensor in (query, key, value))
             attn_mask = None if attn_mask is None else _autocast(attn_mask)
-        found = None
-        if not dropout_p and not _intercepted_further_out():
-            found = _attention_and_lse(query, key, value, attn_mask, scale)
-        output = (
-            F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
-            if found is None
-            else found[0]
-        )
+        output_and_lse = None if dropout_p or _is_nested() else _attention_and_lse(query, key, value, attn_mask, scale)
+        if output_and_lse is None:
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa
+            )
+        else:
+            output = output_and_lse[0]
         query, key = query.detach(), key.detach()
         mask = None
         if attn_mask is not None:
             mask = attn_mask.detach()[(None,) * (4 - attn_mask.dim())]
             mask = mask.expand(*mask.shape[:3], key.shape[2])
         scale = query.shape[3] ** -0.5 if scale is None else scale
-        with torch.autocast(device, enabled=False):  # the probabilities are float32 whatever the model computes in
-            self._keep(Attention(query, key, mask, scale, None if found is None else found[1].detach()))
+        lse = None if output_and_lse is None else output_and_lse[1].detach()
+        with torch.autocast(device, enabled=False):  # the maps are float32 whatever the model computes in
+            self._keep(Attention(query, key, mask, scale, lse))
         return output
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    """As autocast casts the inputs of an attention: all that is floating, but no float64."""
+    """Casts an input as autocast does for an attention: floating-point tensors, except float64."""
     if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _intercepted_further_out() -> bool:
-    """Whether another capture waits for this attention: it must be called by its name then."""
+def _is_nested() -> bool:
+    """Whether another interception is active around this one. It sees the attention only if called by its name."""
     active = torch.overrides._get_current_function_mode_stack()
     return any(isinstance(mode, Interception) for mode in active)
 
@@ -150,9 +157,9 @@ def _intercepted_further_out() -> bool:
 def _attention_and_lse(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The operation that scaled_dot_product_attention dispatches to, called directly because it tells the log-sum-exp.
+    """The attention's output and log-sum-exp, or None if the log-sum-exp cannot be had.
 
-    None where that operation is another than the known ones: then nobody tells it.
+    Calls the operator that scaled_dot_product_attention would dispatch to, because only that returns the log-sum-exp.
     """
     if torch.compiler.is_compiling():
         return None
@@ -162,12 +169,12 @@ def _attention_and_lse(
         if mask is not None and mask.dtype is torch.bool:
             mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=mask, scale=scale)
-    # On a GPU a mask is padded before it is added, in ways that are not ours to repeat.
+    # On a GPU, PyTorch pads a mask before it calls the operator. Repeating that here would not be safe.
     if mask is not None or device != "cuda" or torch.version.hip is not None:
         return None
-    if choice == SDPBackend.FLASH_ATTENTION.value and query.shape[-1] % 8 == 0:  # others are padded first
+    if choice == SDPBackend.FLASH_ATTENTION.value and query.shape[-1] % 8 == 0:  # PyTorch pads other head sizes
         return aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[:2]
     if choice == SDPBackend.EFFICIENT_ATTENTION.value:
         output, lse = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[:2]
-        return output, lse[:, :, : query.shape[2]]  # the operation pads it
+        return output, lse[:, :, : query.shape[2]]  # the operator pads the log-sum-exp
     return None

@@ -14,7 +14,7 @@ from fastunlearn.ops.arguments import check_number
 
 
 def _checked_condition(family: Family, cond: Tensor | Condition, batch: int) -> Mapping[str, Tensor]:
-    """The condition as a mapping that has what the family needs, batch 1 or `batch`."""
+    """The condition as a mapping, checked to have the tensors that the family needs, with a batch of 1 or `batch`."""
     if isinstance(cond, Tensor):
         cond = {"encoder_hidden_states": cond}
     if not isinstance(cond, Mapping):
@@ -39,12 +39,20 @@ def _checked_condition(family: Family, cond: Tensor | Condition, batch: int) -> 
             raise ValueError(f"cond[{name!r}]: expected ({batch} or 1, {', '.join(dims)}), got shape {shape}")
         for dim, size in zip(dims, shape[1:], strict=True):
             if sizes.setdefault(dim, size) != size:
-                raise ValueError(f"cond[{name!r}]: expected {dim} = {sizes[dim]} as in the others, got shape {shape}")
+                raise ValueError(
+                    f"cond[{name!r}]: expected {dim} = {sizes[dim]}, as in the other tensors, got shape {shape}"
+                )
     return cond
 
 
 class VelocityModel(nn.Module):
-    """A diffusers transformer, callable as `(x_t, t, cond) -> velocity`. Made by `as_velocity_model`."""
+    """A diffusers transformer, callable as `(x_t, t, cond) -> velocity`. Made by `as_velocity_model`.
+
+    Attributes:
+        transformer: the diffusers transformer.
+        channel_dim: the channel dimension of latents and velocities.
+        embedded_guidance_scale: the guidance scale that a guidance-distilled transformer gets as an input.
+    """
 
     def __init__(self, transformer: nn.Module, embedded_guidance_scale: float) -> None:
         super().__init__()
@@ -53,29 +61,29 @@ class VelocityModel(nn.Module):
         self.embedded_guidance_scale = embedded_guidance_scale
 
     def forward(self, x_t: Tensor, t: Tensor | float, cond: Tensor | Condition) -> Tensor:
-        """The model's prediction at x_t.
+        """Predicts the velocity at x_t.
 
         Args:
             x_t: noisy latents in the transformer's own layout and dtype: (B, F, C, H, W) for CogVideoX,
                 (B, C, F, H, W) for HunyuanVideo and Wan.
             t: timesteps, (B,), or one for all samples, as the family's scheduler counts them (0 to 1000). Keep them in
-                float32 or integers: half precision merges neighbours.
-            cond: `encoder_hidden_states`, text embeddings (B, L, D), and for HunyuanVideo `encoder_attention_mask`
-                (B, L) and `pooled_projections` (B, P), in a mapping by these names, which are the keywords of the
-                transformer's forward method. A bare tensor stands for the embeddings alone. A batch of 1 serves all
-                samples. Floating tensors are computed with in x_t's dtype.
+                float32 or integers: in half precision, neighbouring timesteps become equal.
+            cond: a mapping with `encoder_hidden_states`, text embeddings (B, L, D); for HunyuanVideo also
+                `encoder_attention_mask` (B, L) and `pooled_projections` (B, P). The names are keywords of the
+                transformer's forward method. A tensor alone is taken as the text embeddings. A batch of 1 is used for
+                all samples. Floating-point tensors are cast to the dtype of `x_t`.
 
         Returns:
             The velocity, shaped like x_t.
 
         Raises:
-            TypeError: `x_t`, `cond` or one of its entries is not a tensor. There is no unconditional call: pass the
-                empty prompt's condition.
+            TypeError: `x_t`, `cond` or one of its entries is not a tensor. None is not accepted as a condition: pass
+                that of the empty prompt.
             ValueError: a shape does not fit, or entries of `cond` are missing or unknown.
         """
         transformer, family = find_transformer(self.transformer)
         if not isinstance(x_t, Tensor):
-            raise TypeError(f"x_t: expected noisy latents, got {type(x_t).__name__}")
+            raise TypeError(f"x_t: expected a tensor of noisy latents, got {type(x_t).__name__}")
         if x_t.dim() != 5:
             raise ValueError(f"x_t: expected five dimensions, got shape {tuple(x_t.shape)}")
         config: Any = transformer.config
@@ -98,24 +106,27 @@ class VelocityModel(nn.Module):
 
 
 def as_velocity_model(transformer: nn.Module, *, embedded_guidance_scale: float | None = None) -> VelocityModel:
-    """Turns a diffusers transformer into the callable `(x_t, t, cond) -> velocity` that the losses want.
+    """Turns a diffusers transformer into the callable `(x_t, t, cond) -> velocity` that the losses take.
 
-    The transformer is held, not copied: erasers attached to either are seen by both.
+    The transformer is not copied: erasers attached to the transformer are on the VelocityModel too, and vice versa.
 
     Args:
-        transformer: of a supported family. A VelocityModel comes back as it is, or with another
-            `embedded_guidance_scale` if one is given.
-        embedded_guidance_scale: the guidance that a distilled HunyuanVideo takes as an input (configured with
-            `guidance_embeds`); None for its pipeline's default, 6. Other transformers do not read it.
+        transformer: a transformer of a supported family. A VelocityModel is returned as it is, or as a new one if
+            another `embedded_guidance_scale` is given.
+        embedded_guidance_scale: the guidance scale that a guidance-distilled HunyuanVideo (configured with
+            `guidance_embeds`) gets as an input; None for the default of its pipeline, 6. Other transformers ignore it.
+
+    Returns:
+        The model for the losses, captures and eraser functions.
 
     Raises:
-        TypeError: the transformer is of no supported family, or the scale is no number.
+        TypeError: the transformer is of no supported family, or the scale is not a number.
         ValueError: the transformer is a variant of its family that is not supported, or the scale is not finite.
     """
     if embedded_guidance_scale is not None:
         check_number("embedded_guidance_scale", embedded_guidance_scale)
         if not math.isfinite(embedded_guidance_scale):
-            raise ValueError(f"embedded_guidance_scale must be finite, got {embedded_guidance_scale}")
+            raise ValueError(f"embedded_guidance_scale: expected a finite number, got {embedded_guidance_scale}")
     if isinstance(transformer, VelocityModel):
         if embedded_guidance_scale in (None, transformer.embedded_guidance_scale):
             return transformer
