@@ -22,7 +22,6 @@ from fastunlearn.training.cache.reader import stored_prompts
 from fastunlearn.training.cache.teacher import Teacher
 from fastunlearn.training.cache.writer import CacheWriter, refuse_foreign_files
 from fastunlearn.training.data.requests import Request, distinct_prompts, read_requests
-from fastunlearn.training.data.user_videos import holds_latents
 from fastunlearn.training.model.loading import load_model, outline_pipeline
 from fastunlearn.training.model.memory import explained_out_of_memory
 from fastunlearn.training.model.text import EncodedPrompt, encode_prompts
@@ -153,7 +152,7 @@ def run(options: PrepareOptions) -> None:
 
     # Only one process encodes: others might round differently, but a cache holds one condition per prompt.
     encoded = _broadcast_from_main_process(state, check_and_encode)
-    needs_vae = any(request.source is not None and not holds_latents(request.source) for request in requests)
+    needs_vae = any(request.needs_vae for request in requests)
     model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=needs_vae)
     with _progress_bar(is_visible=state.is_main_process) as progress:
         prepare(

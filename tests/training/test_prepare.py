@@ -23,7 +23,6 @@ from fastunlearn.training.cache import TeacherCache
 from fastunlearn.training.cache.estimate import estimate
 from fastunlearn.training.cache.plan import Plan
 from fastunlearn.training.data.requests import Request, read_requests, read_video_requests
-from fastunlearn.training.data.user_videos import holds_latents
 from fastunlearn.training.data.videos import read_video, write_video
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.sampling import denoise, random_generator, scheduler_for, stack_conditions
@@ -487,14 +486,14 @@ def test_wrong_files_in_a_folder_of_videos(data, loaded, loaded_model, tmp_path)
     for name in ("fourth.MP4", "fifth.SafeTensors"):  # cameras write capitals
         (folder / name).touch()
         (folder / name).with_suffix(".txt").write_text("a dog")
-    sources = {request.source.name: request.source for request in read_video_requests(folder, "circle")}
+    requests = {request.source.name: request for request in read_video_requests(folder, "circle")}
     for name, expected in {
-        "first.mp4": False,
-        "third.safetensors": True,
-        "fourth.MP4": False,
-        "fifth.SafeTensors": True,
+        "first.mp4": True,
+        "third.safetensors": False,
+        "fourth.MP4": True,
+        "fifth.SafeTensors": False,
     }.items():
-        assert holds_latents(sources[name]) == expected, name
+        assert requests[name].needs_vae == expected, name
     for name in ("fourth.MP4", "fifth.SafeTensors"):
         (folder / name).unlink()
     options = options_for(data=folder)

@@ -5,6 +5,7 @@ without the prompt, and where the model sees the concept. Training reads points 
 
     plan.py           which trajectories share a batch, which steps become points, which conditions are evaluated
     teacher.py        runs the frozen model through the plan
+    user_videos.py    the user's own videos, as latents to take points from instead of sampling
     concept_masks.py  masks of the concept from the model's attention to its words
     writer.py         writes the cache; resumes one that was interrupted
     reader.py         reads a finished cache: `TeacherCache`, `PointSet`, `Points`

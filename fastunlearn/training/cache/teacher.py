@@ -13,8 +13,8 @@ from fastunlearn.erasers import erasers_disabled
 from fastunlearn.families import attentions, find_transformer
 from fastunlearn.training.cache.concept_masks import ConceptMasks
 from fastunlearn.training.cache.plan import Plan, Unit
+from fastunlearn.training.cache.user_videos import read_latents
 from fastunlearn.training.data.requests import INSTEAD, NEGATIVE, PROMPT, Request, distinct_prompts
-from fastunlearn.training.data.user_videos import read_latents
 from fastunlearn.training.model.sampling import Step, denoise, scheduler_for, stack_conditions, velocities
 from fastunlearn.training.model.text import EncodedPrompt
 from fastunlearn.training.model.video_model import VideoModel

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from fastunlearn.training.data.prompts import PromptLine, occurrences, read_prompts
-from fastunlearn.training.data.user_videos import LATENTS, VIDEOS
 from fastunlearn.training.options import PrepareOptions
 
 NEGATIVE, PROMPT, INSTEAD = "negative", "prompt", "instead"  # the names of a trajectory's conditions
+_VIDEOS, _LATENTS = (".mp4", ".gif"), ".safetensors"  # the suffixes of a request's source
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,16 @@ class Request:
     def baseline(self) -> str:
         """The name of the condition that `v_uncond` is computed with."""
         return NEGATIVE if self.instead is None else INSTEAD
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether the source is a video, which has to be encoded."""
+        return self.source is not None and not holds_latents(self.source)
+
+
+def holds_latents(source: Path) -> bool:
+    """Whether a request's source holds latents instead of a video."""
+    return source.suffix.lower() == _LATENTS
 
 
 def read_requests(options: PrepareOptions) -> list[Request]:
@@ -115,9 +125,9 @@ def read_video_requests(folder: str | os.PathLike[str], concept: str) -> list[Re
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data: expected a folder of videos, got {str(folder)!r}")
-    sources = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*VIDEOS, LATENTS))
+    sources = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*_VIDEOS, _LATENTS))
     if not sources:
-        raise ValueError(f"data: expected {', '.join(VIDEOS)} or {LATENTS} files in {str(folder)!r}, got none")
+        raise ValueError(f"data: expected {', '.join(_VIDEOS)} or {_LATENTS} files in {str(folder)!r}, got none")
     requests = []
     for source in sources:
         prompt_file = source.with_suffix(".txt")

@@ -8,15 +8,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fastunlearn.files import open_safetensors, tensor_names
+from fastunlearn.training.data.requests import holds_latents
 from fastunlearn.training.data.videos import read_video
 from fastunlearn.training.model.video_model import VideoModel, VideoSize
-
-VIDEOS, LATENTS = (".mp4", ".gif"), ".safetensors"
-
-
-def holds_latents(source: Path) -> bool:
-    """Whether a source holds latents, so that no VAE is needed."""
-    return source.suffix.lower() == LATENTS
 
 
 def read_latents(model: VideoModel, source: Path, size: VideoSize) -> Tensor:
