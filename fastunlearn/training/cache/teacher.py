@@ -100,16 +100,14 @@ class Teacher:
         requests = [plan.requests[index] for index in unit.trajectories]
         concept_masks = self._concept_masks(requests)
         extra = plan.extra_condition(template)
-        extra_condition = self._condition(extra, requests) if extra else None
+        extra_conditions = {} if extra is None else {extra: self._condition(extra, requests)}
         points: list[list[_Point]] = [[] for _ in requests]
         for step in self._denoise(unit, requests, concept_masks):
             rows = [row for row, index in enumerate(unit.trajectories) if step.index in plan.point_steps[index]]
             by_row: dict[str, Tensor | dict[int, Tensor]] = dict(step.velocities)
-            if extra and extra_condition is not None:
-                captures = extra == PROMPT and plan.captures_attention(template, step.index)
-                by_row[extra] = self._extra_velocities(
-                    step, extra, extra_condition, rows, concept_masks if captures else None
-                )
+            for name, condition in extra_conditions.items():
+                captures = name == PROMPT and plan.captures_attention(template, step.index)
+                by_row[name] = self._extra_velocities(step, name, condition, rows, concept_masks if captures else None)
             for row in rows:
                 v_uncond, v_cond = by_row[template.baseline][row], by_row[PROMPT][row]
                 points[row].append(_Point(step.t, step.x_t[row].cpu(), v_uncond.cpu(), v_cond.cpu()))
