@@ -281,8 +281,8 @@ class AttnMapsCapture(_Capture):
             return
         self._has_warned = True
         warnings.warn(
-            "the attention does not return its log-sum-exp (it has a mask on a GPU, dropout, or an unknown backend): "
-            "each captured map takes another pass over the keys",
+            "the attention does not return its log-sum-exp (it has a mask on a GPU, dropout, an unknown backend, or "
+            "another capture around this one): each captured map takes another pass over the keys",
             stacklevel=2,
         )
 

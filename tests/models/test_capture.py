@@ -33,7 +33,7 @@ of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 @contextlib.contextmanager
 def recorded_attention(monkeypatch):
-    """Queries, keys and keyword arguments of every attention, seen without any of the library's code."""
+    """Records query, key and mask of every attention, without any of the library's code."""
     calls, original = [], F.scaled_dot_product_attention
 
     def record(query, key, value, **kwargs):
@@ -54,7 +54,7 @@ def softmax(query, key, mask=None, dtype=torch.float64):
 
 
 def assert_close(actual, exact, eager):
-    """Error at most twice that of eager torch, and what a log-sum-exp of about 10 is off by in torch's attention."""
+    """The error is at most twice that of eager torch, plus that of torch's own log-sum-exp, which is about 10."""
     allowed = 2 * (eager.double() - exact).abs().max() + 32 * torch.finfo(torch.float32).eps * exact.max()
     assert actual.dtype == torch.float32
     assert actual.shape == exact.shape
@@ -84,7 +84,7 @@ def test_maps_are_the_attention_that_runs(family, dtype, monkeypatch):
         with AttnMapsCapture(model, concept_maps, token_indices=words):
             assert torch.equal(model(x_t, t, cond), expected)
     assert list(maps) == list(concept_maps) == family.layers
-    # The attention itself computes in the model's dtype, so that is what eager means for half precision.
+    # The attention itself computes in the model's dtype, so for half precision, eager computes in it too.
     eager_dtype = torch.float32 if dtype == torch.float64 else dtype
     for name, call in zip(family.layers, text_attentions(family, calls), strict=True):
         exact = softmax(*call)[:, :, family.video, family.text]
@@ -97,7 +97,7 @@ def test_maps_are_the_attention_that_runs(family, dtype, monkeypatch):
             assert maps[name][0, ..., 10:].any()
 
 
-def test_a_padded_word_is_nowhere():
+def test_padding_tokens_get_no_attention():
     model, maps = as_velocity_model(hunyuan_video()), {}
     with torch.no_grad(), AttnMapsCapture(model, maps, token_indices=[12]):
         model(*hunyuan_video_inputs())
@@ -108,7 +108,7 @@ def test_a_padded_word_is_nowhere():
 
 
 class ToyAttention(nn.Module):
-    """Self-attention over video and text, or attention from video to text, with a given mask."""
+    """Self-attention over video and text tokens, or attention from video to text, with the mask in `self.mask`."""
 
     def __init__(self, position):
         super().__init__()
@@ -170,7 +170,11 @@ def test_text_positions_and_masks(position, kind, monkeypatch):
     with recorded_attention(monkeypatch) as calls:
         expected = model(video, text)
     maps, concept_maps = {}, {}
-    with AttnMapsCapture(model, maps), AttnMapsCapture(model, concept_maps, token_indices=[[1, 4], [0, -1]]):
+    with (
+        pytest.warns(UserWarning, match="another capture around this one"),
+        AttnMapsCapture(model, maps),
+        AttnMapsCapture(model, concept_maps, token_indices=[[1, 4], [0, -1]]),
+    ):
         assert torch.equal(model(video, text), expected)
     at = {"first": (slice(5, 16), slice(0, 5)), "last": (slice(0, 11), slice(11, 16)), "cross": (slice(None),) * 2}
     rows, columns = at[position]
@@ -186,12 +190,12 @@ def test_text_positions_and_masks(position, kind, monkeypatch):
 @pytest.mark.parametrize("tokens", [None, WORDS])
 @pytest.mark.parametrize("kind", [None, "key", "head", "added"])
 @pytest.mark.filterwarnings("error")
-def test_the_attention_itself_tells_its_log_sum_exp_or_a_warning_says_so_once(kind, tokens, monkeypatch):
+def test_maps_from_the_attention_s_log_sum_exp_equal_those_of_another_pass_which_warns_once(kind, tokens, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, toy("first")))
     model, video, text = ToyTransformer("first"), torch.randn(2, 11, 32), torch.randn(2, 9, 32)
     model.blocks[0].attn.mask = mask_of(kind, 2, 20, 20)
-    told, computed = {}, {}
-    with AttnMapsCapture(model, told, token_indices=tokens):
+    returned, computed = {}, {}
+    with AttnMapsCapture(model, returned, token_indices=tokens):
         expected = model(video, text)
     monkeypatch.setattr(interception, "_attention_and_lse", lambda *_: None)
     with (
@@ -201,11 +205,11 @@ def test_the_attention_itself_tells_its_log_sum_exp_or_a_warning_says_so_once(ki
         for _ in range(2):
             assert torch.equal(model(video, text), expected)
     assert len(warned) == 1
-    torch.testing.assert_close(told, computed)
+    torch.testing.assert_close(returned, computed)
 
 
 @pytest.mark.parametrize("enable_gqa", [False, True])
-def test_saying_that_no_queries_are_grouped_costs_no_log_sum_exp(enable_gqa):
+def test_enable_gqa_without_grouped_queries_keeps_the_log_sum_exp(enable_gqa):
     query, key, kept = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 5, 8), []
     with interception.Interception(kept.append):
         output = F.scaled_dot_product_attention(query, key, key, enable_gqa=enable_gqa)
@@ -215,26 +219,26 @@ def test_saying_that_no_queries_are_grouped_costs_no_log_sum_exp(enable_gqa):
 
 
 @pytest.mark.parametrize(("options", "message"), [({"enable_gqa": True}, "grouped"), ({"is_causal": True}, "causal")])
-def test_attentions_of_other_kinds_are_refused(options, message):
+def test_causal_and_grouped_query_attention_is_refused(options, message):
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     with pytest.raises(ValueError, match=message), interception.Interception(lambda attention: None):
         F.scaled_dot_product_attention(query, key, key, **options)
 
 
-def test_several_forwards_are_averaged_and_a_new_with_starts_afresh():
+def test_several_calls_are_averaged_and_a_new_with_starts_again():
     model = as_velocity_model(cogvideox())
-    runs = [inputs(seed=seed) for seed in range(3)]
+    calls = [inputs(seed=seed) for seed in range(3)]
     singles, maps = [], {}
     with torch.no_grad():
-        for run in runs:
+        for call in calls:
             with AttnMapsCapture(model, {}, token_indices=WORDS) as capture:
-                model(*run)
+                model(*call)
             singles.append(capture._maps)
         capture = AttnMapsCapture(model, maps, token_indices=WORDS)
         for _ in range(2):
             with capture:
-                for run in runs:
-                    model(*run)
+                for call in calls:
+                    model(*call)
             for name in LAYERS:
                 expected = torch.stack([single[name] for single in singles]).mean(0)
                 torch.testing.assert_close(maps[name], expected, rtol=1e-6, atol=0)
@@ -242,14 +246,14 @@ def test_several_forwards_are_averaged_and_a_new_with_starts_afresh():
 
 def test_calls_in_inference_mode_and_outside_of_it_are_averaged():
     model = as_velocity_model(cogvideox())
-    runs, maps, expected = [inputs(seed=seed) for seed in range(2)], {}, {}
+    calls, maps, expected = [inputs(seed=seed) for seed in range(2)], {}, {}
     with torch.no_grad(), AttnMapsCapture(model, expected, token_indices=WORDS):
-        for run in runs:
-            model(*run)
+        for call in calls:
+            model(*call)
     with AttnMapsCapture(model, maps, token_indices=WORDS):
-        for run, mode in zip(runs, (torch.inference_mode, torch.no_grad), strict=True):
+        for call, mode in zip(calls, (torch.inference_mode, torch.no_grad), strict=True):
             with mode():
-                model(*run)
+                model(*call)
     assert all(torch.equal(maps[name], expected[name]) for name in LAYERS)
 
 
@@ -265,7 +269,7 @@ def test_calls_of_different_shapes_are_not_averaged(batches):
             model(*inputs(batch=batch))
 
 
-def test_guidance_batch_with_different_words_a_sample():
+def test_a_guidance_batch_with_different_words_per_sample():
     model = as_velocity_model(cogvideox())
     x_t, t, cond = inputs(batch=2)
     maps, pair = {}, {}
@@ -279,10 +283,12 @@ def test_guidance_batch_with_different_words_a_sample():
         torch.testing.assert_close(maps[name][2:], pair[name], rtol=1e-5, atol=1e-7)
 
 
-def test_both_forms_make_the_same_masks():
+def test_full_maps_and_concept_maps_give_the_same_masks():
     model = as_velocity_model(cogvideox(rope=True))
     maps, concept_maps = {}, {}
-    with AttnMapsCapture(model, maps), AttnMapsCapture(model, concept_maps, token_indices=WORDS):
+    with AttnMapsCapture(model, maps):
+        model(*inputs())
+    with AttnMapsCapture(model, concept_maps, token_indices=WORDS):
         model(*inputs())
     full = get_mask(maps, WORDS, 0.31, 8, 8, HEADS, TEXT, patch_size=2)
     concept = get_mask(concept_maps, None, 0.31, 8, 8, patch_size=2)
@@ -330,8 +336,9 @@ def test_reentrant_checkpointing_is_refused(low_rank):
         lambda function, *args: torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
     )
     capture = EraserOutputsCapture(transformer, erasers, {}, low_rank=low_rank)
+    x_t, t, cond = inputs()
     with pytest.raises(RuntimeError, match="use_reentrant=False"), capture:
-        as_velocity_model(transformer)(*inputs())
+        as_velocity_model(transformer)(x_t.requires_grad_(), t, cond)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -383,7 +390,7 @@ def test_low_rank_outputs_of_a_compiled_model():
 
 
 @of_every_family
-def test_eraser_outputs_are_what_the_attentions_gain(family):
+def test_eraser_outputs_are_what_is_added_to_the_attentions(family):
     transformer, layer = family.make(), family.layers[0]
     erasers = attach_erasers(transformer, rank=4)
     train_a_little(erasers)
@@ -432,7 +439,7 @@ def test_only_the_given_erasers_are_captured():
 
 
 class NoNativeAttention:
-    """An attention processor that computes by itself, as those of attention libraries do."""
+    """An attention processor that does not call torch's attention, like those of attention libraries."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
         return hidden_states, encoder_hidden_states
@@ -445,7 +452,7 @@ def test_capturing_nothing_is_an_error():
     for capture in (AttnMapsCapture(model, {}), EraserOutputsCapture(model, erasers, {})):
         with pytest.raises(RuntimeError, match="captured nothing.*not called"), capture:
             pass
-        with pytest.raises(KeyError), capture:  # what went wrong first is what is told
+        with pytest.raises(KeyError), capture:  # the first error is the one that is raised
             raise KeyError
     with (
         pytest.raises(RuntimeError, match="disabled"),
@@ -514,7 +521,7 @@ def test_nothing_as_large_as_tokens_times_tokens_is_made():
         assert largest.elements == tokens * tokens, "the meter works"
 
 
-def test_autocast_is_the_model_s_and_not_the_maps(monkeypatch):
+def test_autocast_applies_to_the_model_and_not_to_the_maps(monkeypatch):
     model = as_velocity_model(cogvideox(rope=True))
     maps = {}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -548,9 +555,9 @@ def test_autocast_casts_as_the_attention_does(dtype, kind):
     assert_close(kept[0].with_lse().probabilities(), exact, eager)
 
 
-@pytest.mark.parametrize("is_told", [True, False])
-def test_queries_whose_keys_are_all_masked_attend_to_nothing(is_told, monkeypatch):
-    if not is_told:
+@pytest.mark.parametrize("lse_is_returned", [True, False])
+def test_queries_whose_keys_are_all_masked_attend_to_nothing(lse_is_returned, monkeypatch):
+    if not lse_is_returned:
         monkeypatch.setattr(interception, "_attention_and_lse", lambda *_: None)
     query, key, kept = torch.randn(2, HEADS, 6, 16), torch.randn(2, HEADS, 5, 16), []
     mask = mask_of("head", 2, 6, 5)
@@ -562,16 +569,25 @@ def test_queries_whose_keys_are_all_masked_attend_to_nothing(is_told, monkeypatc
     torch.testing.assert_close(kept[0].with_lse().probabilities(), exact.float())
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2], ids=str)  # text before and after the video
-def test_a_model_compiled_inside_the_capture(family):
-    transformer = family.make()
+@pytest.mark.parametrize(
+    ("family", "configuration"),
+    [
+        pytest.param(FAMILIES[0], {"num_layers": 1}, id="text first"),
+        pytest.param(FAMILIES[1], {"num_single_layers": 1}, id="text last"),  # one block of either kind
+    ],
+)
+def test_a_model_compiled_inside_the_capture(family, configuration):
+    transformer = family.make(**configuration)
     erasers = attach_erasers(transformer, rank=4)
     train_a_little(erasers)
     model, results = as_velocity_model(transformer), []
-    for run in (model, torch.compile(model, backend="aot_eager")):
+    for eager_or_compiled in (model, torch.compile(model, backend="aot_eager")):
         maps, outputs = {}, {}
-        with AttnMapsCapture(run, maps, token_indices=WORDS), EraserOutputsCapture(run, erasers, outputs):
-            run(*family.inputs())
+        with (
+            AttnMapsCapture(eager_or_compiled, maps, token_indices=WORDS),
+            EraserOutputsCapture(eager_or_compiled, erasers, outputs),
+        ):
+            eager_or_compiled(*family.inputs())
         results.append((*maps.values(), *outputs.values()))
     torch._dynamo.reset()
     for eager, compiled in zip(*results, strict=True):
