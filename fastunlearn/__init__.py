@@ -1,10 +1,24 @@
-"""Erase a concept from a text-to-video diffusion transformer: losses, masks, erasers and captures."""
+"""Erase a concept from a text-to-video diffusion transformer: losses, masks, erasers and captures.
+
+    losses          modules that call the models and return a loss and a dict of its parts
+    functional      the same losses on tensors, and concept attention, with fused kernels
+    erasers         small adapters on a frozen transformer's attentions
+    capture         the erasers' outputs and attention maps of a forward pass
+    masks           masks from attention maps
+    velocity_model  a diffusers transformer as the callable (x_t, t, cond) -> velocity
+    families        what the library knows of each family of models
+    training        the commands prepare, train, evaluate and sample
+    ops             the operations' definition and backends
+    testing         what proves the operations correct
+
+Importing fastunlearn needs torch alone.
+"""
 
 from importlib.util import find_spec as _find_spec
 
 if _find_spec("fastunlearn.kernels") is None:
     raise ImportError(
-        "fastunlearn was imported from its source folder, where fastunlearn.kernels is missing: install it with "
+        "fastunlearn was imported from its source folder, which does not contain fastunlearn.kernels. Install it with "
         "`pip install -e .`, or run Python from another folder to use the installed package"
     )
 

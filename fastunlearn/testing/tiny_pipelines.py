@@ -1,4 +1,4 @@
-"""Text-to-video pipelines of every family, small enough for a laptop, with random weights, made without a network.
+"""Text-to-video pipelines with random weights, small enough for a laptop. They are made without a network.
 
 python -m fastunlearn.testing.tiny_pipelines cogvideox FOLDER
 """
@@ -15,24 +15,24 @@ from fastunlearn.families.tiny import FRAMES, HEIGHT, WIDTH
 
 __all__ = ["FRAMES", "HEIGHT", "VARIANTS", "WIDTH", "save_tiny_pipeline"]
 
-VARIANTS = {name: make for family in FAMILIES for name, make in family.tiny_pipelines.items()}
+VARIANTS = {variant: make_pipeline for family in FAMILIES for variant, make_pipeline in family.tiny_pipelines.items()}
 _FORMER_NAMES = {"hunyuanvideo": "hunyuan_video"}
 
 
 def save_tiny_pipeline(variant: str, folder: str | os.PathLike[str], seed: int = 0) -> None:
-    """Saves a tiny random pipeline as `save_pretrained` does, for `from_pretrained` to load.
+    """Saves a tiny random pipeline in the format of `save_pretrained`, for `from_pretrained` to load.
 
-    Weights are scaled so that attention is far from uniform and prompts make a difference. The same seed gives the same
-    weights; torch's own random number generator is left as it was.
+    The weights are scaled so that attention is far from uniform and the prompt changes the video. The same seed gives
+    the same weights. torch's global random number generator is left as it was.
 
     Args:
-        variant: "cogvideox" (2B: no rotary embeddings), "cogvideox-rope" (5B), "hunyuan_video", "wan" (2.1) or
-            "wan-2.2" (A14B: two transformers, divided at boundary_ratio 0.875).
-        folder: where to save it; made if need be.
-        seed: of the weights.
+        variant: one of `VARIANTS`: "cogvideox" (like 2B, without rotary embeddings), "cogvideox-rope" (like 5B),
+            "hunyuan_video", "wan" (like 2.1) or "wan-2.2" (like A14B, with two transformers and boundary_ratio 0.875).
+        folder: where to save it; created if it does not exist.
+        seed: the seed of the weights.
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError: the variant is unknown.
     """
     variant = _FORMER_NAMES.get(variant, variant)
     if variant not in VARIANTS:
@@ -43,9 +43,17 @@ def save_tiny_pipeline(variant: str, folder: str | os.PathLike[str], seed: int =
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastunlearn.testing.tiny_pipelines", description=__doc__)
-    parser.add_argument("variant", choices=[*VARIANTS, *_FORMER_NAMES], metavar="variant", help=", ".join(VARIANTS))
-    parser.add_argument("folder", help="where to save the pipeline")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastunlearn.testing.tiny_pipelines",
+        description="Save a tiny text-to-video pipeline with random weights, made without a network.",
+    )
+    parser.add_argument(
+        "variant",
+        choices=[*VARIANTS, *_FORMER_NAMES],
+        metavar="variant",
+        help=f"which model to imitate: {', '.join(VARIANTS)}",
+    )
+    parser.add_argument("folder", help="the folder to save the pipeline in, created if it does not exist")
     options = parser.parse_args()
     save_tiny_pipeline(options.variant, options.folder)
 

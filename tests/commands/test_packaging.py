@@ -1,4 +1,4 @@
-"""The wheel carries what it should, under the names it should, and the source folder alone says what is missing."""
+"""The wheel holds every package under its right name, and importing the bare source folder says what to do."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment that has the built wheel, and of the surrounding one only its dependencies."""
+    """The interpreter of a new environment with the built wheel, and with the dependencies of the present one."""
     folder = tmp_path_factory.mktemp("wheel")
-    # Built from a copy: setuptools leaves a build folder where it works, and files of old builds creep in from it.
+    # Built from a copy, because setuptools leaves a build folder behind, and would package files of old builds.
     source = folder / "source"
     source.mkdir()
     listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
@@ -38,7 +38,7 @@ def clean_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = environment / "bin" / "python"
     installed = run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, cwd=folder)
     assert installed.returncode == 0, installed.stderr
-    # A path in a .pth file does not run the .pth files there, so that an editable install stays invisible.
+    # The .pth files in a folder that a .pth file names are not read, so an editable install there stays invisible.
     (packages,) = (environment / "lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
@@ -63,6 +63,14 @@ def test_the_wheel_imports_in_a_clean_environment(clean_python: Path, tmp_path: 
     assert shadows == "False False"
 
 
+def test_the_wheel_has_every_module(clean_python: Path) -> None:
+    (packages,) = (clean_python.parents[1] / "lib").glob("python*/site-packages")
+    sources = {path.relative_to(ROOT) for path in (ROOT / "fastunlearn").rglob("*.py")}
+    missing = {path for path in sources if not (packages / path).exists()}
+    assert sources
+    assert missing == set()
+
+
 def test_the_console_script_runs(clean_python: Path, tmp_path: Path) -> None:
     result = run(clean_python.with_name("fastunlearn"), "env", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -76,7 +84,7 @@ def test_the_source_folder_over_an_installed_wheel_says_what_to_do(clean_python:
 
 
 def test_importing_needs_torch_alone() -> None:
-    """No optional package is imported, and none is needed, until a function that uses it is called."""
+    """Optional packages are neither imported nor needed until a function that uses them is called."""
     code = (
         "import sys\n"
         "optional = ('diffusers', 'transformers', 'accelerate', 'safetensors', 'matplotlib', 'triton', 'tqdm')\n"
