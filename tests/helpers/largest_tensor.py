@@ -1,4 +1,4 @@
-"""What an operation holds in memory at most, seen tensor by tensor."""
+"""The size of the largest tensor that an operation creates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """Inside this context, the most elements that any new tensor of `dtype` has."""
+    """A context in which `elements` becomes the largest number of elements of any new tensor of `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

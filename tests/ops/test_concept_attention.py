@@ -39,19 +39,12 @@ def random_key_mask() -> Tensor:
     return mask
 
 
-def log_denominator(query: Tensor, key: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    logits = query.double() @ key.double().mT * query.shape[-1] ** -0.5
-    if key_mask is not None:
-        logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
-    return logits.logsumexp(-1)
-
-
 def check(query: Tensor, key: Tensor, indices: Tensor, key_mask: Tensor | None = None, **options: Any) -> None:
     actual = concept_attention(query, key, indices, key_mask=key_mask, **options)
     exact = oracle.concept_attention(query, key, indices, key_mask=key_mask)
     expected = definition.concept_attention(query, key, indices, key_mask=key_mask)
     assert not actual.requires_grad
-    # The logits' own rounding, of d products each, is what the exponential magnifies.
+    # The exponential magnifies the rounding of the logits, which are sums of d products each.
     compute = compute_dtype(query, key)
     compare("result", actual, expected, exact, terms=key.shape[2] * query.shape[-1], compute=compute)
 
@@ -67,7 +60,7 @@ def test_against_the_whole_softmax(
         monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", block)
     query, key = query_and_key(dtype=dtype)
     key_mask = random_key_mask() if masked else None
-    lse = log_denominator(query, key, key_mask).to(compute_dtype(query)) if with_lse else None
+    lse = definition.log_sum_exp(query, key, key_mask).to(compute_dtype(query)) if with_lse else None
     check(query, key, torch.tensor([2, 5, 16]), key_mask, lse=lse)
 
 
@@ -82,7 +75,7 @@ def test_strided_inputs() -> None:
     check(query.expand(2, 3, 13, 8), key[:, :, ::2], torch.tensor([3]))
 
 
-def test_indices_a_sample_and_none() -> None:
+def test_indices_per_sample_and_minus_one() -> None:
     query, key = query_and_key()
     indices = torch.tensor([[0, 4, -1], [7, -1, -1]])
     actual = concept_attention(query, key, indices, scale=0.3)
@@ -105,7 +98,7 @@ def test_masked_keys_get_nothing(with_lse: bool) -> None:
     key_mask[0] = False
     key_mask[1, 5] = False
     key[1, :, 5] = torch.nan
-    lse = log_denominator(query, key, key_mask) if with_lse else None
+    lse = definition.log_sum_exp(query, key, key_mask) if with_lse else None
     assert not concept_attention(query, key, [2, 5], key_mask=key_mask, lse=lse)[0].any()
     only_two = concept_attention(query, key, [2], key_mask=key_mask, lse=lse)
     assert only_two[1].all()
@@ -152,13 +145,13 @@ def test_compiled_without_graph_breaks() -> None:
     indices, key_mask = torch.tensor([[1, 2], [3, -1]]), random_key_mask()
     expected = concept_attention(query, key, indices, key_mask=key_mask)
     torch.testing.assert_close(compiled(query, key, indices, key_mask=key_mask), expected)
-    lse = log_denominator(query, key)
+    lse = definition.log_sum_exp(query, key)
     expected = concept_attention(query, key, indices, lse=lse)
     torch.testing.assert_close(compiled(query, key, indices, lse=lse), expected)
 
 
 @pytest.mark.torch_backend
-def test_compiling_takes_the_loop_over_blocks_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_does_not_unroll_the_loop_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 64)
     query, key, indices = torch.randn(1, 2, 40, 4), torch.randn(1, 2, 16, 4), torch.tensor([[1, -1]])
     graphs = []
@@ -176,6 +169,6 @@ def test_compiling_takes_the_loop_over_blocks_as_one(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("token_indices", [[0.5], [True], "ab", None, [[1, 2], [1]]])
-def test_positions_that_are_no_integers(token_indices: object) -> None:
+def test_indices_that_are_not_integers_raise(token_indices: object) -> None:
     with pytest.raises(TypeError, match="token_indices"):
         concept_attention(torch.randn(2, 1, 3, 4), torch.randn(2, 1, 5, 4), token_indices)

@@ -28,7 +28,7 @@ from fastunlearn.ops import dispatch
 CPU = torch.device("cpu")
 
 
-def test_torch_is_the_choice_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_without_a_kernel_run_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "KERNELS", dict.fromkeys(dispatch.OPS))
     for op in dispatch.OPS:
@@ -40,7 +40,7 @@ def test_torch_is_the_choice_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -
             choose_backend(op, CPU, "triton")
 
 
-def test_kernels_run_on_the_devices_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_run_on_gpus_and_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kernels = SimpleNamespace(velocity_loss=lambda *_, **__: (1, 2, 3))
@@ -55,7 +55,7 @@ def test_kernels_run_on_the_devices_they_can(monkeypatch: pytest.MonkeyPatch) ->
     assert velocity_loss(torch.ones(1), torch.ones(1), backend="triton") == (1, 2, 3)
 
 
-def test_matrices_of_float64_are_not_multiplied_by_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_matrix_products_do_not_run_on_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
     cuda = torch.device("cuda")
     assert choose_backend("concept_attention", cuda).name == "triton"
@@ -72,7 +72,7 @@ def test_without_triton_the_torch_backend_runs(monkeypatch: pytest.MonkeyPatch) 
         choose_backend("velocity_loss", torch.device("cuda"), "triton")
 
 
-def test_environment_variable_leaves_operations_without_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_does_not_apply_to_operations_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "triton")
     monkeypatch.setattr(dispatch, "KERNELS", dict.fromkeys(dispatch.OPS))
     assert choose_backend("concept_attention", torch.device("cuda")).name == "torch"

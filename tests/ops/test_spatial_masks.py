@@ -1,4 +1,4 @@
-"""Masks are read exactly as `torch.nn.functional.interpolate(mode="nearest")` reads them."""
+"""Masks are resized exactly as `torch.nn.functional.interpolate(mode="nearest")` resizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_one_to_three_dims(spatial: tuple[int, ...], dtype: torch.dtype) -> None
     assert torch.equal(read_nearest(mask, spatial), expected.to(dtype))
 
 
-def test_more_dims_are_read_one_by_one() -> None:
+def test_more_than_three_dims_are_resized_one_by_one() -> None:
     mask = torch.rand(1, 2, 2, 2, 3)
     expected = mask.repeat_interleave(2, 1).repeat_interleave(3, 4)
     assert torch.equal(read_nearest(mask, (4, 2, 2, 9)), expected)
@@ -36,7 +36,7 @@ def test_equal_sizes_copy_nothing() -> None:
     assert read_nearest(mask, (3, 4)).data_ptr() == mask.data_ptr()
 
 
-def test_channel_of_size_one_is_dropped_where_it_is() -> None:
+def test_a_channel_dim_of_size_one_is_dropped() -> None:
     assert drop_channel(torch.rand(2, 3, 1, 4, 5), (2, 3, 8, 4, 5), 2).shape == (2, 3, 4, 5)
     assert drop_channel(torch.rand(1, 3, 4, 5), (2, 8, 3, 4, 5), 1).shape == (1, 3, 4, 5)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch import Tensor
@@ -194,20 +194,20 @@ def test_two_backwards_through_a_kept_graph(count: int) -> None:
     assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_gradients_only_where_they_are_needed() -> None:
-    for wanted in NAMES:
+def test_gradients_only_of_the_tensors_that_require_one() -> None:
+    for name in NAMES:
         tensors = dict(zip(NAMES, (x.detach() for x in velocities()), strict=True))
-        tensors[wanted].requires_grad_()
+        tensors[name].requires_grad_()
         negatively_guided_velocity_loss(**tensors).loss.backward()
-        assert [name for name, x in tensors.items() if x.grad is not None] == [wanted]
+        assert [other for other, x in tensors.items() if x.grad is not None] == [name]
     assert not call([x.detach() for x in velocities()]).loss.requires_grad
 
 
-@pytest.mark.parametrize("extra", [False, True])
-def test_second_derivative_raises(extra: bool, count: int) -> None:
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_second_derivative_raises(with_inputs: bool, count: int) -> None:
     inputs = velocities(count=count)
     (gradient,) = torch.autograd.grad(call(inputs).loss, inputs[:1], create_graph=True)
-    penalty = gradient.square().sum() + (inputs[0].sum() if extra else 0)
+    penalty = gradient.square().sum() + (inputs[0].sum() if with_inputs else 0)
     with pytest.raises(RuntimeError, match="once-differentiable"):
         penalty.backward()
 
@@ -238,7 +238,7 @@ def test_compiled_without_graph_breaks(count: int, loss_type: str) -> None:
     kind=st.sampled_from(["soft", "half", "bool", "int", "ones"]),
     one_mask=st.booleans(),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=3, max_size=3),
-    layouts=st.lists(st.sampled_from(["as it is", "reversed", "sliced"]), min_size=3, max_size=3),
+    layouts=st.lists(st.sampled_from(["contiguous", "reversed", "sliced"]), min_size=3, max_size=3),
     options=st.fixed_dictionaries(
         {
             "loss_type": st.sampled_from(["l2", "l1"]),
@@ -247,7 +247,7 @@ def test_compiled_without_graph_breaks(count: int, loss_type: str) -> None:
     ),
     seed=st.integers(0, 1000),
 )
-def test_anything(
+def test_any_shapes_dtypes_and_layouts(
     shape: tuple[int, ...],
     mask_sizes: list[int],
     kind: str,
@@ -258,8 +258,6 @@ def test_anything(
     seed: int,
 ) -> None:
     mask = random_mask(kind, (1 if one_mask else shape[0], *mask_sizes[: len(shape) - 2]), seed)
-    # Eager torch divides by the sum of what is read.
-    assume(oracle.nearest(oracle.to_numpy(mask), shape[2:]).any())
     inputs = []
     for x, layout in zip(velocities(shape, dtypes, seed=seed), layouts, strict=True):
         x = x.detach()
