@@ -33,7 +33,7 @@ def run(model, dtype=torch.float32):
 
 
 def fingerprint(model):
-    """Everything that attaching changes, and every value."""
+    """All that attaching could change: attributes, hooks, values, and what is trainable."""
     modules = [(name, sorted(vars(m)), len(m._forward_hooks)) for name, m in model.named_modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return modules, state, [p.requires_grad for p in model.parameters()]
@@ -50,14 +50,14 @@ def same(before, after):
 
 @pytest.fixture
 def trained(tmp_path):
-    """A model with erasers that do something, where they were saved, and what the model answers."""
+    """A model with erasers that have an effect, the folder they were saved in, and the model's output."""
     model = cogvideox(rope=True)
     train_a_little(attach_erasers(model, rank=4))
     save_erasers(model, tmp_path / "erasers", concept="circle")
     return model, tmp_path / "erasers", run(model)
 
 
-def test_an_eraser_is_down_gelu_up():
+def test_an_eraser_is_linear_gelu_linear():
     eraser = AdapterEraser(6, rank=3)
     assert list(eraser.state_dict()) == ["down.weight", "down.bias", "up.weight", "up.bias"]
     x = torch.randn(2, 5, 6)
@@ -111,7 +111,7 @@ def test_casting_the_model_leaves_the_erasers_in_float32(family):
 
 
 def attention_outputs(model, layer):
-    """What the attention returned in the last run: (video tokens, text tokens or None)."""
+    """What the attention returns when the model runs: (video tokens, text tokens or None)."""
     seen = []
     handle = model.get_submodule(layer).register_forward_hook(lambda _, args, output: seen.append(output))
     run(model)
@@ -120,7 +120,7 @@ def attention_outputs(model, layer):
 
 
 @of_every_family
-def test_erasers_add_up_each_from_the_attention_s_own_output(family):
+def test_erasers_add_up_and_each_reads_the_attention_s_own_output(family):
     model, layer = family.make(), family.layers[0]
     a = attach_erasers(model, rank=4, name="a")
     b = attach_erasers(model, rank=3, name="b")
@@ -138,7 +138,7 @@ def test_erasers_add_up_each_from_the_attention_s_own_output(family):
         assert torch.equal(text, text_after)
 
 
-def test_a_scale_multiplies_what_an_eraser_adds():
+def test_a_scale_multiplies_the_output_of_an_eraser():
     model, layer = cogvideox(), LAYERS[0]
     a = attach_erasers(model, rank=4, name="a")
     b = attach_erasers(model, rank=3, name="b")
@@ -172,7 +172,7 @@ def test_a_scale_multiplies_what_an_eraser_adds():
     assert torch.equal(run(model), as_trained)
 
 
-def test_names():
+def test_wrong_names_are_refused():
     model = cogvideox()
     attach_erasers(model, rank=4)
     before = fingerprint(model)
@@ -211,7 +211,7 @@ def test_detaching_restores_the_model(family):
     detach_erasers(model)
     assert same(before, fingerprint(model))
     attach_erasers(model, rank=4)
-    del model.save_pretrained  # whoever lifts the guard can still detach
+    del model.save_pretrained  # detaching works even if the user removed the guard
     detach_erasers(model)
     assert same(before, fingerprint(model))
 
@@ -287,7 +287,7 @@ def test_checkpointing_keeps_the_erasers(family):
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != "hunyuan_video"], ids=str)  # has no fused form
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name != "hunyuan_video"], ids=str)  # cannot fuse
 def test_fused_projections_keep_the_erasers(family):
     plain = velocity_and_gradients(family.make(), lambda m: None)
     fused = velocity_and_gradients(family.make(), lambda m: m.fuse_qkv_projections())
@@ -323,7 +323,7 @@ def test_saved_erasers_come_back(trained):
     assert list(erasers) == LAYERS
     assert torch.equal(run(other), expected)
     assert [name for name, p in other.named_parameters() if p.requires_grad][0].startswith(LAYERS[0])
-    erasers[LAYERS[0]].up.bias.data.add_(1)  # the weights are the model's own
+    erasers[LAYERS[0]].up.bias.data.add_(1)  # a copy: not shared with the model that was saved
     config = json.loads((folder / "config.json").read_text())
     assert (config["rank"], config["dim"], config["backbone"], config["concept"]) == (4, DIM, "cogvideox", "circle")
     assert config["layers"] == LAYERS
@@ -364,7 +364,7 @@ def test_upstream_checkpoints_are_read(trained, tmp_path):
     assert torch.equal(run(other), expected)
 
 
-def test_upstream_checkpoints_of_hunyuan_video_are_read_whether_of_all_blocks_or_single_ones(tmp_path):
+def test_upstream_hunyuan_video_checkpoints_are_read_for_all_blocks_or_for_single_blocks_only(tmp_path):
     model = hunyuan_video()
     erasers = attach_erasers(model, rank=4)
     train_a_little(erasers)
@@ -400,7 +400,7 @@ def test_upstream_checkpoints_of_hunyuan_video_are_read_whether_of_all_blocks_or
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two concepts' erasers, trained apart, of different ranks."""
+    """The erasers of two concepts, trained separately, with different ranks."""
     for seed, concept in enumerate(("nudity", "car"), 3):
         model = cogvideox()
         train_a_little(attach_erasers(model, rank=seed), seed=seed)
@@ -408,7 +408,7 @@ def folders(tmp_path):
     return [tmp_path / "nudity", str(tmp_path / "car")]
 
 
-def test_erasers_of_several_folders_are_stacked(folders):
+def test_erasers_of_several_folders_are_attached_together(folders):
     model, one_by_one = cogvideox(), cogvideox()
     plain, before = run(model), fingerprint(model)
     erasers = load_erasers(model, folders, names=["nudity", "car"], scales=[1.0, 0.5])
@@ -447,7 +447,7 @@ def test_erasers_of_several_folders_are_stacked(folders):
         ({"one": True, "scale": torch.nan}, ValueError, "scale.*nan"),
     ],
 )
-def test_nothing_is_stacked_unless_everything_fits(folders, options, error, message):
+def test_nothing_is_attached_unless_everything_fits(folders, options, error, message):
     options = dict(options)
     model = cogvideox()
     attach_erasers(model, rank=2, name="taken")
@@ -460,7 +460,7 @@ def test_nothing_is_stacked_unless_everything_fits(folders, options, error, mess
     assert same(before, fingerprint(model))
 
 
-def test_nothing_is_stacked_on_a_full_device(folders, monkeypatch):
+def test_nothing_is_attached_if_the_device_is_full(folders, monkeypatch):
     model = cogvideox()
     before, moves = fingerprint(model), []
 
@@ -477,7 +477,7 @@ def test_nothing_is_stacked_on_a_full_device(folders, monkeypatch):
 
 
 @pytest.mark.parametrize("crash_at", [1, 2, 3, 4])
-def test_a_crash_while_saving_leaves_the_old_or_the_new(trained, monkeypatch, crash_at):
+def test_a_crash_while_saving_leaves_the_old_or_the_new_erasers(trained, monkeypatch, crash_at):
     model, folder, old = trained
     train_a_little({"": model.get_submodule(f"{LAYERS[0]}.erasers.default")}, seed=9)
     new, steps = run(model), []
@@ -506,7 +506,7 @@ def test_a_crash_while_saving_leaves_the_old_or_the_new(trained, monkeypatch, cr
     assert len(list(folder.glob("*.safetensors*"))) == 1
 
 
-def test_saving_refuses_what_would_do_harm(trained, tmp_path):
+def test_saving_refuses_to_do_harm(trained, tmp_path):
     model, folder, expected = trained
     cogvideox().save_pretrained(tmp_path / "transformer")
     with pytest.raises(FileExistsError, match="config.json belongs to something else"):
@@ -540,7 +540,7 @@ def set_config(**entries):
 
 
 def set_weights(change):
-    """Other tensors, with a checksum that is right for them."""
+    """Changes the stored tensors and corrects the checksum."""
 
     def apply(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -561,7 +561,7 @@ def cut(path, keep=0.5):
 
 
 def sign(folder, content):
-    """Any content, with a checksum that is right for it."""
+    """Replaces the weights file by any content and corrects the checksum."""
     weights_of(folder).write_bytes(content)
     set_config(sha256=hashlib.sha256(content).hexdigest())(folder)
 
@@ -664,7 +664,7 @@ def test_damaged_upstream_folders_are_named(trained, tmp_path, monkeypatch, weig
     ],
     ids=["sparse", "csr", "meta", "complex", "nested"],
 )
-def test_upstream_tensors_of_another_kind_are_named(trained, tmp_path, change):
+def test_upstream_tensors_that_are_not_dense_floats_are_named(trained, tmp_path, change):
     states = upstream(tmp_path / "upstream", trained[0])
     state = dict(states[f"{LAYERS[1]}.adapter"])
     state["up.weight"] = change(state["up.weight"])

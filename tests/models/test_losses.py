@@ -1,4 +1,4 @@
-"""The loss modules: signatures and keys of the original, values and gradients against the oracle, and the teacher."""
+"""The loss modules: original signatures and keys, values and gradients against the oracle, the frozen teacher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastunlearn.testing import oracle
 from fastunlearn.testing.checks import velocity_loss_of
 from fastunlearn.testing.error_bound import compare
 
-# CogVideoX's last alpha is exactly 0; the first is set to 1 to meet the other end too.
+# Both ends occur: CogVideoX's last alpha is exactly 0, and the first is set to 1 here.
 ALPHAS = torch.linspace(1, 0, 11, dtype=torch.float64)
 SHAPE = (2, 3, 4, 6, 5)
 T = torch.tensor([3, 10])
@@ -42,7 +42,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 class Table(nn.Module):
-    """A model whose velocity for every condition is a parameter of its own, so that gradients can be read there."""
+    """A model with one parameter per condition: the velocity that it returns, so that its gradient can be read."""
 
     def __init__(self, seed: int, shape: tuple[int, ...] = SHAPE) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Table(nn.Module):
 
 
 class Linear(nn.Module):
-    """A model that computes with tensors as conditions and, if `empty` is given, takes None."""
+    """A model that takes tensors as conditions and, if `empty` is given, None."""
 
     def __init__(self, empty: float | None = None) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def close(actual: Tensor, eager_value: Tensor, exact: Any, terms: int = X_T.nume
 def check_velocity_term(
     loss: Tensor, student: Table, name: str, teachers: list[Tensor], weight: float = 1.0, **options: Any
 ) -> dict[str, np.ndarray]:
-    """The value, and the gradient that a backward pass has left at the student's velocity. Returns the oracle's."""
+    """Checks a term and the gradient at the student's velocity after a backward pass. Returns the oracle's results."""
     leaf = student.velocities[name].detach().clone().requires_grad_()
     tensors = (leaf, *[x.detach() for x in teachers])
     by_eager, *_ = velocity_loss_of(tensors, definition, weight=weight, **options)
@@ -156,7 +156,7 @@ def test_preservation(student: Table, teacher: Table, loss_type: str, reduction:
 
 @pytest.mark.parametrize("mask_normalization", ["all", "mask"])
 def test_channel_dim_and_mask_normalization(student: Table, teacher: Table, mask_normalization: str) -> None:
-    # (B, F, C, H, W) = (2, 3, 4, 6, 5): read with the channels at dim 1, this mask would be another.
+    # (B, F, C, H, W) = (2, 3, 4, 6, 5). With channel_dim=1 this mask would be read along other dimensions.
     mask = torch.rand(2, 3, 3, 5, generator=torch.Generator().manual_seed(1))
     options: dict[str, Any] = {"channel_dim": 2, "mask_normalization": mask_normalization}
     total = T2VUnlearningLoss(ALPHAS, guidance_scale=2.0, **options)
@@ -216,7 +216,7 @@ def test_localization_of_nothing(reduction: str) -> None:
 @pytest.mark.parametrize(
     "weights", [(1.0, 0.5, 1.0), (2.0, 0.25, 3.0), (0.0, 0.5, 1.0), (1.0, 0.0, 0.5), (1.0, 0.5, 0)]
 )
-def test_total(student: Table, teacher: Table, weights: tuple[float, float, float]) -> None:
+def test_the_weighted_sum_of_all_terms(student: Table, teacher: Table, weights: tuple[float, float, float]) -> None:
     outputs = eraser_outputs(first=(2, 60, 5), second=(2, 60, 8))
     loss_fn = T2VUnlearningLoss(ALPHAS, *weights, 3.0)
     loss, entries = loss_fn(
@@ -232,7 +232,7 @@ def test_total(student: Table, teacher: Table, weights: tuple[float, float, floa
         oracle.velocity_loss(student.velocities["kept"], teacher.velocities["kept"], mask=MASK),
         oracle.localization_loss(list(outputs.values()), [MASK.flatten(1)] * 2),
     ]
-    # float32's roundings on sums of at most 600 numbers of one sign.
+    # The rounding error of float32 sums of at most 600 numbers of the same sign.
     tolerance: dict[str, Any] = {"rtol": 4e-6, "atol": 0}
     terms = (
         ("unlearning_loss_weighted", "unlearning/unlearning_loss"),
@@ -276,7 +276,7 @@ ORIGINAL_KEYS = {
 }
 
 
-def test_keys(student: Table, teacher: Table) -> None:
+def test_the_keys_of_the_loss_dict(student: Table, teacher: Table) -> None:
     loss_fn = T2VUnlearningLoss(ALPHAS)
     terms = {"mask": MASK, "eraser_outputs": eraser_outputs(first=(2, 60, 5))}
     _, entries = loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **terms)
@@ -350,12 +350,12 @@ def test_positional_arguments_are_the_originals(function: Any) -> None:
     assert all(p.default is not REQUIRED for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
-def test_exported() -> None:
+def test_the_original_names_are_exported() -> None:
     names = {"T2VUnlearningLoss", "AttnMapsCapture", "EraserOutputsCapture", "get_mask", "AdapterEraser"}
     assert names <= set(fastunlearn.__all__)
 
 
-def test_uncond_wins_over_cond_neg_and_says_so_once(student: Table, teacher: Table) -> None:
+def test_uncond_wins_over_cond_neg_and_a_warning_says_so_once(student: Table, teacher: Table) -> None:
     loss_fn = T2VUnlearningLoss(ALPHAS)
     for _ in range(2):
         loss_fn(teacher, student, X_T, T, "concept", cond_neg="negative")
@@ -369,7 +369,7 @@ def test_uncond_wins_over_cond_neg_and_says_so_once(student: Table, teacher: Tab
 
 
 @pytest.mark.parametrize("total", [True, False])
-def test_zeros_stand_in_for_none_and_it_is_said_once(total: bool) -> None:
+def test_zeros_stand_in_for_none_and_a_warning_says_so_once(total: bool) -> None:
     cond = random(2, 6, 4, seed=1)
     teacher, student = Linear(), Linear()
 
@@ -404,7 +404,7 @@ def test_errors_of_the_model_are_not_taken_for_a_refusal_of_none(student: Table)
             raise RuntimeError("out of memory")
         return x_t
 
-    # No warning about zeros, which would be an error here: nothing was made of them.
+    # A warning would be an error here. The one about zeros must not come, because zeros were not used.
     loss_fn = T2VUnlearningLoss(ALPHAS)
     with pytest.raises(ValueError, match="broken anyway"):
         loss_fn(broken, student, X_T, T, torch.zeros(2, 6, 4))
@@ -430,7 +430,7 @@ def test_given_teacher_tensors_replace_calls_and_get_no_gradient(student: Table,
         assert torch.equal(loss, expected)
         assert teacher.conditions == conditions
         teacher.calls.clear()
-    # With all of them no frozen model is needed, and no warning that there is none.
+    # If all of them are given, no frozen model is needed, and no warning says that it is missing.
     for original in (None, student, teacher):
         student.calls.clear()
         loss, _ = loss_fn(original, student, X_T, T, "concept", "kept", mask=MASK, **given)
@@ -441,7 +441,7 @@ def test_given_teacher_tensors_replace_calls_and_get_no_gradient(student: Table,
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_teacher_that_enables_gradients_gets_none(student: Table, teacher: Table) -> None:
+def test_a_teacher_that_enables_gradients_still_gets_none(student: Table, teacher: Table) -> None:
     with_gradients = torch.enable_grad()(teacher.forward)
     T2VUnlearningLoss(ALPHAS)(with_gradients, student, X_T, T, "concept", "kept", uncond="empty")[0].backward()
     assert student.velocities["concept"].grad.any()
@@ -449,7 +449,7 @@ def test_a_teacher_that_enables_gradients_gets_none(student: Table, teacher: Tab
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_the_mask_is_for_preservation_only_at_the_same_latents(student: Table, teacher: Table) -> None:
+def test_the_mask_applies_to_preservation_only_at_the_same_latents(student: Table, teacher: Table) -> None:
     loss_fn = T2VUnlearningLoss(ALPHAS)
     other_x_t, other_t = random(*SHAPE, seed=60), torch.tensor([1, 2])
     kept = (student.velocities["kept"].detach(), teacher.velocities["kept"].detach())
@@ -492,7 +492,7 @@ def test_prediction_types(student: Table, teacher: Table, prediction_type: str, 
         options = {"sample_weight": weights, "weight": weight, "loss_type": loss_type, **guidance}
         velocities = [teacher.velocities[teacher_name] for teacher_name in teachers]
         check_velocity_term(entries[key], student, name, velocities, **options)
-    # alpha is 0 at the last timestep, and sigma at the first: nothing can be learnt there.
+    # Alpha is 0 at the last timestep and sigma at the first, so these samples have weight 0.
     undefined = student.velocities["concept"].grad[1] if prediction_type == "epsilon" else None
     undefined = student.velocities["kept"].grad[0] if undefined is None else undefined
     assert not undefined.any()
@@ -530,7 +530,7 @@ def test_localization_may_have_a_mask_of_its_own(student: Table, teacher: Table)
     assert torch.equal(alone[term], entries(localization_mask=MASK)[term])
 
 
-def test_one_timestep_for_all_samples(student: Table, teacher: Table) -> None:
+def test_one_timestep_is_used_for_all_samples(student: Table, teacher: Table) -> None:
     loss_fn = ConceptPreservationLoss(alphas_cumprod=ALPHAS, prediction_type="epsilon")
     expected = loss_fn(teacher, student, X_T, torch.tensor([7, 7]), "kept")[0]
     for t in (torch.tensor([7]), torch.tensor(7)):
@@ -538,7 +538,7 @@ def test_one_timestep_for_all_samples(student: Table, teacher: Table) -> None:
     assert not torch.equal(loss_fn(teacher, student, X_T, torch.tensor(6), "kept")[0], expected)
 
 
-def test_half_precision_leaves_the_schedule_alone(student: Table, teacher: Table) -> None:
+def test_half_precision_does_not_round_the_schedule(student: Table, teacher: Table) -> None:
     alphas = torch.tensor([0.9, 3e-8], dtype=torch.float64)  # 0 in half precision
     options: dict[str, Any] = {"alphas_cumprod": alphas, "prediction_type": "epsilon"}
     arguments = (teacher, student, X_T, torch.tensor([0, 1]), "kept")
@@ -549,14 +549,14 @@ def test_half_precision_leaves_the_schedule_alone(student: Table, teacher: Table
 
 
 class NoSync(TorchDispatchMode):
-    """Refuses what makes a host wait for a GPU."""
+    """Refuses the operations that make the host wait for a GPU."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert function.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_is_read_back(student: Table, teacher: Table) -> None:
+def test_no_value_is_read_back_to_the_host(student: Table, teacher: Table) -> None:
     loss_fn = T2VUnlearningLoss(ALPHAS, 1.0, 0.5, 0.0, mask_normalization="mask", prediction_type="epsilon")
     outputs = eraser_outputs(first=(2, 60, 5))
     terms = {"mask": MASK, "eraser_outputs": outputs}
@@ -567,12 +567,12 @@ def test_nothing_is_read_back(student: Table, teacher: Table) -> None:
     assert student.velocities["concept"].grad.any()
 
 
-# The tiny CogVideoX.
+# With a tiny CogVideoX as the model.
 
 
 @pytest.fixture(scope="module")
 def erased() -> tuple[Any, Any, dict[str, Any]]:
-    """The model as it was, the same with erasers that do something, and the erasers."""
+    """The original model, a copy with erasers that have an effect, and these erasers."""
     original = as_velocity_model(cogvideox())
     model = copy.deepcopy(original)
     erasers = attach_erasers(model, rank=4)
@@ -619,7 +619,7 @@ def test_the_teacher_is_the_model_without_erasers(erased: Any, frozen: str) -> N
             assert parameter.grad is None, name
 
 
-def test_the_other_modules_find_the_teacher_too(erased: Any) -> None:
+def test_the_single_loss_modules_find_the_teacher_too(erased: Any) -> None:
     original, model, _ = erased
     x_t, t, cond = inputs()
     uncond = inputs(seed=6)[2]
@@ -637,7 +637,9 @@ def test_the_other_modules_find_the_teacher_too(erased: Any) -> None:
 
 @pytest.mark.parametrize("original", ["none", "same"])
 @pytest.mark.parametrize("as_module", [True, False])
-def test_a_model_that_would_be_its_own_target_is_told_once(student: Table, original: str, as_module: bool) -> None:
+def test_a_model_that_would_be_its_own_target_causes_one_warning(
+    student: Table, original: str, as_module: bool
+) -> None:
     conditions: dict[Any, dict[str, str]] = {
         T2VUnlearningLoss(ALPHAS): {"cond_target": "concept", "cond_preserve": "kept", "uncond": "empty"},
         ConceptPreservationLoss(): {"cond_preserve": "kept"},
@@ -705,7 +707,7 @@ def test_localization_reaches_only_erasers(erased: Any) -> None:
         assert (parameter.grad is not None and parameter.grad.any()) == (".erasers." in name), name
 
 
-# What a caller gets wrong.
+# Wrong arguments.
 
 
 @pytest.mark.parametrize(
@@ -802,7 +804,7 @@ def test_bad_models(student: Table, teacher: Table) -> None:
             loss_fn(*models, x_t, t, cond, uncond=cond)
     with pytest.raises(TypeError, match="model_unlearned: expected .* the velocity as a tensor, got tuple"):
         loss_fn(teacher, lambda *given: (student(*given),), X_T, T, "concept", uncond="empty")
-    # With channels at dim 1, the mask (B, F, h, w) would be read along (C, H, W) without a complaint.
+    # With channel_dim=1, the mask (B, F, h, w) would be read along (C, H, W) without an error.
     for call in (
         lambda mask: loss_fn(None, wrapped, x_t, t, cond, uncond=cond, mask=mask),
         lambda mask: NegativelyGuidedVelocityLoss(ALPHAS)(wrapped, x_t, t, cond, None, cond, mask),

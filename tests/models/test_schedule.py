@@ -10,7 +10,7 @@ from fastunlearn.functional import velocity_loss
 from fastunlearn.schedule import add_noise, velocity_error_weight, velocity_target
 from fastunlearn.testing import oracle
 
-# CogVideoX's last alpha is exactly 0; the first is set to 1 to meet the other end too.
+# Both ends occur: CogVideoX's last alpha is exactly 0, and the first is set to 1 here.
 ALPHAS = torch.linspace(1, 0, 11, dtype=torch.float64)
 T = torch.tensor([0, 3, 7, 10])
 
