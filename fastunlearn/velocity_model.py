@@ -64,14 +64,14 @@ class VelocityModel(nn.Module):
         """Predicts the velocity at x_t.
 
         Args:
-            x_t: noisy latents in the transformer's own layout and dtype: (B, F, C, H, W) for CogVideoX,
-                (B, C, F, H, W) for HunyuanVideo and Wan.
+            x_t: noisy latents in the transformer's own layout and dtype: (B, F, C, H, W) if `channel_dim` is 2, as in
+                CogVideoX, or (B, C, F, H, W) if it is 1.
             t: timesteps, (B,), or one for all samples, as the family's scheduler counts them (0 to 1000). Keep them in
                 float32 or integers: in half precision, neighbouring timesteps become equal.
-            cond: a mapping with `encoder_hidden_states`, text embeddings (B, L, D); for HunyuanVideo also
-                `encoder_attention_mask` (B, L) and `pooled_projections` (B, P). The names are keywords of the
-                transformer's forward method. A tensor alone is taken as the text embeddings. A batch of 1 is used for
-                all samples. Floating-point tensors are cast to the dtype of `x_t`.
+            cond: a mapping with the tensors that the transformer's forward method takes, by keyword:
+                `encoder_hidden_states`, text embeddings (B, L, D), and what else the family needs (HunyuanVideo:
+                `encoder_attention_mask` (B, L) and `pooled_projections` (B, P)). A tensor alone is taken as the text
+                embeddings. A batch of 1 is used for all samples. Floating-point tensors are cast to the dtype of `x_t`.
 
         Returns:
             The velocity, shaped like x_t.

@@ -26,8 +26,8 @@ def save_tiny_pipeline(variant: str, folder: str | os.PathLike[str], seed: int =
     the same weights. torch's global random number generator is left as it was.
 
     Args:
-        variant: one of `VARIANTS`: "cogvideox" (like 2B, without rotary embeddings), "cogvideox-rope" (like 5B),
-            "hunyuan_video", "wan" (like 2.1) or "wan-2.2" (like A14B, with two transformers and boundary_ratio 0.875).
+        variant: one of `VARIANTS`, such as "cogvideox" or "wan-2.2". `tiny_pipelines` in the family's file, in
+            `fastunlearn.families`, says which model it imitates.
         folder: where to save it; created if it does not exist.
         seed: the seed of the weights.
 
