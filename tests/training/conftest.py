@@ -1,4 +1,4 @@
-"""Tiny pipelines as they are loaded: once per family for all tests of training. No test may change them."""
+"""Tiny pipelines as they are loaded: once per family for all tests of training. A test that changes one restores it."""
 
 from __future__ import annotations
 
@@ -38,5 +38,22 @@ def loaded_model(tiny_pipeline: Pipelines) -> Callable[..., Any]:
         from fastunlearn.training.model.loading import load_model
 
         return load_model(tiny_pipeline(family), dtype=torch.float32, device="cpu", vae=vae)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def model_and_prompts(tiny_pipeline: Pipelines, loaded_model: Callable[..., Any]) -> Callable[[str], Any]:
+    """`model_and_prompts(family)`: `loaded_model(family)`, and `prepare_cases.PROMPTS` encoded for it, by prompt."""
+
+    @cache
+    def load(family: str) -> Any:
+        import torch
+        from prepare_cases import PROMPTS
+
+        from fastunlearn.training.model.text import encode_prompts
+
+        encoded = encode_prompts(tiny_pipeline(family), PROMPTS, "circle", dtype=torch.float32, device="cpu")
+        return loaded_model(family), encoded
 
     return load
