@@ -1,4 +1,4 @@
-"""`python -m fastunlearn`, which launchers such as torchrun and accelerate can start."""
+"""`python -m fastunlearn`: the command line, also for launchers such as torchrun and accelerate."""
 
 from fastunlearn.cli import main
 

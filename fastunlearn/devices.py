@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import torch
 
+_UNUSABLE = (RuntimeError, AssertionError, NotImplementedError)
+
 
 def usable_device(name: str | None) -> torch.device:
-    """The device called `name`; without a name an accelerator if there is one, else the CPU.
+    """Returns the device called `name`, or, without a name, an accelerator if there is one and the CPU otherwise.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: torch cannot compute on this device here.
     """
     if name is None:
-        for accelerator in ("cuda", "xpu", "mps"):
-            module = getattr(torch, accelerator, None)
-            if module is not None and module.is_available():
-                return torch.device(accelerator)
-        return torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if accelerator is None else accelerator
     try:
         probe = torch.zeros(1, device=name)
-        probe.item()  # a device without numbers, "meta", is none to compute on
+        probe.item()  # fails on "meta", which has no data
         return probe.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"device: {name!r} cannot be used: {reason}") from error
+    except _UNUSABLE as error:
+        raise _unusable(name, error) from error
+
+
+def is_cpu(name: str | None) -> bool:
+    """Whether `usable_device(name)` is the CPU; allocates nothing, so that processes can ask before they are connected.
+
+    Raises:
+        ValueError: torch knows no device of this name.
+    """
+    if name is None:
+        return not torch.accelerator.is_available()
+    try:
+        return torch.device(name).type == "cpu"
+    except _UNUSABLE as error:
+        raise _unusable(name, error) from error
+
+
+def _unusable(name: str, error: Exception) -> ValueError:
+    reason = str(error).split("\n")[0].split(". ")[0]
+    return ValueError(f"device: expected one that torch can use here, got {name!r}: {reason}")

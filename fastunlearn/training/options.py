@@ -1,70 +1,214 @@
-"""The options of every phase, as data: the command line is made of them, and the phases take them.
+"""The options of the four commands, as dataclasses.
 
-A field's name is the option's, its metadata the help. Nothing heavy is imported here.
+The command line is built from these classes, and the commands take their instances: to add an option, add a field. The
+name of the field is the option's name; its metadata holds the help text, the heading that `--help` lists it under, the
+check of its value, and whether a resumed run may change it. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+Check = Callable[[str, Any], None]  # takes an option's name and value, and raises ValueError
 
-def _option(help: str, default: Any = MISSING) -> Any:
-    """A field that the command line shows with `help`; required without a default."""
-    return field(default=default, metadata={"help": help})
+
+def _option(
+    help: str, default: Any = MISSING, *, group: str, check: Check | None = None, free_on_resume: bool = False
+) -> Any:
+    """A field that is an option; required if it has no default.
+
+    Args:
+        help: what the option does, its unit, and what happens if it is left out. The command line appends the default.
+        default: of the field.
+        group: the heading that `--help` lists the option under.
+        check: checks the value.
+        free_on_resume: whether a run that resumes from a checkpoint may have another value than the interrupted run.
+    """
+    metadata = {"help": help, "group": group, "check": check, "free_on_resume": free_on_resume}
+    return field(default=default, metadata=metadata)
+
+
+def _at_least(least: int) -> Check:
+    def check(name: str, value: float) -> None:
+        if not least <= value < math.inf:
+            raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+
+    return check
+
+
+def _is_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def _is_seed(name: str, value: int) -> None:
+    # torch's CPU generator reads only 32 bits of a seed, so two larger seeds could be the same.
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name}: expected a number from 0 to below 2^32, got {value!r}")
+
+
+def _is_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+
+
+def _is_fraction_below_1(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got {value!r}")
+
+
+def _has_words(name: str, value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"{name}: expected one or more words, got {value!r}")
+
+
+def _check_fields(options: Any) -> None:
+    """Runs the check of every option that has one; an option with the default None may be None."""
+    for option in fields(options):
+        check, value = option.metadata["check"], getattr(options, option.name)
+        may_be_none = option.default is None
+        if check is not None and not (value is None and may_be_none):
+            check(option.name, value)
+
+
+# The options that several commands share. Every class needs a field of its own.
+
+
+def _pipeline(
+    help: str = "the diffusers pipeline: a folder, or a name on the Hugging Face Hub", **metadata: Any
+) -> Any:
+    return _option(help, group="model", **metadata)
+
+
+def _erasers() -> Any:
+    return _option("one or more folders of erasers, which are applied together", group="model")
+
+
+def _eraser_scales() -> Any:
+    return _option(
+        "strength of the erasers in each folder, in the same order; 1 for all if left out", (), group="model"
+    )
+
+
+def _mixed_precision(help: str = "precision of the model; no means float32", **metadata: Any) -> Any:
+    return _option(help, "bf16", group="model", **metadata)
+
+
+def _device(
+    help: str = "torch device, such as cuda:1; an accelerator, or else the CPU, if left out", **metadata: Any
+) -> Any:
+    return _option(help, None, group="model", **metadata)
+
+
+def _num_trajectories(default: int) -> Any:
+    help = "trajectories to sample for the target prompts, and as many again for the kept prompts"
+    return _option(help, default, group="sampling", check=_at_least(1))
+
+
+def _timesteps_per_trajectory(default: int) -> Any:
+    help = "timesteps of each trajectory at which a point is stored"
+    return _option(help, default, group="sampling", check=_at_least(1))
+
+
+def _num_inference_steps() -> Any:
+    return _option("sampling steps per trajectory", 50, group="sampling", check=_at_least(1))
+
+
+def _guidance_scale() -> Any:
+    help = "scale of classifier-free guidance in sampling; the pipeline's default if left out"
+    return _option(help, None, group="sampling", check=_is_finite)
+
+
+def _height() -> Any:
+    help = "height of the videos in pixels; the pipeline's default if left out"
+    return _option(help, None, group="sampling", check=_at_least(1))
+
+
+def _width() -> Any:
+    help = "width of the videos in pixels; the pipeline's default if left out"
+    return _option(help, None, group="sampling", check=_at_least(1))
+
+
+def _num_frames() -> Any:
+    help = "number of frames per video; the pipeline's default if left out"
+    return _option(help, None, group="sampling", check=_at_least(1))
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Asks the frozen model, at points of trajectories, what training wants to know, and keeps it in a cache."""
+    """Runs the frozen model once and stores what training needs in a cache: latents, velocities and concept masks."""
 
-    pretrained_model_name_or_path: str = _option("the pipeline: a folder, or a name on the Hub")
-    output_dir: Path = _option("the cache: a new folder, or one to go on with")
-    concept: str = _option("what to erase, as the target prompts have it")
-    target_prompts: Path | None = _option("prompts with the concept, one a line; after a tab, one without it", None)
-    kept_prompts: Path | None = _option("prompts for what is to stay as it is, one a line", None)
-    data: Path | None = _option(
-        "take points from these videos instead: NAME.txt beside NAME.mp4, .gif or .safetensors", None
+    pretrained_model_name_or_path: str = _pipeline()
+    output_dir: Path = _option("folder of the cache: a new folder, or an unfinished cache to complete", group="data")
+    concept: str = _option("the concept to erase, worded as in the target prompts", group="data", check=_has_words)
+    target_prompts: Path | None = _option(
+        "file of prompts with the concept, one per line; after a tab, optionally one without it",
+        None,
+        group="data",
     )
-    negative_prompt: str = _option("what sampling leads away from, and stands for the concept's absence", "")
-    num_trajectories: int = _option("sampled for the target prompts, and as many for the kept ones", 32)
-    timesteps_per_trajectory: int = _option("points taken of each", 5)
-    num_inference_steps: int = _option("of sampling", 50)
-    guidance_scale: float | None = _option("of sampling; the pipeline's default if left out", None)
-    height: int | None = _option("in pixels; the pipeline's default if left out", None)
-    width: int | None = _option("in pixels; the pipeline's default if left out", None)
-    num_frames: int | None = _option("the pipeline's default if left out", None)
-    batch_size: int = _option("trajectories that go through the model at a time", 1)
-    mask_threshold: float = _option("of the concept's attention map, from 0 to 1, for a token to be in the mask", 0.5)
-    mask_layers: tuple[int, ...] = _option("attention layers that make the map, counted from 0; all if left out", ())
-    mask_start: float = _option("part of the steps, from 0 to 1, after which attention is looked at", 0.5)
-    seed: int = _option("of the trajectories", 0)
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option("what the model computes in, and the cache holds", "bf16")
-    device: str | None = _option("as torch names it; a GPU if there is one", None)
-    estimate: bool = _option("print size, forward passes and memory, and do nothing", False)
+    kept_prompts: Path | None = _option(
+        "file of prompts, one per line, for which the model must stay as it is", None, group="data"
+    )
+    data: Path | None = _option(
+        "folder of your own videos to use instead: NAME.mp4, .gif or .safetensors, with NAME.txt",
+        None,
+        group="data",
+    )
+    negative_prompt: str = _option(
+        "prompt to lead away from, which stands for the concept's absence; empty if left out",
+        "",
+        group="sampling",
+    )
+    num_trajectories: int = _num_trajectories(32)
+    timesteps_per_trajectory: int = _timesteps_per_trajectory(5)
+    num_inference_steps: int = _num_inference_steps()
+    guidance_scale: float | None = _guidance_scale()
+    height: int | None = _height()
+    width: int | None = _width()
+    num_frames: int | None = _num_frames()
+    batch_size: int = _option(
+        "trajectories per forward pass of the model; fewer take less memory", 1, group="memory", check=_at_least(1)
+    )
+    mask_threshold: float = _option(
+        "attention to the concept, from 0 to 1, from which on a token is in the mask",
+        0.5,
+        group="masks",
+        check=_is_fraction,
+    )
+    mask_layers: tuple[int, ...] = _option(
+        "attention layers that masks are computed from, counted from 0; all layers if left out", (), group="masks"
+    )
+    mask_start: float = _option(
+        "fraction of the sampling steps to skip before attention is recorded, from 0 to below 1",
+        0.5,
+        group="masks",
+        check=_is_fraction_below_1,
+    )
+    seed: int = _option("random seed of the trajectories", 0, group="sampling", check=_is_seed)
+    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision(
+        "precision of the model and of the cached tensors; no means float32"
+    )
+    device: str | None = _device()
+    estimate: bool = _option(
+        "print the size of the cache, the forward passes and the memory needed, and stop", False, group="memory"
+    )
 
     def __post_init__(self) -> None:
-        _check_sampling(self)
-        for name in ("num_trajectories", "timesteps_per_trajectory", "batch_size"):
-            _check_at_least(name, getattr(self, name), 1)
-        if not 0 <= self.mask_threshold <= 1:
-            raise ValueError(f"mask_threshold: expected a number from 0 to 1, got {self.mask_threshold!r}")
-        if not 0 <= self.mask_start < 1:
-            raise ValueError(f"mask_start: expected a number from 0 to below 1, got {self.mask_start!r}")
-        if not self.concept.strip():
-            raise ValueError(f"concept: expected one or more words, got {self.concept!r}")
+        _check_fields(self)
 
 
 @dataclass(frozen=True)
 class TargetGroup:
-    """Points of the cache that the erasers learn to turn away from.
+    """A group of the cache's points at which the erasers learn to turn away from the concept.
 
     Attributes:
-        name: of the group in the cache.
-        guidance_scale: eta, how far beyond `v_uncond` the target lies, seen from `v_cond`.
-        share: of the steps, relative to the other groups' shares.
+        name: the name of the group in the cache.
+        guidance_scale: eta, how far the target velocity lies beyond `v_uncond`, seen from `v_cond`.
+        share: how often a step trains on this group, relative to the shares of the other groups.
     """
 
     name: str = "target"
@@ -74,176 +218,251 @@ class TargetGroup:
     def __post_init__(self) -> None:
         if not 0 < self.share < math.inf:
             raise ValueError(f"share: expected a positive number, got {self.share!r}")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale: expected a finite number, got {self.guidance_scale!r}")
+        _is_finite("guidance_scale", self.guidance_scale)
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Trains erasers from a teacher cache; under `accelerate launch` or `torchrun`, on many processes."""
+    """Trains erasers from a teacher cache, on one process or, under `accelerate launch` or `torchrun`, on several."""
 
-    pretrained_model_name_or_path: str = _option(
-        "the pipeline that the cache was made with: a folder, or a name on the Hub"
+    # A resumed run may name another model folder, because the cache is checked against the model.
+    pretrained_model_name_or_path: str = _pipeline(
+        "the pipeline that the cache was made with: a folder, or a name on the Hub", free_on_resume=True
     )
-    cache_dir: Path = _option("what prepare wrote")
-    output_dir: Path = _option("where checkpoints, logs and, in erasers/, the result go")
-    rank: int = _option("inner width of the erasers", 128)
-    max_train_steps: int = _option("steps of the optimizer", 500)
+    # A resumed run may move the cache, because its content is compared.
+    cache_dir: Path = _option("folder of the cache that prepare wrote", group="data", free_on_resume=True)
+    output_dir: Path = _option(
+        "folder for the trained erasers (in its subfolder erasers), checkpoints and logs",
+        group="data",
+        free_on_resume=True,
+    )
+    rank: int = _option("inner width of the erasers", 128, group="model", check=_at_least(1))
+    # The number of points per step and the learning rates so far must stay the same. `RunSettings` compares those, so
+    # that the options which determine them may change.
+    max_train_steps: int = _option(
+        "optimizer steps in total", 500, group="optimization", check=_at_least(1), free_on_resume=True
+    )
     train_batch_size: int = _option(
-        "target points, and as many kept ones, that a process takes through the model at a time", 1
+        "target points, and as many kept points, per forward pass and process",
+        1,
+        group="optimization",
+        check=_at_least(1),
+        free_on_resume=True,
     )
-    gradient_accumulation_steps: int = _option("such batches a step", 1)
-    learning_rate: float = _option("peak learning rate", 1e-4)
-    bias_learning_rate: float | None = _option("the biases' own; the same if left out", None)
+    gradient_accumulation_steps: int = _option(
+        "batches per optimizer step (gradient accumulation)",
+        1,
+        group="optimization",
+        check=_at_least(1),
+        free_on_resume=True,
+    )
+    learning_rate: float = _option(
+        "peak learning rate of the optimizer", 1e-4, group="optimization", check=_at_least(0)
+    )
+    bias_learning_rate: float | None = _option(
+        "peak learning rate of the biases; the same as --learning-rate if left out", None, group="optimization"
+    )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = _option("shape of the learning rate", "constant_with_warmup")
-    lr_warmup_steps: int = _option("steps in which it rises from 0", 20)
-    lr_num_cycles: int = _option("restarts of cosine_with_restarts", 1)
-    lr_power: float = _option("power of polynomial", 1.0)
-    optimizer: Literal["adamw", "muon"] = _option("muon is for matrices; biases then have AdamW", "adamw")
-    adam_beta1: float = _option("AdamW's", 0.9)
-    adam_beta2: float = _option("AdamW's", 0.95)
-    adam_weight_decay: float = _option("AdamW's, and Muon's", 1e-4)
-    adam_epsilon: float = _option("AdamW's", 1e-8)
-    max_grad_norm: float = _option("gradients are clipped to this norm; 0: not at all", 1.0)
-    unlearning_weight: float = _option("of the loss that turns target points away from the concept", 1.0)
-    preservation_weight: float = _option("of the loss that keeps the kept points as they were", 0.5)
-    localization_weight: float = _option("of the mean square of what erasers change outside the mask", 1.0)
-    negative_guidance_scale: float = _option("how far beyond the velocity without the concept the target lies", 7.5)
-    loss_type: Literal["l2", "l1"] = _option("squared errors or absolute ones", "l2")
-    mask_unlearning: bool = _option("turn away inside the mask only, not in the whole video", False)
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option(
-        "what the frozen model computes in; erasers stay float32", "bf16"
+    ] = _option(
+        "schedule of the learning rate, as in diffusers",
+        "constant_with_warmup",
+        group="optimization",
+        free_on_resume=True,
+    )
+    lr_warmup_steps: int = _option(
+        "optimizer steps over which the learning rate rises from 0",
+        20,
+        group="optimization",
+        check=_at_least(0),
+        free_on_resume=True,
+    )
+    lr_num_cycles: int = _option(
+        "number of cycles of the schedule cosine_with_restarts",
+        1,
+        group="optimization",
+        check=_at_least(0),
+        free_on_resume=True,
+    )
+    lr_power: float = _option("exponent of the schedule polynomial", 1.0, group="optimization", free_on_resume=True)
+    optimizer: Literal["adamw", "muon"] = _option(
+        "optimizer of the matrices; biases always use AdamW", "adamw", group="optimization"
+    )
+    adam_beta1: float = _option("beta1 of AdamW", 0.9, group="optimization")
+    adam_beta2: float = _option("beta2 of AdamW", 0.95, group="optimization")
+    adam_weight_decay: float = _option("weight decay of AdamW and Muon", 1e-4, group="optimization", check=_at_least(0))
+    adam_epsilon: float = _option("epsilon of AdamW", 1e-8, group="optimization")
+    max_grad_norm: float = _option(
+        "gradients are clipped to this norm; 0 turns clipping off", 1.0, group="optimization", check=_at_least(0)
+    )
+    unlearning_weight: float = _option(
+        "weight of the loss that turns target points away from the concept", 1.0, group="losses", check=_at_least(0)
+    )
+    preservation_weight: float = _option(
+        "weight of the loss that keeps the velocity at the kept points", 0.5, group="losses", check=_at_least(0)
+    )
+    localization_weight: float = _option(
+        "weight of the loss on what the erasers change outside the mask", 1.0, group="losses", check=_at_least(0)
+    )
+    # `RunSettings` compares the guidance scale of every target group instead.
+    negative_guidance_scale: float = _option(
+        "how far beyond the velocity without the concept the target lies (eta)",
+        7.5,
+        group="losses",
+        check=_is_finite,
+        free_on_resume=True,
+    )
+    loss_type: Literal["l2", "l1"] = _option("squared (l2) or absolute (l1) errors", "l2", group="losses")
+    mask_unlearning: bool = _option(
+        "apply the unlearning loss inside the mask only; to the whole video if left out", False, group="losses"
+    )
+    # `RunSettings` compares the dtype of the loaded model instead.
+    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision(
+        "precision of the frozen model; no means float32, as erasers have", free_on_resume=True
     )
     gradient_checkpointing: bool = _option(
-        "compute activations again in the backward pass: less memory, more time", False
+        "recompute activations in the backward pass: less memory, more time", False, group="memory", free_on_resume=True
     )
-    sequential_terms: bool = _option("target points backward before kept ones forward: half the activations", False)
-    fsdp: bool = _option("divide the frozen model over the processes; as accelerate launch --use_fsdp does", False)
-    seed: int = _option("of the erasers and of the order of the points", 0)
-    checkpointing_steps: int = _option("steps between checkpoints", 100)
-    checkpoints_total_limit: int | None = _option("how many to keep; all if left out", None)
-    resume_from_checkpoint: str | None = _option('a checkpoint, or "latest": the newest in output_dir, if any', None)
+    sequential_terms: bool = _option(
+        "run the target points' backward pass before the kept points: half the activations",
+        False,
+        group="memory",
+        free_on_resume=True,
+    )
+    fsdp: bool = _option(
+        "shard the frozen model over the processes (FSDP2), as accelerate launch --use_fsdp does",
+        False,
+        group="memory",
+        free_on_resume=True,
+    )
+    seed: int = _option(
+        "random seed of the erasers' initial weights and of the order of the points",
+        0,
+        group="optimization",
+        check=_is_seed,
+    )
+    checkpointing_steps: int = _option(
+        "optimizer steps between checkpoints", 100, group="checkpoints", check=_at_least(1), free_on_resume=True
+    )
+    checkpoints_total_limit: int | None = _option(
+        "how many of the newest checkpoints to keep; all if left out",
+        None,
+        group="checkpoints",
+        check=_at_least(1),
+        free_on_resume=True,
+    )
+    resume_from_checkpoint: str | None = _option(
+        "checkpoint to resume: a name, a path, or latest for the newest one in output_dir, if any",
+        None,
+        group="checkpoints",
+        free_on_resume=True,
+    )
     report_to: Literal["tensorboard", "wandb", "all"] | None = _option(
-        "where metrics go besides the progress bar", None
+        "tracker to log metrics to; only the progress bar if left out", None, group="logging", free_on_resume=True
     )
-    logging_dir: Path | None = _option("for TensorBoard; output_dir/logs if left out", None)
-    device: str | None = _option("as torch names it; Accelerate's choice if left out", None)
+    logging_dir: Path | None = _option(
+        "folder of the trackers' logs; output_dir/logs if left out", None, group="logging", free_on_resume=True
+    )
+    device: str | None = _device(
+        "torch device, such as cuda:1; the device that Accelerate chooses if left out", free_on_resume=True
+    )
 
     def __post_init__(self) -> None:
-        for name in (
-            "rank",
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "checkpointing_steps",
-        ):
-            _check_at_least(name, getattr(self, name), 1)
-        _check_seed(self.seed)
-        for name in ("lr_warmup_steps", "max_grad_norm", "adam_weight_decay", "lr_num_cycles"):
-            _check_at_least(name, getattr(self, name), 0)
-        for name in ("unlearning_weight", "preservation_weight", "localization_weight", "learning_rate"):
-            _check_at_least(name, getattr(self, name), 0)
-        if self.checkpoints_total_limit is not None:
-            _check_at_least("checkpoints_total_limit", self.checkpoints_total_limit, 1)
-        if not math.isfinite(self.negative_guidance_scale):
-            raise ValueError(f"negative_guidance_scale: expected a finite number, got {self.negative_guidance_scale!r}")
+        _check_fields(self)
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Measures erasers in velocity space, on prompts and seeds that they were not trained with."""
+    """Measures what erasers erase and what they keep, on prompts and seeds that they were not trained with."""
 
-    pretrained_model_name_or_path: str = _option("the pipeline: a folder, or a name on the Hub")
-    erasers: tuple[Path, ...] = _option("folders of erasers, to measure together")
-    output_dir: Path = _option("where evaluation.json, evaluation.png and the cache go")
-    concept: str | None = _option("what they erase, as target prompts have it; needed without cache_dir", None)
-    target_prompts: Path | None = _option("held-out prompts with the concept, one a line", None)
-    kept_prompts: Path | None = _option("held-out prompts without it", None)
-    cache_dir: Path | None = _option("what prepare wrote for such prompts; made in output_dir if left out", None)
-    eraser_scales: tuple[float, ...] = _option("strength of each folder's erasers; 1 if left out", ())
-    negative_prompt: str = _option("what the concept's absence is measured by", "")
-    num_trajectories: int = _option("sampled for the target prompts, and as many for the kept ones", 8)
-    timesteps_per_trajectory: int = _option("points taken of each", 10)
-    num_inference_steps: int = _option("of sampling", 50)
-    guidance_scale: float | None = _option("of sampling; the pipeline's default if left out", None)
-    height: int | None = _option("in pixels; the pipeline's default if left out", None)
-    width: int | None = _option("in pixels; the pipeline's default if left out", None)
-    num_frames: int | None = _option("the pipeline's default if left out", None)
-    batch_size: int = _option("points, or trajectories, that go through the model at a time", 1)
-    seed: int = _option("of the trajectories; another than prepare's", 1000)
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option("what the model computes in", "bf16")
-    device: str | None = _option("as torch names it; a GPU if there is one", None)
+    pretrained_model_name_or_path: str = _pipeline()
+    erasers: tuple[Path, ...] = _erasers()
+    output_dir: Path = _option("folder for evaluation.json, evaluation.png and the cache", group="data")
+    concept: str | None = _option(
+        "the erased concept, worded as in the target prompts; required without --cache-dir", None, group="data"
+    )
+    target_prompts: Path | None = _option(
+        "file of held-out prompts with the concept, one per line; required without --cache-dir", None, group="data"
+    )
+    kept_prompts: Path | None = _option(
+        "file of held-out prompts without the concept, one per line; required without --cache-dir", None, group="data"
+    )
+    cache_dir: Path | None = _option(
+        "folder of a cache that prepare wrote for held-out prompts; made in output_dir if left out", None, group="data"
+    )
+    eraser_scales: tuple[float, ...] = _eraser_scales()
+    negative_prompt: str = _option(
+        "prompt that stands for the concept's absence in the measurement; empty if left out", "", group="sampling"
+    )
+    num_trajectories: int = _num_trajectories(8)
+    timesteps_per_trajectory: int = _timesteps_per_trajectory(10)
+    num_inference_steps: int = _num_inference_steps()
+    guidance_scale: float | None = _guidance_scale()
+    height: int | None = _height()
+    width: int | None = _width()
+    num_frames: int | None = _num_frames()
+    batch_size: int = _option(
+        "points, or trajectories, per forward pass of the model; fewer take less memory",
+        1,
+        group="memory",
+        check=_at_least(1),
+    )
+    seed: int = _option(
+        "random seed of the trajectories; use another one than for prepare", 1000, group="sampling", check=_is_seed
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision()
+    device: str | None = _device()
 
     def __post_init__(self) -> None:
-        _check_scales(self.erasers, self.eraser_scales)
-        _check_sampling(self)
-        for name in ("num_trajectories", "timesteps_per_trajectory", "batch_size"):
-            _check_at_least(name, getattr(self, name), 1)
+        _check_erasers(self.erasers, self.eraser_scales)
+        _check_fields(self)
         if self.cache_dir is None:
             for name in ("concept", "target_prompts", "kept_prompts"):
                 if not getattr(self, name):
-                    raise ValueError(f"{name}: expected where there is no cache_dir")
+                    raise ValueError(
+                        f"{name}: expected a value where there is no cache_dir, got {getattr(self, name)!r}"
+                    )
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Makes videos without and with erasers, from the same noise."""
+    """Generates videos without and with erasers, from the same noise, for comparison by eye."""
 
-    pretrained_model_name_or_path: str = _option("the pipeline: a folder, or a name on the Hub")
-    output_dir: Path = _option("where the videos go")
-    erasers: tuple[Path, ...] = _option("folders of erasers, to use together")
-    prompt: tuple[str, ...] = _option("what to show; a video each", ())
-    prompts: Path | None = _option("more of them, one a line of a file", None)
-    eraser_scales: tuple[float, ...] = _option("strength of each folder's erasers; 1 if left out", ())
-    before: bool = _option("leave out the videos without erasers", True)
-    negative_prompt: str = _option("what to lead away from", "")
-    num_inference_steps: int = _option("of sampling", 50)
-    guidance_scale: float | None = _option("of the prompt over the negative one; the pipeline's if left out", None)
-    height: int | None = _option("in pixels; the pipeline's default if left out", None)
-    width: int | None = _option("in pixels; the pipeline's default if left out", None)
-    num_frames: int | None = _option("the pipeline's default if left out", None)
-    seed: int = _option("of the noise; the same for every prompt", 0)
-    fps: int | None = _option("frames a second; the pipeline's default if left out", None)
-    format: Literal["mp4", "gif"] = _option("of the videos", "mp4")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _option("what the model computes in", "bf16")
-    device: str | None = _option("as torch names it; a GPU if there is one", None)
+    pretrained_model_name_or_path: str = _pipeline()
+    output_dir: Path = _option("folder for the videos", group="output")
+    erasers: tuple[Path, ...] = _erasers()
+    prompt: tuple[str, ...] = _option("one or more prompts; each becomes a video", (), group="prompts")
+    prompts: Path | None = _option("file of further prompts, one per line", None, group="prompts")
+    eraser_scales: tuple[float, ...] = _eraser_scales()
+    before: bool = _option("leave out the videos without erasers", True, group="output")
+    negative_prompt: str = _option("prompt that sampling leads away from; empty if left out", "", group="prompts")
+    num_inference_steps: int = _num_inference_steps()
+    guidance_scale: float | None = _guidance_scale()
+    height: int | None = _height()
+    width: int | None = _width()
+    num_frames: int | None = _num_frames()
+    seed: int = _option(
+        "random seed of the noise, which is the same for every prompt", 0, group="sampling", check=_is_seed
+    )
+    fps: int | None = _option(
+        "frames per second; the pipeline's default if left out", None, group="output", check=_at_least(1)
+    )
+    format: Literal["mp4", "gif"] = _option("file format of the videos", "mp4", group="output")
+    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision()
+    device: str | None = _device()
 
     def __post_init__(self) -> None:
-        _check_scales(self.erasers, self.eraser_scales)
+        _check_erasers(self.erasers, self.eraser_scales)
         if not self.prompt and self.prompts is None:
-            raise ValueError("prompt: expected a prompt, or a file of prompts as prompts")
-        _check_sampling(self)
-        if self.fps is not None:
-            _check_at_least("fps", self.fps, 1)
+            raise ValueError("prompt: expected at least one prompt, here or in a file given as prompts, got none")
+        _check_fields(self)
 
 
-def _check_scales(erasers: tuple[Path, ...], scales: tuple[float, ...]) -> None:
+def _check_erasers(erasers: tuple[Path, ...], scales: tuple[float, ...]) -> None:
     if not erasers:
-        raise ValueError("erasers: expected at least one folder")
+        raise ValueError("erasers: expected at least one folder, got none")
     if scales and len(scales) != len(erasers):
         raise ValueError(f"eraser_scales: expected one for each of {len(erasers)} folders, got {len(scales)}")
     for scale in scales:
         if not math.isfinite(scale):
             raise ValueError(f"eraser_scales: expected finite numbers, got {scale!r}")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:  # of a larger one torch's generator on the CPU reads 32 bits, so that two are one
-        raise ValueError(f"seed: expected a number from 0 to below 2^32, got {seed!r}")
-
-
-def _check_sampling(options: PrepareOptions | EvaluateOptions | SampleOptions) -> None:
-    _check_seed(options.seed)
-    _check_at_least("num_inference_steps", options.num_inference_steps, 1)
-    for name in ("height", "width", "num_frames"):
-        if getattr(options, name) is not None:
-            _check_at_least(name, getattr(options, name), 1)
-    if options.guidance_scale is not None and not math.isfinite(options.guidance_scale):
-        raise ValueError(f"guidance_scale: expected a finite number, got {options.guidance_scale!r}")
-
-
-def _check_at_least(name: str, value: float, least: int) -> None:
-    if not least <= value < math.inf:
-        raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")

@@ -1,4 +1,4 @@
-"""What a run's result depends on: what must be as it was when the run goes on from a checkpoint."""
+"""The settings that a run's result depends on: a resumed run must share them with the interrupted one."""
 
 from __future__ import annotations
 
@@ -11,43 +11,19 @@ from typing import Any
 from fastunlearn.training.loop.optimizer import LearningRateFactor
 from fastunlearn.training.options import TargetGroup, TrainingOptions
 
-# Options that do not change what a run arrives at, or that `RunSettings` describes in another way.
-_FREE = {
-    "pretrained_model_name_or_path",  # the cache is checked against the model
-    "cache_dir",
-    "output_dir",
-    "max_train_steps",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "lr_num_cycles",
-    "lr_power",
-    "negative_guidance_scale",
-    "mixed_precision",
-    "gradient_checkpointing",
-    "sequential_terms",
-    "fsdp",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "report_to",
-    "logging_dir",
-    "device",
-}
-
 
 class RunSettings:
-    """The settings of a run, as JSON has them.
+    """The settings of a run, as JSON values.
 
     Args:
-        options: of training.
+        options: the options of training. Those that are free on resume are left out.
         targets: the groups of target points.
         kept: the group of kept points, if any.
-        points: of each sort in a step, over all processes. How many processes and batches share them is free.
-        cache: its fingerprint.
-        dtype: what the model computes in.
-        factor: of the learning rate, by step.
+        points: the number of target points, and of kept points, per step, over all processes. How they are divided into
+            processes and batches is free.
+        cache: the fingerprint of the cache.
+        dtype: the dtype that the model computes in.
+        factor: the factor of the learning rate, by step.
     """
 
     def __init__(
@@ -61,13 +37,17 @@ class RunSettings:
         dtype: str,
         factor: LearningRateFactor,
     ) -> None:
-        settings = {field.name: getattr(options, field.name) for field in fields(options) if field.name not in _FREE}
+        settings = {
+            option.name: getattr(options, option.name)
+            for option in fields(options)
+            if not option.metadata["free_on_resume"]
+        }
         settings |= {"targets": [asdict(target) for target in targets], "kept": kept, "points a step": points}
         self._settings: dict[str, Any] = json.loads(json.dumps(settings | {"cache": cache, "dtype": dtype}))
         self._factor = factor
 
-    def after(self, step: int) -> dict[str, Any]:
-        """The settings, with the learning rates of `step` steps: the rest of the schedule is still free."""
-        factors = repr([float(self._factor(done)) for done in range(step)])
+    def after(self, steps: int) -> dict[str, Any]:
+        """Returns the settings after some steps, with a digest of their learning rates; later ones are still free."""
+        factors = repr([float(self._factor(step)) for step in range(steps)])
         digest = hashlib.sha256(factors.encode()).hexdigest()[:12]
         return self._settings | {"learning rates so far (lr_scheduler, lr_warmup_steps, max_train_steps)": digest}
