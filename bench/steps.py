@@ -66,13 +66,13 @@ class _PassCounter:
 class _DenseTerms(Terms):
     """The losses of a step, with the localization loss of dense outputs instead of low-rank ones."""
 
-    def of_target(
+    def target_losses(
         self, student: Any, erasers: Mapping[str, nn.Module], points: Any, guidance_scale: float
     ) -> tuple[Tensor, Tensor | None]:
         outputs: dict[str, Tensor] = {}
         without = Terms(replace(self._options, localization_weight=0.0), device=self._device, dtype=self._dtype)
         with EraserOutputsCapture(student, erasers, outputs):
-            unlearning, _ = without.of_target(student, erasers, points, guidance_scale)
+            unlearning, _ = without.target_losses(student, erasers, points, guidance_scale)
         elements = next(iter(outputs.values()))[0].numel()
         weight = self._options.localization_weight / elements
         return unlearning, localization_loss(outputs, points.mask.to(self._device), weight=weight).loss
@@ -216,8 +216,8 @@ def _check_losses(runner: StepRunner, step: PublishedStep, target: Any, kept: An
     t, t_kept, mask = (x.to(runner.device) for x in (target.t, kept.t, target.mask))
     theirs = step.losses(x_t, t, mask, x_t_kept, t_kept)
     terms = Terms(runner.training, device=runner.device, dtype=runner.dtype)
-    unlearning, localization = terms.of_target(step.trained, step.erasers, target, ETA)
-    ours = (unlearning, terms.of_kept(step.trained, kept), localization)
+    unlearning, localization = terms.target_losses(step.trained, step.erasers, target, ETA)
+    ours = (unlearning, terms.preservation_loss(step.trained, kept), localization)
     tolerance = TOLERANCE[runner.dtype]
     differences = []
     for name, weight, our_loss, their_loss in zip(theirs._fields, step.weights, ours, theirs, strict=True):

@@ -1,7 +1,7 @@
 """`fastunlearn train`: trains erasers from a teacher cache.
 
-A training step is two passes of the student, at target points and at kept points, and none of the teacher: its
-velocities are in the cache. Only erasers train, in float32, whatever the base model computes in.
+A training step runs the student twice per batch, at target points and at kept points. It does not run the teacher,
+whose velocities are in the cache. Only the erasers train; they are float32, whatever the dtype of the base model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fastunlearn.devices import usable_device
+from fastunlearn.devices import is_cpu, usable_device
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.files import writable
 from fastunlearn.training.cache.provenance import check_cache_fits
@@ -25,24 +25,24 @@ from fastunlearn.training.options import TargetGroup, TrainingOptions
 
 
 def run(options: TrainingOptions) -> TrainingSummary:
-    """Opens the cache, loads the transformers of the model it was made with, and trains.
+    """Opens the cache, loads the transformers of the model that it was made with, and trains erasers.
 
     Raises:
-        FileNotFoundError: there is no cache, or no pipeline.
-        ValueError, OSError, MemoryError, FloatingPointError: as `train` raises them.
+        FileNotFoundError: there is no such cache or pipeline.
+        ValueError, OSError, MemoryError, FloatingPointError: as for `train`.
     """
     output_dir = writable(Path(options.output_dir))
     cache = TeacherCache.open(options.cache_dir)
-    accelerator = processes.accelerator_of(options, output_dir, cpu=processes.is_cpu(options.device))
+    accelerator = processes.connect(options, output_dir, cpu=is_cpu(options.device))
     device = accelerator.device
     if options.device is not None and accelerator.num_processes == 1:
         device = usable_device(options.device)
-    sharded = processes.fsdp_plugin(options) is not None and accelerator.num_processes > 1
+    is_sharded = processes.fsdp_plugin(options) is not None and accelerator.num_processes > 1
     with explained_out_of_memory(options):
         model = load_model(
             options.pretrained_model_name_or_path,
             dtype=model_dtype(options.mixed_precision),
-            device="cpu" if sharded else device,
+            device="cpu" if is_sharded else device,
         )
     try:
         summary = train(model, cache, output_dir, options)
@@ -64,34 +64,33 @@ def train(
     lr_lambda: LearningRateFactor | None = None,
     on_step: OnStep | None = None,
 ) -> TrainingSummary:
-    """Attaches erasers to `model` and trains them; they are attached when it returns.
+    """Attaches erasers to `model` and trains them. They stay attached.
 
-    The same seed gives the same erasers on the same machine, also where the run was interrupted and resumed. With
-    several processes, and with accumulation, they are those of one process with a batch as large as all together, but
-    for rounding.
+    The same seed gives the same erasers on the same machine, even if the run is interrupted and resumed. Several
+    processes, or gradient accumulation, give the erasers of one process with one batch of the total size, except for
+    rounding.
 
-    Metrics of a step, averaged over its batch and all processes: "loss", which is the sum of "unlearning_loss",
-    "preservation_loss" and "localization_loss", all weighted; "gradient_norm", before clipping; "learning_rate"; and
-    under float16 "loss_scale".
+    The metrics of a step are averages over its points and all processes: "loss", the sum of "unlearning_loss",
+    "preservation_loss" and "localization_loss", which include their weights; "gradient_norm", before clipping;
+    "learning_rate"; and, in float16, "loss_scale".
 
     Args:
-        model: whose erasers to train. Has no erasers yet. Its dtype is what the student computes in.
-        cache: of the same model.
-        output_dir: gets `erasers`, the result, and `checkpoint-N`.
-        options: of training. Those about what to load and from where are not read.
-        targets: the cache's groups to turn away from, by default "target" with `options.negative_guidance_scale`.
-        kept: the cache's group to keep as it is.
-        lr_lambda: what the learning rates of a step, counted from 0, are multiplied by, in place of
-            `options.lr_scheduler`.
-        on_step: is called after every step with the number of steps done and the step's metrics, on the main process.
+        model: the model to train erasers on; it has none yet. The student computes in its dtype.
+        cache: a cache of the same model.
+        output_dir: the folder for the trained erasers, `erasers`, and the checkpoints, `checkpoint-N`.
+        options: the options of training. Those that say what to load, and from where, are not read.
+        targets: the groups of the cache to turn away from; "target" with `options.negative_guidance_scale` by default.
+        kept: the group of the cache to keep as it is.
+        lr_lambda: the factor of the learning rates at a step, counted from 0, instead of `options.lr_scheduler`.
+        on_step: is called on the main process after every step, with the number of steps done and the step's metrics.
 
     Raises:
-        ValueError: the cache is of another model or lacks points; a run that is to be resumed is another one or its
-            checkpoint is damaged; `output_dir` holds checkpoints and none is resumed.
+        ValueError: the cache is of another model or lacks points; the checkpoint to resume is damaged or of another
+            run; or `output_dir` holds checkpoints and none is to be resumed.
         FileNotFoundError: there is no such checkpoint.
         OSError: a checkpoint cannot be written. Earlier ones are untouched.
-        FloatingPointError: a loss or gradient is not finite. Nothing of that step reached the erasers.
-        MemoryError: there is too little memory; says what would help.
+        FloatingPointError: a loss or gradient is not finite. The erasers have not been updated with it.
+        MemoryError: memory ran out; the message says what would help.
     """
     check_cache_fits(cache.facts, model)
     if targets is None:
@@ -99,8 +98,8 @@ def train(
     output_dir = writable(Path(output_dir))
     logging_dir = output_dir / "logs" if options.logging_dir is None else Path(options.logging_dir)
     plugin = processes.fsdp_plugin(options)
-    on_cpu = processes.is_cpu(options.device) or (plugin is None and model.device.type == "cpu")
-    accelerator = processes.accelerator_of(options, logging_dir, cpu=on_cpu)
+    on_cpu = is_cpu(options.device) or (plugin is None and model.device.type == "cpu")
+    accelerator = processes.connect(options, logging_dir, cpu=on_cpu)
     with explained_out_of_memory(options):
         trainer = Trainer(
             model=model,

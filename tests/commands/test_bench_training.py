@@ -129,7 +129,7 @@ def test_dense_localization_is_the_same_loss(tmp_path: Path) -> None:
     for eraser in step.erasers.values():
         torch.nn.init.normal_(eraser.up.weight, std=0.02)
     losses = [
-        terms(runner.training, device=CPU, dtype=torch.float32).of_target(step.trained, step.erasers, points, 7.5)
+        terms(runner.training, device=CPU, dtype=torch.float32).target_losses(step.trained, step.erasers, points, 7.5)
         for terms in (Terms, steps._DenseTerms)
     ]
     assert losses[0][1] is not None
@@ -156,7 +156,7 @@ def test_a_peer_that_runs_out_of_memory_says_where_and_the_others_are_measured(
 
     monkeypatch.setattr(training, "check", lambda runner: 0.0)  # it needs what fails here
     monkeypatch.setattr(published, "_MapsCapture", no_memory)
-    monkeypatch.setattr(steps._DenseTerms, "of_target", no_memory)
+    monkeypatch.setattr(steps._DenseTerms, "target_losses", no_memory)
     output = tmp_path / "training.json"
     run("--output", str(output))
     printed = capsys.readouterr().out
@@ -244,7 +244,7 @@ def test_reached_and_missed_goals_are_printed(capsys: pytest.CaptureFixture[str]
     ("arguments", "message"),
     [
         (["--device", "nowhere"], "nowhere"),
-        (["--device", "meta"], "device: 'meta' cannot be used"),
+        (["--device", "meta"], "device: expected one that torch can use here, got 'meta'"),
         (["--device", "cpu", "--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--device", "cpu", "--sampling-steps", "1"], "--sampling-steps: expected at least 2, got 1"),
         (["--device", "cpu", "--trajectories", "0"], "--trajectories: expected at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""A tiny model, and a teacher cache of it in memory, for tests of training."""
+"""A tiny model and its teacher cache in memory, for tests of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastunlearn.training.options import TrainingOptions
 
 
 class MemoryPoints:
-    """What training asks of a `PointSet`."""
+    """The part of `PointSet` that training uses."""
 
     def __init__(self, points: Points, experts: Tensor) -> None:
         self.points, self.experts = points, experts
@@ -35,16 +35,16 @@ class MemoryPoints:
 
 
 class MemoryCache:
-    """What training asks of a `TeacherCache`."""
+    """The part of `TeacherCache` that training uses."""
 
     def __init__(self, groups: dict[str, MemoryPoints], facts: dict[str, Any]) -> None:
         self.groups, self.facts, self.fingerprint = groups, facts, "0" * 64
 
 
 def tiny_model(family: str = "cogvideox", dtype: torch.dtype = torch.float32, experts: int = 1) -> VideoModel:
-    """A random model, the same at every call."""
-    (kind,) = (kind for kind in tiny_models.FAMILIES if kind.name == family)
-    transformers = [kind.make(seed=seed) for seed in range(experts)]
+    """Makes a random model, the same one at every call."""
+    (tiny_family,) = (tiny for tiny in tiny_models.FAMILIES if tiny.name == family)
+    transformers = [tiny_family.make(seed=seed) for seed in range(experts)]
     if dtype != torch.float32:
         transformers = [transformer.to(dtype) for transformer in transformers]
     return VideoModel(
@@ -57,9 +57,9 @@ def tiny_model(family: str = "cogvideox", dtype: torch.dtype = torch.float32, ex
 
 
 def tiny_cache(model: VideoModel, points: int = 8, seed: int = 0) -> MemoryCache:
-    """What `model` says at random points, in groups "target", "other" (both with masks) and "kept" of several sizes."""
+    """Runs `model` at random points, in groups of different sizes: "target" and "other", with masks, and "kept"."""
     generator = torch.Generator().manual_seed(seed)
-    (family,) = (kind for kind in tiny_models.FAMILIES if kind.name == model.family.name)
+    (family,) = (tiny for tiny in tiny_models.FAMILIES if tiny.name == model.family.name)
     groups, latent_shape = {}, ()
     for number, (name, size) in enumerate({"target": points, "other": points + 3, "kept": points + 1}.items()):
         x_t, _, cond = family.inputs(size, seed=seed + number + 1)
@@ -71,8 +71,8 @@ def tiny_cache(model: VideoModel, points: int = 8, seed: int = 0) -> MemoryCache
         velocities = []
         with torch.no_grad():
             for condition in (uncond, cond):
-                of_experts = [expert(x_t.to(model.dtype), t, condition) for expert in model.experts]
-                velocities.append(torch.stack([of_experts[e][i] for i, e in enumerate(experts.tolist())]))
+                outputs = [expert(x_t.to(model.dtype), t, condition) for expert in model.experts]
+                velocities.append(torch.stack([outputs[e][i] for i, e in enumerate(experts.tolist())]))
         mask = None if name == "kept" else torch.rand(size, *tiny_models.GRID, generator=generator) < 0.3
         latent_shape = x_t.shape[1:]
         groups[name] = MemoryPoints(Points(x_t, t, cond, velocities[0], velocities[1], mask), experts)
@@ -87,8 +87,8 @@ def tiny_cache(model: VideoModel, points: int = 8, seed: int = 0) -> MemoryCache
 
 
 def options_for(output_dir: Path | str, **changes: Any) -> TrainingOptions:
-    """A few steps of small erasers in float32; no checkpoint."""
-    few: dict[str, Any] = {
+    """Makes options for a few steps of small erasers in float32, without checkpoints."""
+    defaults: dict[str, Any] = {
         "rank": 4,
         "max_train_steps": 4,
         "learning_rate": 1e-3,
@@ -97,11 +97,11 @@ def options_for(output_dir: Path | str, **changes: Any) -> TrainingOptions:
         "checkpointing_steps": 1000,
         "device": "cpu",
     }
-    return TrainingOptions("", "", str(output_dir), **few | changes)  # type: ignore[arg-type]
+    return TrainingOptions("", "", str(output_dir), **defaults | changes)  # type: ignore[arg-type]
 
 
 def weights(model: VideoModel) -> dict[str, Tensor]:
-    """Copies of the erasers' parameters."""
+    """Copies the parameters of the erasers."""
     return {
         f"{number}.{name}": parameter.detach().clone()
         for number, expert in enumerate(model.experts)

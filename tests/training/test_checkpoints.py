@@ -45,8 +45,8 @@ class Trained:
         self.model, self.summary, self.steps = model, summary, steps
 
 
-def result(output: Path) -> dict[str, bytes]:
-    """Every byte of the trained erasers."""
+def eraser_files_in(output: Path) -> dict[str, bytes]:
+    """The content of every file of the trained erasers."""
     files = [path for path in (output / "erasers").rglob("*") if path.is_file()]
     return {path.relative_to(output).as_posix(): path.read_bytes() for path in files}
 
@@ -62,11 +62,11 @@ def names(output: Path) -> set[str]:
         {"optimizer": "muon", "gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
         {"experts": 2},
         {"dtype": torch.float16},
-        # Two skipped steps lie before the checkpoint: the loss scale is a part of it.
+        # Two steps before the checkpoint are skipped, so that the loss scale in it differs from the initial one.
         {"dtype": torch.float16, "unlearning_weight": 3e3},
     ],
 )
-def test_resuming_is_going_on_to_the_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(changes: dict[str, Any], tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", **changes)
     assert names(tmp_path / "whole") == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "erasers"}
     if "unlearning_weight" in changes:
@@ -76,7 +76,7 @@ def test_resuming_is_going_on_to_the_bit(changes: dict[str, Any], tmp_path: Path
         output.mkdir()
         start = tmp_path / "whole" / f"checkpoint-{step}"
         resumed = trained(output, resume_from_checkpoint=str(start), **changes)
-        assert result(output) == result(tmp_path / "whole") != {}
+        assert eraser_files_in(output) == eraser_files_in(tmp_path / "whole") != {}
         assert resumed.steps == whole.steps[step:] and resumed.summary.resumed_from == start
         last = "checkpoint-6"
         assert checkpoints.read(output / last).settings == checkpoints.read(tmp_path / "whole" / last).settings
@@ -85,7 +85,7 @@ def test_resuming_is_going_on_to_the_bit(changes: dict[str, Any], tmp_path: Path
 
 
 def _forked(work: Callable[[], None], seconds: float | None = None) -> int:
-    """The status of a child that did `work`, killed after some seconds if not done."""
+    """Runs `work` in a child process, killed after `seconds` if given; returns its exit status."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -102,7 +102,7 @@ def _forked(work: Callable[[], None], seconds: float | None = None) -> int:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """A forked child cannot use its parent's threads, and sums are rounded otherwise with another number of them."""
+    """Uses one thread, because a forked child has one, and the number of threads changes how sums are rounded."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -111,8 +111,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
-    """Killed in a step, while erasers, state or facts are written, before the renaming, while old ones are removed."""
+def test_a_run_killed_at_any_moment_can_be_resumed(tmp_path: Path) -> None:
+    """SIGKILL comes in a step, at each file, before the folder is renamed, and while old folders are removed."""
     changes: dict[str, Any] = {"max_train_steps": 12, "checkpoints_total_limit": 2}
     trained(tmp_path / "whole", **changes)
     output = tmp_path / "killed"
@@ -122,27 +122,27 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
         def work() -> None:
             original, calls = getattr(owner, function), 0
 
-            def instead(*args: Any, **keywords: Any) -> Any:
+            def count_and_kill(*args: Any, **keywords: Any) -> Any:
                 nonlocal calls
                 calls += 1
                 if calls == call:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*args, **keywords)
 
-            setattr(owner, function, instead)
+            setattr(owner, function, count_and_kill)
             trained(output, resume_from_checkpoint="latest", **changes)
 
         assert os.WTERMSIG(_forked(work)) == signal.SIGKILL, (function, call)
 
-    killed_at(Terms, "of_kept", 2)
+    killed_at(Terms, "preservation_loss", 2)
     assert names(output) == set()
     killed_at(checkpoints, "replace_file", 1)  # the state, after the erasers
     assert names(output) == {"checkpoint-2.partial"}
-    killed_at(Terms, "of_kept", 4)
+    killed_at(Terms, "preservation_loss", 4)
     assert names(output) == {"checkpoint-2"}
     killed_at(eraser_files, "replace_file", 2)
     assert names(output) == {"checkpoint-2", "checkpoint-4.partial"}
-    killed_at(checkpoints, "replace_file", 4)  # the facts of the second
+    killed_at(checkpoints, "replace_file", 4)  # the metadata of the second
     assert names(output) == {"checkpoint-2", "checkpoint-4", "checkpoint-6.partial"}
     killed_at(checkpoints.os, "fsync", 6)
     killed_at(checkpoints.shutil, "rmtree", 3)
@@ -152,18 +152,18 @@ def test_kill_9_at_any_moment_loses_nothing(tmp_path: Path) -> None:
             checkpoints.read(path)
             load_erasers(tiny_model().experts[0], path / "erasers")
     trained(output, resume_from_checkpoint="latest", **changes)
-    assert result(output) == result(tmp_path / "whole")
+    assert eraser_files_in(output) == eraser_files_in(tmp_path / "whole")
     assert names(output) == {"checkpoint-10", "checkpoint-12", "erasers"}
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     trained(tmp_path, max_train_steps=11, checkpointing_steps=1, checkpoints_total_limit=3)
     assert names(tmp_path) == {"checkpoint-9", "checkpoint-10", "checkpoint-11", "erasers"}
 
 
 def test_later_checkpoints_do_not_count_when_going_back(tmp_path: Path) -> None:
     trained(tmp_path)
-    (tmp_path / "checkpoint-6" / checkpoints.STATE).write_bytes(b"")  # damaged: why one goes back
+    (tmp_path / "checkpoint-6" / checkpoints.STATE).write_bytes(b"")  # a damaged checkpoint is a reason to go back
     with pytest.raises(ValueError, match="checkpoint-6 is damaged"):
         trained(tmp_path, resume_from_checkpoint="latest")
     changes = {"resume_from_checkpoint": "checkpoint-4", "checkpoints_total_limit": 1, "checkpointing_steps": 1}
@@ -174,7 +174,7 @@ def test_later_checkpoints_do_not_count_when_going_back(tmp_path: Path) -> None:
     assert names(tmp_path) == {"checkpoint-6", "erasers"}
 
 
-def test_latest(tmp_path: Path) -> None:
+def test_find_latest(tmp_path: Path) -> None:
     assert checkpoints.find(tmp_path / "nowhere", "latest") is None
     (tmp_path / "checkpoint-12").write_text("a file")
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-x", "old-checkpoint-12"):
@@ -182,24 +182,24 @@ def test_latest(tmp_path: Path) -> None:
     assert checkpoints.find(tmp_path, "latest") == tmp_path / "checkpoint-10"
     assert checkpoints.find(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
     assert checkpoints.find(Path("elsewhere"), str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint checkpoint-12, nor in"):
+    with pytest.raises(FileNotFoundError, match="the name of a checkpoint in .*, got checkpoint-12"):
         checkpoints.find(tmp_path, "checkpoint-12")
 
 
-def test_latest_of_none_begins(tmp_path: Path) -> None:
+def test_latest_without_checkpoints_starts_a_new_run(tmp_path: Path) -> None:
     fresh = trained(tmp_path / "1", resume_from_checkpoint="latest")
     assert fresh.summary.resumed_from is None and [step for step, _ in fresh.steps] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
+def test_resuming_a_finished_run_takes_no_steps(tmp_path: Path) -> None:
     trained(tmp_path)
-    before = result(tmp_path)
+    before = eraser_files_in(tmp_path)
     again = trained(tmp_path, resume_from_checkpoint="latest")
     assert again.steps == [] and again.summary.metrics == {} and again.summary.steps == 6
-    assert result(tmp_path) == before
+    assert eraser_files_in(tmp_path) == before
 
 
-def test_a_folder_with_another_run_is_not_written_over(tmp_path: Path) -> None:
+def test_a_folder_with_another_run_is_not_overwritten(tmp_path: Path) -> None:
     trained(tmp_path)
     with pytest.raises(ValueError, match="holds checkpoint-6 of an earlier run; go on from it with resume_from_check"):
         trained(tmp_path)
@@ -230,8 +230,8 @@ def test_changed_settings_are_listed(tmp_path: Path) -> None:
         checkpoints.check_same_run(checkpoint, settings | {"cache": "other"})
 
 
-def test_what_may_change(tmp_path: Path) -> None:
-    """How it is computed, saved and reported, how long it is, and how a step's points are divided."""
+def test_settings_that_may_change_on_resume(tmp_path: Path) -> None:
+    """These are how a step is computed and divided into batches, how checkpoints are kept, and the number of steps."""
     whole = trained(tmp_path / "whole", max_train_steps=8, train_batch_size=2)
     trained(tmp_path / "cut", max_train_steps=4, train_batch_size=2)
     resumed = trained(
@@ -254,7 +254,7 @@ def test_what_may_change(tmp_path: Path) -> None:
         trained(tmp_path / "cut", max_train_steps=5, resume_from_checkpoint="latest", train_batch_size=2)
 
 
-def test_a_schedule_may_be_extended_where_the_past_stays_the_same(tmp_path: Path) -> None:
+def test_a_schedule_may_change_only_for_future_steps(tmp_path: Path) -> None:
     trained(tmp_path, lr_lambda=lambda step: 1.0 if step < 6 else 0.5)
     longer = trained(tmp_path, lr_lambda=lambda step: 1.0, max_train_steps=8, resume_from_checkpoint="latest")
     assert [step for step, _ in longer.steps] == [7, 8]
@@ -271,13 +271,15 @@ def test_a_schedule_may_be_extended_where_the_past_stays_the_same(tmp_path: Path
     [
         (checkpoints.STATE, "truncate", ValueError, "is damaged: training_state.pt does not have the checksum"),
         (checkpoints.STATE, "remove", FileNotFoundError, "is incomplete: training_state.pt is missing"),
-        (checkpoints.FACTS, "truncate", ValueError, "is damaged: checkpoint.json is no JSON"),
-        (checkpoints.FACTS, "remove", FileNotFoundError, "is incomplete: checkpoint.json is missing"),
+        (checkpoints.METADATA, "truncate", ValueError, "is damaged: .*checkpoint.json: not valid JSON"),
+        (checkpoints.METADATA, "remove", FileNotFoundError, "is incomplete: checkpoint.json is missing"),
         ("erasers/config.json", "remove", FileNotFoundError, "is damaged: .*config.json"),
         ("erasers/*.safetensors", "truncate", ValueError, "is damaged: .*safetensors: does not have the checksum"),
     ],
 )
-def test_damage_is_told(file: str, damage: str, error: type[Exception], match: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_an_error(
+    file: str, damage: str, error: type[Exception], match: str, tmp_path: Path
+) -> None:
     trained(tmp_path)
     (path,) = (tmp_path / "checkpoint-6").glob(file)
     if damage == "remove":
@@ -288,16 +290,16 @@ def test_damage_is_told(file: str, damage: str, error: type[Exception], match: s
         trained(tmp_path, resume_from_checkpoint="latest")
 
 
-def test_other_versions_and_other_things_are_refused(tmp_path: Path) -> None:
+def test_other_formats_and_versions_are_refused(tmp_path: Path) -> None:
     path = checkpoints.write(tmp_path, 3, lambda folder: folder.mkdir(), {}, {})
-    facts = json.loads((path / checkpoints.FACTS).read_text())
+    metadata = json.loads((path / checkpoints.METADATA).read_text())
     for change, match in (
-        ({"format": "x"}, "not that of a checkpoint"),
+        ({"format": "x"}, "expected the metadata of a checkpoint"),
         ({"format_version": 2}, "expected format_version 1, got 2"),
         ({"step": -1}, "expected a number of steps"),
         ({"settings": []}, "an object as 'settings'"),
     ):
-        (path / checkpoints.FACTS).write_text(json.dumps(facts | change))
+        (path / checkpoints.METADATA).write_text(json.dumps(metadata | change))
         with pytest.raises(ValueError, match=match):
             checkpoints.read(path)
 
@@ -310,12 +312,12 @@ class _Malicious:
 def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = checkpoints.write(tmp_path, 3, lambda folder: folder.mkdir(), {"optimizers": _Malicious()}, {})
-    with pytest.raises(ValueError, match="training_state.pt: not a readable file of tensors alone"):
+    with pytest.raises(ValueError, match="training_state.pt: expected a readable file of tensors alone"):
         checkpoints.read(path)
     assert not Path("pwned").exists()
 
 
-def test_the_state_of_other_optimizers(tmp_path: Path) -> None:
+def test_the_state_of_other_optimizers_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     checkpoint = checkpoints.read(tmp_path / "checkpoint-6")
     for state in ({}, {"optimizers": [], "scaler": {}}, {"optimizers": [{"state": {}}], "scaler": {}}):
@@ -326,7 +328,7 @@ def test_the_state_of_other_optimizers(tmp_path: Path) -> None:
             trained(tmp_path, resume_from_checkpoint="latest")
 
 
-def test_a_state_of_other_shapes(tmp_path: Path) -> None:
+def test_a_state_of_other_shapes_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     checkpoint = checkpoints.read(tmp_path / "checkpoint-6")
     moments = checkpoint.state["optimizers"][0]["state"][0]
@@ -338,10 +340,10 @@ def test_a_state_of_other_shapes(tmp_path: Path) -> None:
         trained(tmp_path, resume_from_checkpoint="latest")
 
 
-def test_a_step_beyond_the_last_is_told_before_its_learning_rates_are_computed(tmp_path: Path) -> None:
+def test_a_huge_step_is_refused_before_learning_rates_are_computed(tmp_path: Path) -> None:
     trained(tmp_path)
-    facts = tmp_path / "checkpoint-6" / checkpoints.FACTS
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"step": 10**15}))
+    metadata = tmp_path / "checkpoint-6" / checkpoints.METADATA
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"step": 10**15}))
     with pytest.raises(ValueError, match="max_train_steps: .*has had 1000000000000000 steps already, got 6"):
         trained(tmp_path, resume_from_checkpoint="latest")
 
@@ -352,7 +354,7 @@ def tiny_erasers() -> VideoModel:
     return model
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_damage_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trained(tmp_path / "whole")
     real, calls = checkpoints.replace_file, 0
 
@@ -371,5 +373,5 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert raised.value.errno == errno.ENOSPC
     assert names(output) == {"checkpoint-2"}
     resumed = trained(output, resume_from_checkpoint="latest")
-    assert result(output) == result(tmp_path / "whole")
+    assert eraser_files_in(output) == eraser_files_in(tmp_path / "whole")
     assert weights(resumed.model).keys() == weights(whole.model).keys()

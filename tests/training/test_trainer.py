@@ -22,14 +22,15 @@ from fastunlearn.training.options import TargetGroup
 from fastunlearn.training.train import train
 
 Metrics = list[dict[str, float]]
-# With a large epsilon Adam's step follows the gradient, where a small one makes a full step of its rounding error.
+# With a large epsilon, the step of Adam is proportional to the gradient. With a small one, rounding errors in a tiny
+# gradient become full steps.
 SMOOTH = {"adam_epsilon": 1e-2, "learning_rate": 0.1, "max_grad_norm": 0.0}
 
 
 def trained(
     output: Path, family: str = "cogvideox", *, experts: int = 1, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> tuple[VideoModel, Metrics]:
-    """A tiny model after some steps, and their metrics."""
+    """Trains a tiny model for some steps; returns it and the metrics of the steps."""
     keywords = {name: changes.pop(name) for name in ("targets", "kept", "lr_lambda") if name in changes}
     model = tiny_model(family, dtype, experts)
     metrics: Metrics = []
@@ -38,34 +39,34 @@ def trained(
         tiny_cache(model),  # type: ignore[arg-type]
         output,
         options_for(output, **changes),
-        on_step=lambda step, of_step: metrics.append(of_step | {"step": step}),
+        on_step=lambda step, step_metrics: metrics.append(step_metrics | {"step": step}),
         **keywords,
     )
     return model, metrics
 
 
-def largest_difference(one: VideoModel, other: VideoModel) -> float:
-    """Between erasers, as a share of the largest weight."""
-    a, b = weights(one), weights(other)
+def largest_difference(first: VideoModel, second: VideoModel) -> float:
+    """The largest difference between the erasers of two models, relative to the largest weight."""
+    a, b = weights(first), weights(second)
     assert a.keys() == b.keys() and len(a) > 0
-    trained_at_all = max(value.abs().max().item() for name, value in a.items() if ".up." in name)
-    assert trained_at_all > 1e-4
-    return max((a[name] - b[name]).abs().max().item() for name in a) / trained_at_all
+    largest_weight = max(value.abs().max().item() for name, value in a.items() if ".up." in name)
+    assert largest_weight > 1e-4
+    return max((a[name] - b[name]).abs().max().item() for name in a) / largest_weight
 
 
-def same_bits(one: VideoModel, other: VideoModel) -> bool:
-    a, b = weights(one), weights(other)
+def same_bits(first: VideoModel, second: VideoModel) -> bool:
+    a, b = weights(first), weights(second)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(("family", "experts"), [("cogvideox", 1), ("hunyuan_video", 1), ("wan", 1), ("wan", 2)])
-def test_erasers_learn_and_nothing_else(family: str, experts: int, tmp_path: Path) -> None:
+def test_erasers_learn_and_the_base_model_does_not(family: str, experts: int, tmp_path: Path) -> None:
     model = tiny_model(family, experts=experts)
     before = [{name: p.clone() for name, p in expert.named_parameters()} for expert in model.experts]
     cache = tiny_cache(model, points=2)
     options = options_for(tmp_path, max_train_steps=25, learning_rate=2e-2, train_batch_size=2, adam_weight_decay=0.0)
     metrics: Metrics = []
-    summary = train(model, cache, tmp_path, options, on_step=lambda _, of_step: metrics.append(of_step))  # type: ignore[arg-type]
+    summary = train(model, cache, tmp_path, options, on_step=lambda _, step_metrics: metrics.append(step_metrics))  # type: ignore[arg-type]
     first, last = (sum(m["unlearning_loss"] for m in some) for some in (metrics[:8], metrics[-8:]))
     assert last < 0.95 * first
     for expert, was in zip(model.experts, before, strict=True):
@@ -79,7 +80,7 @@ def test_erasers_learn_and_nothing_else(family: str, experts: int, tmp_path: Pat
 
 
 def test_the_losses_are_those_of_the_formulas(tmp_path: Path) -> None:
-    """Computed by hand after one step, from dense outputs; several groups, each with its own guidance."""
+    """The losses of the second step are those of the formulas, for several groups with a guidance scale each."""
     weighted = {"unlearning_weight": 0.7, "preservation_weight": 0.4, "localization_weight": 3.0}
     targets = (TargetGroup("target", 7.5, 1.0), TargetGroup("other", 2.0, 1.0))
     options: dict[str, Any] = {**weighted, "train_batch_size": 3, "targets": targets, "learning_rate": 0.05}
@@ -121,12 +122,12 @@ def _attentions(student: nn.Module) -> list[tuple[str, Any]]:
     return [(f"transformer_blocks.{index}.attn1", block.attn1) for index, block in enumerate(blocks)]
 
 
-def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path: Path) -> None:
     whole, metrics = trained(tmp_path / "whole", train_batch_size=4, **SMOOTH)
-    parts, of_parts = trained(tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=4, **SMOOTH)
+    parts, parts_metrics = trained(tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=4, **SMOOTH)
     assert largest_difference(whole, parts) < 1e-4
-    for one, other in zip(metrics, of_parts, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+    for expected, got in zip(metrics, parts_metrics, strict=True):
+        assert expected == pytest.approx(got, rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["cogvideox", "hunyuan_video", "wan"])
@@ -139,10 +140,10 @@ def test_sequential_terms_and_checkpointing_change_no_gradient(family: str, tmp_
 
 
 def peak_saved_bytes(output: Path, **changes: Any) -> int:
-    """The most that was kept for backward passes at a time, in a run of one step."""
+    """The peak of the bytes that autograd saves for backward passes, in a run of one step."""
     alive = peak = 0
 
-    class Kept:
+    class Saved:
         def __init__(self, tensor: Tensor) -> None:
             nonlocal alive, peak
             self.tensor = tensor
@@ -153,17 +154,17 @@ def peak_saved_bytes(output: Path, **changes: Any) -> int:
             nonlocal alive
             alive -= self.tensor.nbytes
 
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
         trained(output, max_train_steps=1, train_batch_size=2, **changes)
     return peak
 
 
-def test_sequential_terms_keep_half_of_the_activations(tmp_path: Path) -> None:
+def test_sequential_terms_save_half_of_the_activations(tmp_path: Path) -> None:
     joint = peak_saved_bytes(tmp_path / "joint")
     assert peak_saved_bytes(tmp_path / "sequential", sequential_terms=True) < 0.55 * joint
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
+def test_the_seed_determines_the_erasers(tmp_path: Path) -> None:
     one, _ = trained(tmp_path / "one", seed=3)
     torch.manual_seed(99)
     again, _ = trained(tmp_path / "again", seed=3)
@@ -171,7 +172,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     assert same_bits(one, again) and not same_bits(one, other)
 
 
-def test_training_leaves_the_caller_s_random_numbers_alone(tmp_path: Path) -> None:
+def test_training_does_not_change_the_caller_s_random_state(tmp_path: Path) -> None:
     model = tiny_model()
     cache = tiny_cache(model)
     torch.manual_seed(5)
@@ -182,7 +183,7 @@ def test_training_leaves_the_caller_s_random_numbers_alone(tmp_path: Path) -> No
 
 
 def test_a_step_trains_one_of_two_transformers(tmp_path: Path) -> None:
-    """The other's erasers stay as they are to the bit: no decay and no momentum of zero gradients."""
+    """The erasers of the other transformer do not change by a bit, neither by weight decay nor by momentum."""
     options: dict[str, Any] = {"adam_weight_decay": 0.1, "experts": 2}
     previous = weights(trained(tmp_path / "0", "wan", max_train_steps=1, learning_rate=0.0, **options)[0])
     moved = []
@@ -203,13 +204,13 @@ def test_half_precision_base_has_float32_erasers_and_no_nan(dtype: torch.dtype, 
     model, metrics = trained(tmp_path / "half", dtype=dtype, **changes)
     assert {value.dtype for value in weights(model).values()} == {torch.float32}
     assert all(value.isfinite().all() for value in weights(model).values())
-    assert all(math.isfinite(value) for of_step in metrics for value in of_step.values())
+    assert all(math.isfinite(value) for step_metrics in metrics for value in step_metrics.values())
     assert ("loss_scale" in metrics[0]) == (dtype == torch.float16)
     for one, other in zip(metrics, exact, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.1)
 
 
-def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale(tmp_path: Path) -> None:
+def test_a_float16_overflow_skips_the_step_and_halves_the_scale(tmp_path: Path) -> None:
     changes = {"dtype": torch.float16, "unlearning_weight": 1e4, "optimizer": "muon"}
     start, _ = trained(tmp_path / "0", max_train_steps=1, **changes | {"learning_rate": 0.0, "adam_weight_decay": 0.0})
     skipped, metrics = trained(tmp_path / "1", max_train_steps=1, **changes)
@@ -230,15 +231,15 @@ def test_an_overflow_of_one_optimizer_s_gradients_skips_the_other_too(tmp_path: 
         assert ((matrix != 1).any(), (bias != 1).any()) == (moves, moves)
 
 
-def test_a_gradient_that_no_scale_mends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of_kept = Terms.of_kept
+def test_a_gradient_that_is_never_finite_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Terms.preservation_loss
 
     def with_nan_gradient(*args: Any) -> Tensor:
-        loss = of_kept(*args)
+        loss = original(*args)
         loss.register_hook(lambda gradient: gradient * math.nan)
         return loss
 
-    monkeypatch.setattr(Terms, "of_kept", with_nan_gradient)
+    monkeypatch.setattr(Terms, "preservation_loss", with_nan_gradient)
     with pytest.raises(FloatingPointError, match="float16 at any loss scale; use bf16"):
         trained(tmp_path / "half", dtype=torch.float16, max_train_steps=60)
     with pytest.raises(FloatingPointError, match="step 1: the gradient's norm is nan"):
@@ -248,12 +249,12 @@ def test_a_gradient_that_no_scale_mends_is_an_error(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("value", "group", "term"), [(math.nan, "kept", "preservation"), (math.inf, "target", "unlearning")]
 )
-def test_a_loss_that_is_not_finite_stops(value: float, group: str, term: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_training(value: float, group: str, term: str, tmp_path: Path) -> None:
     model = tiny_model()
     cache = tiny_cache(model)
     draws = Batches(cache.groups, [TargetGroup()], "kept", size=1, seed=0)
     rows = {"target": "target_rows", "kept": "kept_rows"}[group]
-    # The first step from the third on whose point no earlier one has.
+    # The first step, from the third on, whose point has not been drawn before.
     seen = [int(getattr(draws.draw(step), rows)) for step in range(12)]
     bad = next(step for step in range(2, 12) if seen[step] not in seen[:step])
     cache.groups[group].points.v_cond[seen[bad], 0, 0, 0, 0] = value
@@ -276,11 +277,13 @@ def test_a_loss_that_is_not_finite_stops(value: float, group: str, term: str, tm
         MemoryError(),
     ],
 )
-def test_out_of_memory_says_what_helps(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_errors_name_the_options_that_help(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Terms, "of_kept", fail)
+    monkeypatch.setattr(Terms, "preservation_loss", fail)
     with pytest.raises(MemoryError) as raised:
         trained(tmp_path, train_batch_size=2)
     for knob in (
@@ -297,11 +300,11 @@ def test_out_of_memory_says_what_helps(error: Exception, tmp_path: Path, monkeyp
         assert knob not in str(raised.value)
 
 
-def test_other_runtime_errors_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_runtime_errors_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(Terms, "of_kept", fail)
+    monkeypatch.setattr(Terms, "preservation_loss", fail)
     with pytest.raises(RuntimeError, match="^something else$"):
         trained(tmp_path)
 
@@ -309,7 +312,7 @@ def test_other_runtime_errors_stay_what_they_are(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 )
-def test_learning_rates_are_diffusers(name: Any, tmp_path: Path) -> None:
+def test_learning_rate_schedules_match_diffusers(name: Any, tmp_path: Path) -> None:
     from diffusers.optimization import get_scheduler
 
     options = options_for(
@@ -324,14 +327,14 @@ def test_learning_rates_are_diffusers(name: Any, tmp_path: Path) -> None:
         scheduler.step()
 
 
-def test_a_learning_rate_of_one_s_own(tmp_path: Path) -> None:
+def test_a_custom_learning_rate_schedule(tmp_path: Path) -> None:
     still, metrics = trained(tmp_path / "0", lr_lambda=lambda step: 0.0, adam_weight_decay=0.0)
     assert all(not value.any() for name, value in weights(still).items() if ".up." in name)
     _, metrics = trained(tmp_path / "1", lr_lambda=lambda step: 1 / (step + 1))
     assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3 / n for n in (1, 2, 3, 4)])
 
 
-def test_biases_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+def test_biases_have_their_own_learning_rate(tmp_path: Path) -> None:
     for optimizer in ("adamw", "muon"):
         model, _ = trained(tmp_path / optimizer, optimizer=optimizer, learning_rate=0.0, bias_learning_rate=1e-2)
         for name, value in weights(model).items():
@@ -339,7 +342,7 @@ def test_biases_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
                 assert value.any() == name.endswith("bias"), name
 
 
-def test_clipping(tmp_path: Path) -> None:
+def test_gradients_are_clipped(tmp_path: Path) -> None:
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3))]
     for limit, expected in ((0.5, 0.5), (100.0, 6.0), (0.0, 6.0)):
         options = options_for(tmp_path, max_grad_norm=limit)
@@ -347,14 +350,14 @@ def test_clipping(tmp_path: Path) -> None:
         optimizer.start(0)
         loss = 2 * sum(parameter.sum() for parameter in parameters)
         optimizer.backward([None, torch.as_tensor(loss)])
-        facts = optimizer.finish(0, lambda losses, norm: None)
-        assert facts["gradient_norm"] == pytest.approx(6.0)
+        metrics = optimizer.finish(0, lambda losses, norm: None)
+        assert metrics["gradient_norm"] == pytest.approx(6.0)
         clipped = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
         assert clipped.norm().item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_terms_of_weight_zero_are_left_out(tmp_path: Path) -> None:
-    """Without preservation the cache needs no kept points, without localization no masks."""
+    """Without the preservation loss the cache needs no kept points; without the localization loss, no masks."""
     model = tiny_model()
     cache = tiny_cache(model)
     del cache.groups["kept"]
@@ -362,7 +365,7 @@ def test_terms_of_weight_zero_are_left_out(tmp_path: Path) -> None:
     target.points = target.points._replace(mask=None)
     metrics: Metrics = []
     options = options_for(tmp_path / "0", preservation_weight=0.0, localization_weight=0.0)
-    train(model, cache, tmp_path / "0", options, on_step=lambda _, of_step: metrics.append(of_step))  # type: ignore[arg-type]
+    train(model, cache, tmp_path / "0", options, on_step=lambda _, step_metrics: metrics.append(step_metrics))  # type: ignore[arg-type]
     assert all(m["preservation_loss"] == m["localization_loss"] == 0 for m in metrics)
     assert all(m["loss"] == m["unlearning_loss"] > 0 for m in metrics)
     for changes in ({"localization_weight": 1.0}, {"localization_weight": 0.0, "mask_unlearning": True}):
@@ -371,19 +374,19 @@ def test_terms_of_weight_zero_are_left_out(tmp_path: Path) -> None:
             train(tiny_model(), cache, tmp_path / "1", options)  # type: ignore[arg-type]
 
 
-def test_draws_follow_shares_and_depend_on_seed_and_step_alone() -> None:
+def test_draws_follow_the_shares_and_depend_only_on_seed_and_step() -> None:
     model = tiny_model("wan", experts=2)
     groups = tiny_cache(model, points=12).groups
     targets = [TargetGroup("target", share=1.0), TargetGroup("other", share=3.0)]
     batches = Batches(groups, targets, "kept", size=4, seed=7)
     draws = [batches.draw(step) for step in range(400)]
     assert sum(draw.target.name == "target" for draw in draws) == pytest.approx(100, abs=3)
-    # Also within a short while.
+    # The shares hold in short intervals, too.
     assert all(2 <= sum(d.target.name == "target" for d in draws[i : i + 16]) <= 6 for i in range(0, 400, 16))
     for name in ("target", "other"):
         share = groups[name].experts.float().mean().item()
-        of_group = [draw.expert for draw in draws if draw.target.name == name]
-        assert sum(of_group) / len(of_group) == pytest.approx(share, abs=0.05)
+        group_experts = [draw.expert for draw in draws if draw.target.name == name]
+        assert sum(group_experts) / len(group_experts) == pytest.approx(share, abs=0.05)
         rows = torch.cat([draw.target_rows for draw in draws if draw.target.name == name])
         assert len(rows.unique()) == len(groups[name])
     for draw in draws:
@@ -394,16 +397,16 @@ def test_draws_follow_shares_and_depend_on_seed_and_step_alone() -> None:
         assert not enough or len(draw.target_rows.unique()) == 4
     again = Batches(groups, targets, "kept", size=4, seed=7).draw(123)
     assert torch.equal(again.target_rows, draws[123].target_rows) and torch.equal(again.kept_rows, draws[123].kept_rows)
-    # Seeds that differ only beyond 32 bits count, too.
+    # Seeds that differ only beyond 32 bits give different draws.
     for seed in (8, 7 + (1 << 32)):
         others = [Batches(groups, targets, "kept", size=4, seed=seed).draw(step).target_rows for step in range(20)]
         assert any(not torch.equal(rows, draw.target_rows) for rows, draw in zip(others, draws, strict=False))
 
 
-def test_a_cache_that_does_not_fit(tmp_path: Path) -> None:
+def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
 
-    def refused(match: str, change: dict[str, Any] | None = None, **keywords: Any) -> None:
+    def check_refused(match: str, change: dict[str, Any] | None = None, **keywords: Any) -> None:
         cache = tiny_cache(model)
         cache.facts |= change or {}
         if change == {}:
@@ -411,24 +414,28 @@ def test_a_cache_that_does_not_fit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=match):
             train(model, cache, tmp_path, options_for(tmp_path), **keywords)  # type: ignore[arg-type]
 
-    refused("made with a cogvideox model, got one made with a wan model", {"backbone": "wan"})
-    refused("divided at timestep 875.0", {"boundary": 875.0})
-    refused(r"latents with 4 channels.*got shape \(16, 3, 8, 8\)", {"latent_shape": [16, 3, 8, 8]})
-    refused("no group 'else', only 'target', 'other', 'kept'", targets=[TargetGroup("else")])
-    refused("at least one group", targets=[])
-    refused("group 'kept' is empty", {})
+    check_refused("made with a cogvideox model, got one made with a wan model", {"backbone": "wan"})
+    check_refused("divided at timestep 875.0", {"boundary": 875.0})
+    check_refused(r"latents with 4 channels.*got shape \(16, 3, 8, 8\)", {"latent_shape": [16, 3, 8, 8]})
+    check_refused(
+        r"expected one of the cache's groups \('target', 'other', 'kept'\), got 'else'", targets=[TargetGroup("else")]
+    )
+    check_refused("at least one group", targets=[])
+    check_refused("group 'kept' of the cache: expected at least one point, got none", {})
     model.path = "there/CogVideoX-5b"
     changed = tiny_model()
     next(find_transformer(changed.experts[0])[0].parameters()).data.flatten()[0] += 1e-3
     other = {"model": "here/CogVideoX-2b", "dtype": "float32", "weights": weights_digest(changed)}
-    refused("weights of there/CogVideoX-5b, got .* here/CogVideoX-2b, which has other weights", other)
+    check_refused("weights of there/CogVideoX-5b, got .* here/CogVideoX-2b, which has other weights", other)
     assert weights_digest(tiny_model()) == weights_digest(model), "the same model elsewhere is the same"
     check_cache_fits(tiny_cache(model).facts | other | {"weights": weights_digest(model)}, model)
     check_cache_fits(tiny_cache(model).facts | other | {"dtype": "bfloat16"}, model)
     two = tiny_model("wan", experts=2)
     cache = tiny_cache(two)
     cache.groups["kept"].experts.zero_()
-    with pytest.raises(ValueError, match=r"'kept' has no points for transformer 1, which \d+ points of group 'target'"):
+    with pytest.raises(
+        ValueError, match=r"for transformer 1 in group 'kept', because \d+ points of group 'target'.*got none"
+    ):
         train(two, cache, tmp_path, options_for(tmp_path))  # type: ignore[arg-type]
 
 
@@ -459,7 +466,7 @@ def test_metrics_go_to_tensorboard(tmp_path: Path) -> None:
         assert logged == [(m["step"], pytest.approx(m[name])) for m in metrics]
 
 
-def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="report_to: wandb is not installed"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="report_to: .* wandb, which is not installed"):
         trained(tmp_path, report_to="wandb")

@@ -1,4 +1,7 @@
-"""Two processes train what one does with twice the batch. Each launcher starts once: importing takes seconds."""
+"""Two processes train the same erasers as one with twice the batch size.
+
+Each launcher starts once, because importing takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from training_worker import CASES, train_case
 
 from fastunlearn import eraser_files
 from fastunlearn.training import prepare, train
-from fastunlearn.training.loop.processes import accelerator_of, fsdp_plugin
+from fastunlearn.training.loop.processes import connect, fsdp_plugin
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 
 WORKER = Path(__file__).parents[1] / "workers/training_worker.py"
@@ -42,10 +45,10 @@ def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def erasers(folder: Path) -> dict[str, torch.Tensor]:
-    found = sorted(path.parent for path in folder.rglob(eraser_files.CONFIG))
+    folders = sorted(path.parent for path in folder.rglob(eraser_files.CONFIG))
     return {
         f"{part.name}.{layer}.{name}": value
-        for part in found
+        for part in folders
         for layer, state in eraser_files.read(part).states.items()
         for name, value in state.items()
     }
@@ -61,20 +64,20 @@ def check_same(two: Path, one: Path, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "not-finite"])
-def test_two_processes_are_one_with_twice_the_batch(case: str, under_torchrun: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch_size(case: str, under_torchrun: Path, tmp_path: Path) -> None:
     train_case(tmp_path, case, batch=2, fsdp=False, gradient_checkpointing=False)
     check_same(under_torchrun / case / "erasers", tmp_path / "erasers")
 
 
-def test_a_loss_of_one_process_that_is_not_finite_stops_all(under_torchrun: Path) -> None:
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(under_torchrun: Path) -> None:
     folder = under_torchrun / "not-finite"
-    told = [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)]
-    assert told[0] == told[1] and told[0].startswith("step 2: the preservation loss is nan")
+    messages = [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1] and messages[0].startswith("step 2: the preservation loss is nan")
     assert not (folder / "erasers").exists()
 
 
 def test_the_command_under_accelerate_launch_shards(tiny_pipeline: Callable[[str], Path], tmp_path: Path) -> None:
-    """From a real cache; in bfloat16, where Wan keeps some parameters in float32."""
+    """Trains from a cache on disk, in bfloat16, in which Wan keeps some parameters in float32."""
     pipeline = tiny_pipeline("wan-2.2")
     prompts = {"target": "a circle in the park\nred circle\n", "kept": "a dog on the street\n"}
     for name, text in prompts.items():
@@ -111,7 +114,7 @@ def test_the_command_under_accelerate_launch_shards(tiny_pipeline: Callable[[str
     arguments = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
     flags = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--main_process_port", "0"]
     launch(["accelerate.commands.launch", *flags, "-m", "fastunlearn", "train", *arguments, "--gradient-checkpointing"])
-    # Kernels round to bfloat16 otherwise in another batch; a sum in place of the mean would be off by all.
+    # Rounding to bfloat16 depends on the batch size. A sum in place of a mean would exceed even this tolerance.
     check_same(tmp_path / "two" / "erasers", one.erasers, tolerance=0.05)
     assert len(list((tmp_path / "two" / "erasers").glob("*/config.json"))) == 2
 
@@ -123,13 +126,17 @@ def test_fsdp_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv("FSDP_VERSION")
         else:
             monkeypatch.setenv("FSDP_VERSION", version)
-        with pytest.raises(ValueError, match="expected FSDP version 2 .*, got 1"):
+        with pytest.raises(ValueError, match="fsdp_version: expected FSDP version 2 .*, got 1"):
             fsdp_plugin(TrainingOptions("", Path(), Path()))
 
 
-def test_processes_that_accelerate_did_not_connect_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_accelerate_did_not_connect_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = TrainingOptions("", tmp_path, tmp_path, device="cpu")
-    assert accelerator_of(options, tmp_path, cpu=True).num_processes == 1  # it keeps what it saw first
+    assert connect(options, tmp_path, cpu=True).num_processes == 1  # Accelerate keeps its first state
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device: 2 processes were launched, but Accelerate knows of 1: cpu is no"):
-        accelerator_of(options, tmp_path, cpu=True)
+    with pytest.raises(
+        ValueError, match="device: expected .* the 2 launched processes has, got cpu, with which Accelerate connected 1"
+    ):
+        connect(options, tmp_path, cpu=True)

@@ -1,4 +1,4 @@
-"""Trains in the processes that a launcher starts: `training_worker.py OUTPUT CASE...`, each into OUTPUT/CASE."""
+"""A program for launchers: `training_worker.py OUTPUT CASE...` trains each case into the folder OUTPUT/CASE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from fastunlearn.training.loop.batches import Batches
 from fastunlearn.training.options import TargetGroup
 from fastunlearn.training.train import train
 
-# With a large epsilon Adam's step follows the gradient, where a small one makes a full step of its rounding error.
+# With a large epsilon, the step of Adam is proportional to the gradient. With a small one, rounding errors in a tiny
+# gradient become full steps.
 _SMOOTH = {"adam_epsilon": 1e-2, "learning_rate": 0.1, "max_grad_norm": 0.01, "max_train_steps": 3}
 CASES: dict[str, dict[str, Any]] = {
     "replicated": {},
@@ -30,20 +31,20 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train_case(output: Path, case: str, batch: int, **changes: Any) -> list[float]:
-    """Trains one of the cases; returns the losses."""
+    """Trains one of the cases and returns the losses."""
     options = _SMOOTH | CASES[case] | changes | {"train_batch_size": batch}
     family, experts = options.pop("family", "cogvideox"), options.pop("experts", 1)
     model = tiny_model(family, experts=experts)
     cache = tiny_cache(model)
-    if case == "not-finite":  # a point that the second process alone has, in the second step
+    if case == "not-finite":  # at a point that only the second process has, in the second step
         bad = Batches(cache.groups, [TargetGroup()], "kept", size=2, seed=0).draw(1).kept_rows[1]
         cache.groups["kept"].points.v_cond[bad] = math.nan
     losses: list[float] = []
     train(model, cache, output, options_for(output, **options), on_step=lambda _, m: losses.append(m["loss"]))  # type: ignore[arg-type]
     sharded = [isinstance(p, DTensor) for x in model.experts for n, p in x.named_parameters() if ".erasers." not in n]
     is_distributed = torch.distributed.is_initialized()
-    wanted = options.get("fsdp") or "ACCELERATE_USE_FSDP" in os.environ
-    assert all(sharded) if wanted and is_distributed else not any(sharded)
+    should_shard = options.get("fsdp") or "ACCELERATE_USE_FSDP" in os.environ
+    assert all(sharded) if should_shard and is_distributed else not any(sharded)
     return losses
 
 

@@ -1,1 +1,10 @@
-"""The training loop: batches, loss terms, optimizer, checkpoints, processes."""
+"""The training loop.
+
+trainer.py       the loop itself: draws points, takes optimizer steps, writes checkpoints, resumes from them
+batches.py       which points of the cache each step trains on
+terms.py         the three losses of a step
+optimizer.py     gradients, averaged over the processes, and the update of the erasers
+checkpoints.py   the files of a checkpoint
+run_settings.py  the settings that a resumed run must share with the interrupted one
+processes.py     Accelerate and FSDP2: one process or several
+"""

@@ -1,7 +1,7 @@
-"""Which points of the cache a step of training sees.
+"""Which points of the cache a training step sees.
 
-A step's draw is a function of the seed and the step's number alone. So a resumed run sees what an undisturbed one
-would have seen, and any number of processes what one would have seen with as much larger a batch.
+The points of a step depend on the seed and the step's number alone. A resumed run therefore sees the same points as an
+uninterrupted one, and several processes see the same points as one process with a batch as large as theirs together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class Draw(NamedTuple):
-    """A step's points: numbers in the group `target` and in the kept group, (K,) each; all are for one `expert`."""
+    """The points of a step: row numbers (K,) in the group `target` and in the kept group, all for one `expert`."""
 
     target: TargetGroup
     expert: int
@@ -28,8 +28,8 @@ class Draw(NamedTuple):
     kept_rows: Tensor
 
 
-class _Kind(NamedTuple):
-    """What all of a step's points have in common."""
+class _Pool(NamedTuple):
+    """The points that a step may be drawn from: those of one target group, and the kept ones, for one transformer."""
 
     target: TargetGroup
     expert: int
@@ -40,16 +40,16 @@ class _Kind(NamedTuple):
 class Batches:
     """Draws the points of every step.
 
-    A step takes its target points from one group and for one of the model's transformers, and kept points for the same
-    one. These kinds of steps come as often as the groups' shares and their points say, evenly spread. Within a step no
-    point comes twice, unless there are too few.
+    A step takes its target points from one group and for one of the model's transformers, and its kept points for the
+    same transformer. Such combinations take turns, evenly spread, as often as the shares of the groups and the numbers
+    of their points require. No point comes twice within a step, unless there are fewer points than a step needs.
 
     Args:
-        groups: of the cache.
+        groups: the groups of the cache.
         targets: the groups to draw target points from.
-        kept: the group of points to keep, or None: no kept points are drawn.
-        size: points of each sort in a step, over all processes.
-        seed: of the draws.
+        kept: the group of points to keep, or None to draw no kept points.
+        size: the number of target points, and of kept points, per step, over all processes.
+        seed: the random seed of the draws.
 
     Raises:
         ValueError: a group is missing or empty, or there are no kept points for a transformer that has target points.
@@ -61,7 +61,7 @@ class Batches:
         if not targets:
             raise ValueError("targets: expected at least one group, got none")
         self._size, self._seed = size, seed
-        self._kinds: list[_Kind] = []
+        self._pools: list[_Pool] = []
         self._shares: list[float] = []
         kept_experts = None if kept is None else _experts(groups, kept)
         for target in targets:
@@ -71,40 +71,43 @@ class Batches:
                 kept_points = points[:0] if kept_experts is None else (kept_experts == expert).nonzero()[:, 0]
                 if kept_experts is not None and not len(kept_points):
                     raise ValueError(
-                        f"kept: group {kept!r} has no points for transformer {expert}, which {len(points)} points of "
-                        f"group {target.name!r} are for: prepare more, or set preservation_weight to 0"
+                        f"kept: expected points for transformer {expert} in group {kept!r}, because {len(points)} "
+                        f"points of group {target.name!r} are for it, got none; prepare more kept prompts, or set "
+                        "preservation_weight to 0"
                     )
-                self._kinds.append(_Kind(target, expert, points, kept_points))
+                self._pools.append(_Pool(target, expert, points, kept_points))
                 self._shares.append(target.share * len(points) / len(experts))
         self._offset = torch.rand(1, generator=random_generator(seed, "offset")).item()
 
     def draw(self, step: int) -> Draw:
-        """The points of a step, counted from 0."""
-        kind = self._kinds[self._kind(step)]
+        """Draws the points of a step; steps are counted from 0."""
+        pool = self._pools[self._pool_index(step)]
         generator = random_generator(self._seed, step)
-        target_rows = _choose(kind.target_points, self._size, generator)
-        kept_rows = _choose(kind.kept_points, self._size, generator) if len(kind.kept_points) else kind.kept_points
-        return Draw(kind.target, kind.expert, target_rows, kept_rows)
+        target_rows = _choose(pool.target_points, self._size, generator)
+        kept_rows = _choose(pool.kept_points, self._size, generator) if len(pool.kept_points) else pool.kept_points
+        return Draw(pool.target, pool.expert, target_rows, kept_rows)
 
-    def _kind(self, step: int) -> int:
-        # Multiples of the golden ratio, modulo 1, fill the interval more evenly than random numbers.
-        place = (self._offset + step * _GOLDEN_RATIO) % 1 * sum(self._shares)
-        for kind, share in enumerate(self._shares):
-            place -= share
-            if place < 0:
-                return kind
+    def _pool_index(self, step: int) -> int:
+        # The multiples of the golden ratio modulo 1 fill the interval more evenly than random numbers.
+        position = (self._offset + step * _GOLDEN_RATIO) % 1 * sum(self._shares)
+        for index, share in enumerate(self._shares):
+            position -= share
+            if position < 0:
+                return index
         return len(self._shares) - 1
 
 
 def _experts(groups: Mapping[str, Any], name: str) -> Tensor:
     if name not in groups:
-        raise ValueError(f"the cache has no group {name!r}, only {', '.join(map(repr, groups)) or 'none'}")
+        expected = ", ".join(map(repr, groups)) or "none, because the cache is empty"
+        raise ValueError(f"group: expected one of the cache's groups ({expected}), got {name!r}")
     experts: Tensor = groups[name].experts
     if not len(experts):
-        raise ValueError(f"the cache's group {name!r} is empty")
+        raise ValueError(f"group {name!r} of the cache: expected at least one point, got none")
     return experts
 
 
 def _choose(points: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draws `size` of the points without repetition, or all of them as often as it takes."""
     rounds = [torch.randperm(len(points), generator=generator) for _ in range(math.ceil(size / len(points)))]
     return points[torch.cat(rounds)[:size]]

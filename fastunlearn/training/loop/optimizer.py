@@ -1,12 +1,15 @@
-"""From the erasers' gradients to their next weights, the same on every process.
+"""The optimizer of the erasers, which makes the same update on every process.
 
-The gradients of a step lie in one flat float32 tensor, of which the parameters' `grad`s are views, with the step's
-losses behind them: so one all-reduce makes both those of all processes together, and what must be finite is read at
-once. There is no DistributedDataParallel around the model. It wants one forward a backward, where a step has two, all
-parameters in every step, where a step trains one of two transformers, and the module's own forward, where captures
-listen inside. And it has nothing to offer: the erasers are small, and nothing else has gradients.
+The gradients of a step are one flat float32 tensor, followed by the losses of the step; the parameters' `grad`s are
+views of it. A single all-reduce therefore averages gradients and losses over the processes, and a single read checks
+that both are finite.
 
-The learning rate is a function of the step's number alone, so that there is no scheduler's state to keep.
+DistributedDataParallel is not used. It expects one forward pass per backward pass, where a step has two, and gradients
+of all parameters in every step, where a step trains the erasers of one of two transformers. It also replaces the
+module's forward, where captures need the model itself. The erasers are small and alone have gradients, so that it would
+save no time.
+
+The learning rate depends on the step's number alone, so that checkpoints need no scheduler state.
 """
 
 from __future__ import annotations
@@ -23,19 +26,19 @@ from fastunlearn.training.options import TrainingOptions
 
 LearningRateFactor = Callable[[int], float]
 
-# Below this scale no gradient of a loss near 1 overflows float16: it is NaN, or the model is.
+# At a lower scale no gradient of a loss near 1 overflows float16, so that the cause must be a NaN.
 _LEAST_LOSS_SCALE = 2.0**-10
 
 
 def learning_rate_factor(options: TrainingOptions) -> LearningRateFactor:
-    """What the learning rate of a step, counted from 0, is multiplied by: diffusers' schedule of this name."""
+    """Returns the schedule of diffusers that the options name: the factor of the learning rate at a step, from 0."""
     from diffusers.optimization import get_scheduler
 
-    # The schedules ask an optimizer for its learning rate, and then are functions of the step.
-    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.learning_rate or 1.0)
+    # diffusers reads the learning rate from an optimizer; the schedule itself is a function of the step.
+    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.learning_rate or 1.0)
     scheduler = get_scheduler(
         options.lr_scheduler,
-        stand_in,
+        placeholder,
         num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=options.max_train_steps,
         num_cycles=options.lr_num_cycles,
@@ -46,17 +49,17 @@ def learning_rate_factor(options: TrainingOptions) -> LearningRateFactor:
 
 
 class ErasersOptimizer:
-    """Trains erasers: AdamW, or Muon for matrices and AdamW for biases, with clipping and float16's loss scaling.
+    """Trains erasers with AdamW, or with Muon for matrices and AdamW for biases; clips gradients and scales losses.
 
-    A step is `start`, any number of `backward`, `finish`.
+    A step is a call of `start`, any number of calls of `backward`, and a call of `finish`.
 
     Args:
-        experts: the parameters of every transformer's erasers. A step trains those of one.
-        options: of training.
-        factor: of the learning rate, by step.
-        processes: how many processes there are to average gradients over.
-        losses: how many losses a step has.
-        dtype: what the model computes in; float16 has its losses scaled.
+        experts: the parameters of the erasers of each transformer. A step trains those of one transformer.
+        options: the options of training.
+        factor: the factor of the learning rate, by step.
+        processes: the number of processes to average gradients over.
+        losses: the number of losses per step.
+        dtype: the dtype that the model computes in. Losses are scaled if it is float16.
     """
 
     def __init__(
@@ -72,24 +75,7 @@ class ErasersOptimizer:
         self._experts, self._factor, self._processes = experts, factor, processes
         self._max_norm = options.max_grad_norm
         parameters = [parameter for expert in experts for parameter in expert]
-        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-        biases = [parameter for parameter in parameters if parameter.ndim != 2]
-        rate = options.learning_rate
-        bias_rate = rate if options.bias_learning_rate is None else options.bias_learning_rate
-        adam: dict[str, Any] = {
-            "betas": (options.adam_beta1, options.adam_beta2),
-            "eps": options.adam_epsilon,
-            "weight_decay": options.adam_weight_decay,
-        }
-        of_biases = {"params": biases, "lr": bias_rate}
-        self._optimizers: list[torch.optim.Optimizer]
-        if options.optimizer == "muon":
-            muon = torch.optim.Muon(
-                matrices, lr=rate, weight_decay=options.adam_weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-            self._optimizers = [muon, torch.optim.AdamW([of_biases], **adam)]
-        else:
-            self._optimizers = [torch.optim.AdamW([{"params": matrices, "lr": rate}, of_biases], **adam)]
+        self._optimizers = _build_optimizers(parameters, options)
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
         self._losses = losses
         device = parameters[0].device
@@ -97,13 +83,13 @@ class ErasersOptimizer:
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def drop_gradients(self) -> None:
-        """Leaves no parameter with a gradient."""
+        """Removes the gradients of all parameters."""
         for parameters in self._experts:
             for parameter in parameters:
                 parameter.grad = None
 
     def start(self, expert: int) -> None:
-        """Begins a step of one transformer's erasers; the others' are left alone, by their optimizer too."""
+        """Begins a step that trains one transformer's erasers. The others are not touched, not even by weight decay."""
         self.drop_gradients()
         trained = self._experts[expert]
         sizes = [parameter.numel() for parameter in trained]
@@ -115,26 +101,26 @@ class ErasersOptimizer:
             parameter.grad = view.view_as(parameter)
 
     def backward(self, losses: Sequence[Tensor | None]) -> None:
-        """Adds the gradients of the sum of `losses`, and each to its place; None where there is none."""
+        """Adds the gradients of the sum of `losses`, and adds each loss to its total; a loss of None adds nothing."""
         present = [loss for loss in losses if loss is not None]
         torch.autograd.backward(self._scaler.scale(torch.stack(present).sum()))
-        for place, loss in zip(self._flat[-self._losses :], losses, strict=True):
+        for total, loss in zip(self._flat[-self._losses :], losses, strict=True):
             if loss is not None:
-                place.add_(loss.detach())
+                total.add_(loss.detach())
 
     def finish(self, step: int, check: Callable[[list[float], float | None], None]) -> dict[str, float]:
-        """Averages over the processes, clips, and updates the erasers.
+        """Averages over the processes, clips the gradient, and updates the erasers.
 
         Args:
-            step: its number, from 0.
-            check: is given the losses and the gradient's norm (None where float16 may overflow, which the loss scale
-                then mends) before anything is updated, and raises if they are not finite.
+            step: the number of the step, counted from 0.
+            check: is called before the update with the losses and the gradient's norm, and raises if they are not
+                finite. The norm is None in float16, where an overflow only lowers the loss scale.
 
         Returns:
             The step's `gradient_norm`, `learning_rate` and, in float16, `loss_scale`.
 
         Raises:
-            FloatingPointError: no loss scale keeps float16 from overflowing.
+            FloatingPointError: float16 overflows at every loss scale.
         """
         if self._processes > 1:
             dist.all_reduce(self._flat)
@@ -142,7 +128,7 @@ class ErasersOptimizer:
         gradient, losses = self._flat[: -self._losses], self._flat[-self._losses :]
         scaled = self._scaler.is_enabled()
         if scaled:
-            # Where one optimizer must not step, none may.
+            # If the gradients of one optimizer overflow, no optimizer may step.
             finite = torch.linalg.vector_norm(gradient).isfinite()
             gradient.add_(torch.where(finite, 0.0, math.inf))
             for optimizer in self._optimizers:
@@ -158,27 +144,27 @@ class ErasersOptimizer:
                 group["lr"] = rate * factor
             self._scaler.step(optimizer)
         self._scaler.update()
-        facts = {"gradient_norm": norm_value, "learning_rate": self._rates[0][0] * factor}
+        metrics = {"gradient_norm": norm_value, "learning_rate": self._rates[0][0] * factor}
         if scaled:
-            facts["loss_scale"] = self._scaler.get_scale()
-            if facts["loss_scale"] < _LEAST_LOSS_SCALE:
+            metrics["loss_scale"] = self._scaler.get_scale()
+            if metrics["loss_scale"] < _LEAST_LOSS_SCALE:
                 raise FloatingPointError(
                     f"step {step + 1}: the gradient is not finite in float16 at any loss scale; use bf16"
                 )
-        return facts
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to hold."""
+        """Returns the state that a checkpoint holds."""
         return {
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "scaler": self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` returned.
+        """Restores the state that `state_dict` returned.
 
         Raises:
-            ValueError: the state is not of such optimizers.
+            ValueError: the state belongs to other optimizers.
         """
         try:
             for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
@@ -187,12 +173,33 @@ class ErasersOptimizer:
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"not the state of these optimizers ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"state: expected that of these optimizers, got another ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _build_optimizers(parameters: Sequence[nn.Parameter], options: TrainingOptions) -> list[torch.optim.Optimizer]:
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+    biases = [parameter for parameter in parameters if parameter.ndim != 2]
+    rate = options.learning_rate
+    bias_rate = rate if options.bias_learning_rate is None else options.bias_learning_rate
+    adam: dict[str, Any] = {
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.adam_weight_decay,
+    }
+    bias_group = {"params": biases, "lr": bias_rate}
+    if options.optimizer == "muon":
+        muon = torch.optim.Muon(
+            matrices, lr=rate, weight_decay=options.adam_weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        return [muon, torch.optim.AdamW([bias_group], **adam)]
+    return [torch.optim.AdamW([{"params": matrices, "lr": rate}, bias_group], **adam)]
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if what is kept of a parameter has another shape than the parameter."""
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
+    """Raises ValueError if a parameter's state has another shape than the parameter."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                 raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}")

@@ -1,7 +1,7 @@
-"""One process or many: what Accelerate knows of them, and a base model divided over them.
+"""Training on one process or several, with Accelerate, and the base model sharded over them with FSDP2.
 
-Erasers are replicated. Where the base model is sharded (FSDP2) they stay out of it, plain tensors, so that what a
-capture sees of an eraser's weights is always the whole.
+Erasers are replicated. They stay plain tensors even if the base model is sharded, so that a capture always sees an
+eraser's complete weights.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from fastunlearn.training.options import TrainingOptions
 
 
 def fsdp_plugin(options: TrainingOptions) -> Any | None:
-    """How to shard the base model: as `accelerate launch` was told, or by default where only the options ask for it.
+    """Returns Accelerate's settings for sharding the base model; None if it is not to be sharded.
+
+    The settings are those of `accelerate launch --use_fsdp`, or the defaults if only the option `fsdp` asks for it.
 
     Raises:
-        ValueError: `accelerate launch` was told to use FSDP 1, which cannot leave erasers out of a block.
+        ValueError: `accelerate launch` asks for FSDP 1, which cannot leave the erasers in a block unsharded.
     """
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import parse_flag_from_env
@@ -31,57 +33,48 @@ def fsdp_plugin(options: TrainingOptions) -> Any | None:
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         version = os.environ.get("FSDP_VERSION", "1")
         if version != "2":
-            raise ValueError(f"expected FSDP version 2 (accelerate launch --fsdp_version 2), got {version}")
+            raise ValueError(
+                f"fsdp_version: expected FSDP version 2 (accelerate launch --fsdp_version 2), got {version}"
+            )
         return FullyShardedDataParallelPlugin()
     return FullyShardedDataParallelPlugin(fsdp_version=2) if options.fsdp else None
 
 
-def is_cpu(device: str | None) -> bool:
-    """Whether a phase runs on the CPU: it was told to, or there is nothing else.
+def connect(options: TrainingOptions, logging_dir: Path, *, cpu: bool) -> Any:
+    """Connects this process to the others that the launcher started, and returns its `Accelerator`, with trackers.
 
-    Accelerate has to be told. Else it takes processes on a machine without a GPU for strangers to each other.
-
-    Raises:
-        ValueError: torch knows no device of this name.
-    """
-    if device is None:
-        return not torch.accelerator.is_available()
-    try:
-        return torch.device(device).type == "cpu"
-    except RuntimeError as error:
-        raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def accelerator_of(options: TrainingOptions, logging_dir: Path, *, cpu: bool) -> Any:
-    """This process's Accelerator, with the trackers that the options ask for.
+    Args:
+        options: the options of training.
+        logging_dir: the folder of the trackers' logs.
+        cpu: whether to run on the CPU. Without it, on a machine without a GPU, Accelerate does not connect processes.
 
     Raises:
-        ValueError: none of these is installed; or a launcher started several processes, and Accelerate did not connect
-            them.
+        ValueError: the tracker is not installed, or Accelerate did not connect the processes.
     """
     from accelerate import Accelerator
 
-    # Accelerate's own mixed precision is autocast: it is not used, since the base model has its dtype already.
+    # Accelerate's mixed precision, which is autocast, is not used, because the base model has its dtype already.
     accelerator = Accelerator(cpu=cpu, log_with=options.report_to, project_dir=logging_dir)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ValueError(
-            f"device: {launched} processes were launched, but Accelerate knows of {accelerator.num_processes}: "
-            f"{options.device or 'its choice'} is no device of every process, or it was set up for another one before"
+            f"device: expected a device that each of the {launched} launched processes has, got "
+            f"{options.device or 'none'}, with which Accelerate connected {accelerator.num_processes}; or Accelerate "
+            "was set up for another device before"
         )
     if options.report_to is not None and not accelerator.log_with:
-        raise ValueError(f"report_to: {options.report_to} is not installed")
+        raise ValueError(f"report_to: expected an installed tracker, got {options.report_to}, which is not installed")
     return accelerator
 
 
 def shard(model: nn.Module, eraser_parameters: Sequence[nn.Parameter], plugin: Any, device: torch.device) -> None:
-    """Divides the frozen parameters over all processes, block by block; moves the erasers to `device` as they are.
+    """Shards the frozen parameters over all processes, block by block, and moves the complete erasers to `device`.
 
     Args:
         model: a transformer with erasers, or a wrapper of it; on any device.
-        eraser_parameters: all of the erasers'.
-        plugin: Accelerate's, of FSDP 2.
-        device: this process's.
+        eraser_parameters: all parameters of the erasers.
+        plugin: Accelerate's settings for FSDP2.
+        device: the device of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -95,7 +88,7 @@ def shard(model: nn.Module, eraser_parameters: Sequence[nn.Parameter], plugin: A
         "offload_policy": plugin.cpu_offload,
         "ignored_params": set(eraser_parameters),
     }
-    # FSDP fears that a view may be changed in place. None is.
+    # FSDP warns that a view might be changed in place. None is.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for blocks in dict.fromkeys(blocks for blocks, _ in (*family.erased, *family.text_attended)):
         for block in getattr(transformer, blocks):

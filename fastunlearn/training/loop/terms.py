@@ -1,4 +1,10 @@
-"""The three losses of a step, from the cache's points and two passes of the student."""
+"""The three losses of a step, from points of the cache and two forward passes of the student.
+
+This module composes the functions of `fastunlearn.functional` instead of calling `T2VUnlearningLoss`, because the
+velocities of the frozen model come from the cache, every target group has its own guidance scale, one term's backward
+pass may have to run before the next term's forward pass, and gradient accumulation needs terms that are linear in the
+samples.
+"""
 
 from __future__ import annotations
 
@@ -23,45 +29,45 @@ TERMS = ("unlearning", "preservation", "localization")
 
 
 class Terms:
-    """Computes losses with their weights, all linear in the samples, so that parts of a batch add up to the whole.
+    """Computes the weighted losses. All are linear in the samples, so that the losses of batches add up to a step's.
 
-    The localization loss is a mean: with N tokens of D features in a layer, 1/L sum_l 1/B sum_b 1/(N D) sum_nd
-    rho(o^l (1 - mask)), whatever the size of the mask.
+    The localization loss is the mean over all elements of a layer, whatever the size of the mask: with L layers of N
+    tokens with D features, 1/L sum_l 1/(B N D) sum_bnd rho(o^l (1 - mask)).
 
     Args:
-        options: of training.
-        device: where the student is.
-        dtype: what it computes in.
-        share: what every loss is multiplied by besides: the batch's share of the step.
+        options: the options of training.
+        device: the device of the student.
+        dtype: the dtype that it computes in.
+        scale: an additional factor of every loss: the batch's share of the step.
     """
 
     def __init__(
-        self, options: TrainingOptions, *, device: torch.device, dtype: torch.dtype, share: float = 1.0
+        self, options: TrainingOptions, *, device: torch.device, dtype: torch.dtype, scale: float = 1.0
     ) -> None:
         self._options, self._device, self._dtype = options, device, dtype
-        self._weights = {term: share * getattr(options, f"{term}_weight") for term in TERMS}
+        self._weights = {term: scale * getattr(options, f"{term}_weight") for term in TERMS}
 
-    def of_target(
+    def target_losses(
         self, student: VelocityModel, erasers: Mapping[str, nn.Module], points: Any, guidance_scale: float
     ) -> tuple[Tensor, Tensor | None]:
-        """The unlearning loss and, unless its weight is 0, the localization loss.
+        """Computes the unlearning loss and, unless its weight is 0, the localization loss.
 
         Args:
             student: the model with its erasers.
-            erasers: these, by layer.
-            points: of the cache, see `fastunlearn.training.cache.reader.Points`.
-            guidance_scale: eta.
+            erasers: the erasers by layer.
+            points: target points, see `fastunlearn.training.cache.reader.Points`.
+            guidance_scale: eta, how far the target lies beyond the velocity without the concept.
 
         Raises:
-            ValueError: the points have no mask where one is needed.
+            ValueError: a mask is needed, and the points have none.
         """
         options, weight = self._options, self._weights["localization"]
         mask = None
         if weight or options.mask_unlearning:
             if points.mask is None:
                 raise ValueError(
-                    "the cache's target points have no masks: prepare them with the concept in their prompts, or set "
-                    "localization_weight to 0 and leave mask_unlearning out"
+                    "cache: expected target points with masks, got points that have no masks; prepare them with the "
+                    "concept in their prompts, or set localization_weight to 0 and leave mask_unlearning out"
                 )
             mask = points.mask.to(self._device)
         outputs: dict[str, LowRankOutput] = {}
@@ -80,12 +86,13 @@ class Terms:
         ).loss
         if not weight or mask is None:
             return unlearning, None
-        output = next(iter(outputs.values()))
-        elements = output.hidden.shape[1] * output.weight.shape[0]
-        return unlearning, localization_loss(outputs, mask, loss_type=options.loss_type, weight=weight / elements).loss
+        localization = localization_loss(
+            outputs, mask, loss_type=options.loss_type, normalization="mean", weight=weight
+        ).loss
+        return unlearning, localization
 
-    def of_kept(self, student: VelocityModel, points: Any) -> Tensor:
-        """The preservation loss."""
+    def preservation_loss(self, student: VelocityModel, points: Any) -> Tensor:
+        """Computes the preservation loss at kept points."""
         return velocity_loss(
             self._velocity(student, points),
             points.v_cond.to(self._device),

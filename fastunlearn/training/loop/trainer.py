@@ -1,4 +1,4 @@
-"""The training loop: draws points, takes optimizer steps, writes checkpoints, and goes on from them."""
+"""The training loop: draws points, takes optimizer steps, writes checkpoints, and resumes from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.loop import checkpoints, processes
-from fastunlearn.training.loop.batches import Batches
+from fastunlearn.training.loop.batches import Batches, Draw
 from fastunlearn.training.loop.optimizer import ErasersOptimizer, LearningRateFactor
 from fastunlearn.training.loop.run_settings import RunSettings
 from fastunlearn.training.loop.terms import TERMS, Terms
@@ -24,13 +24,13 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What came of a training.
+    """The result of a training run.
 
     Attributes:
         erasers: the folder of the trained erasers.
-        steps: how many steps they were trained, those before a resumption included.
-        resumed_from: the checkpoint that the run went on from.
-        metrics: of the last step; empty if there was none to do.
+        steps: the number of steps that they were trained for, including those before the run was resumed.
+        resumed_from: the checkpoint that the run was resumed from.
+        metrics: the metrics of the last step; empty if no steps were left.
     """
 
     erasers: Path
@@ -40,7 +40,18 @@ class TrainingSummary:
 
 
 class Trainer:
-    """The state of a training: model, batches, losses, optimizer and checkpoints.
+    """The state of a training run: model, batches, losses, optimizer and checkpoints.
+
+    Args:
+        model: the model to train erasers on; it has none yet.
+        cache: the teacher cache.
+        output_dir: the folder for checkpoints and the trained erasers.
+        options: the options of training.
+        targets: the groups of target points.
+        kept: the group of kept points, or None to leave out the preservation loss.
+        factor: the factor of the learning rate, by step.
+        accelerator: Accelerate's `Accelerator`.
+        plugin: Accelerate's settings for FSDP2, or None not to shard the model.
 
     Raises: as `fastunlearn.training.train.train` does.
     """
@@ -62,41 +73,35 @@ class Trainer:
         self._output_dir, self._accelerator = output_dir, accelerator
         self._kept = kept
         num_processes = accelerator.num_processes
-        sharded = plugin is not None and num_processes > 1
-        device, dtype = accelerator.device if sharded else model.device, model.dtype
-        share = 1 / options.gradient_accumulation_steps
-        self._terms = Terms(options, device=device, dtype=dtype, share=share)
+        is_sharded = plugin is not None and num_processes > 1
+        device, dtype = accelerator.device if is_sharded else model.device, model.dtype
+        self._terms = Terms(options, device=device, dtype=dtype, scale=1 / options.gradient_accumulation_steps)
         points = options.train_batch_size * options.gradient_accumulation_steps * num_processes
         self._batches = Batches(cache.groups, targets, kept, size=points, seed=options.seed)
         self._settings = RunSettings(
             options, targets, kept, points=points, cache=cache.fingerprint, dtype=str(dtype), factor=factor
         )
-
         self._resumed = self._checkpoint_to_resume()
-        self._erasers = self._attach()
-        experts = [[p for eraser in layers.values() for p in eraser.parameters()] for layers in self._erasers]
-        if sharded:
-            for expert, parameters in zip(model.experts, experts, strict=True):
-                processes.shard(expert, parameters, plugin, device)
+        self._last_checkpoint = None if self._resumed is None else self._resumed.path
+        self._erasers = self._attach_erasers()
+        parameters = [[p for eraser in layers.values() for p in eraser.parameters()] for layers in self._erasers]
+        if is_sharded:
+            for expert, eraser_parameters in zip(model.experts, parameters, strict=True):
+                processes.shard(expert, eraser_parameters, plugin, device)
         if options.gradient_checkpointing or (plugin is not None and plugin.activation_checkpointing):
             model.enable_gradient_checkpointing()
         self._optimizer = ErasersOptimizer(
-            experts, options, factor, processes=num_processes, losses=len(TERMS), dtype=dtype
+            parameters, options, factor, processes=num_processes, losses=len(TERMS), dtype=dtype
         )
-        if self._resumed is not None:
-            try:
-                self._optimizer.load_state_dict(self._resumed.state)
-            except ValueError as error:
-                raise ValueError(f"{self._resumed.path / checkpoints.STATE}: {error}") from error
-        self._last_checkpoint = None if self._resumed is None else self._resumed.path
+        self._restore_optimizer()
 
     def _checkpoint_to_resume(self) -> checkpoints.Checkpoint | None:
         options, folder = self._options, self._output_dir
         if options.resume_from_checkpoint is None:
-            if found := checkpoints.existing(folder):
+            if earlier := checkpoints.existing(folder):
                 raise ValueError(
-                    f"output_dir: {folder} holds {found[-1].name} of an earlier run; go on from it with "
-                    "resume_from_checkpoint latest, or choose another output_dir"
+                    f"output_dir: expected a folder without checkpoints, but {folder} holds {earlier[-1].name} of an "
+                    "earlier run; go on from it with resume_from_checkpoint latest, or choose another output_dir"
                 )
             return None
         path = checkpoints.find(folder, options.resume_from_checkpoint)
@@ -109,12 +114,14 @@ class Trainer:
         checkpoint = checkpoints.read(path)
         if checkpoint.step > options.max_train_steps:
             raise ValueError(
-                f"max_train_steps: {path} has had {checkpoint.step} steps already, got {options.max_train_steps}"
+                f"max_train_steps: expected at least {checkpoint.step}, because {path} has had {checkpoint.step} steps "
+                f"already, got {options.max_train_steps}"
             )
         checkpoints.check_same_run(checkpoint, self._settings.after(checkpoint.step))
         return checkpoint
 
-    def _attach(self) -> list[Erasers]:
+    def _attach_erasers(self) -> list[Erasers]:
+        """Attaches new erasers to the model, or those of the checkpoint to resume; returns them per transformer."""
         if self._resumed is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._options.seed)
@@ -125,8 +132,19 @@ class Trainer:
             raise type(error)(f"checkpoint {self._resumed.path} is damaged: {error}") from error
         return loaded
 
+    def _restore_optimizer(self) -> None:
+        if self._resumed is not None:
+            try:
+                self._optimizer.load_state_dict(self._resumed.state)
+            except ValueError as error:
+                raise ValueError(f"{self._resumed.path / checkpoints.STATE}: {error}") from error
+
     def train(self, on_step: OnStep | None) -> TrainingSummary:
-        """Does the steps that are left."""
+        """Takes the remaining steps and writes the trained erasers.
+
+        Args:
+            on_step: is called on the main process after every step, with the number of steps done and the metrics.
+        """
         from tqdm import tqdm
 
         options, is_main = self._options, self._accelerator.is_main_process
@@ -154,43 +172,51 @@ class Trainer:
         )
 
     def _step(self, step: int) -> dict[str, float]:
+        """Takes one optimizer step and returns its metrics."""
         draw = self._batches.draw(step)
-        student, erasers = self._model.experts[draw.expert], self._erasers[draw.expert]
         self._optimizer.start(draw.expert)
-        for part in self._parts():
-            target = self._cache.groups[draw.target.name].rows(draw.target_rows[part])
-            unlearning, localization = self._terms.of_target(student, erasers, target, draw.target.guidance_scale)
-            if self._kept is None:
-                self._optimizer.backward([unlearning, None, localization])
-                continue
-            kept = self._cache.groups[self._kept].rows(draw.kept_rows[part])
-            if self._options.sequential_terms:
-                self._optimizer.backward([unlearning, None, localization])
-                self._optimizer.backward([None, self._terms.of_kept(student, kept), None])
-            else:
-                self._optimizer.backward([unlearning, self._terms.of_kept(student, kept), localization])
+        for rows in self._own_batches():
+            self._backward(draw, rows)
         losses: dict[str, float] = {}
 
         def check(values: list[float], norm: float | None) -> None:
             losses.update(zip(TERMS, values, strict=True))
-            for name, value in [(f"{term} loss", value) for term, value in losses.items()] + [
-                ("gradient's norm", norm)
-            ]:
-                if value is not None and not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"step {step + 1}: the {name} is {value}; stopped before the erasers took it in. "
-                        f"Last checkpoint: {self._last_checkpoint or 'none'}"
-                    )
+            self._check_finite(step, {f"{term} loss": value for term, value in losses.items()})
+            if norm is not None:
+                self._check_finite(step, {"gradient's norm": norm})
 
-        facts = self._optimizer.finish(step, check)
-        return {"loss": sum(losses.values())} | {f"{term}_loss": value for term, value in losses.items()} | facts
+        metrics = self._optimizer.finish(step, check)
+        return {"loss": sum(losses.values())} | {f"{term}_loss": value for term, value in losses.items()} | metrics
 
-    def _parts(self) -> Iterator[slice]:
-        """This process's batches among a step's points, such that several processes' are a larger batch of one."""
-        size, processes = self._options.train_batch_size, self._accelerator.num_processes
+    def _own_batches(self) -> Iterator[slice]:
+        """Yields this process's batches as slices of the step's points, which all processes share without overlap."""
+        size, num_processes = self._options.train_batch_size, self._accelerator.num_processes
         for batch in range(self._options.gradient_accumulation_steps):
-            start = (batch * processes + self._accelerator.process_index) * size
+            start = (batch * num_processes + self._accelerator.process_index) * size
             yield slice(start, start + size)
+
+    def _backward(self, draw: Draw, rows: slice) -> None:
+        """Adds the gradients of one batch."""
+        student, erasers = self._model.experts[draw.expert], self._erasers[draw.expert]
+        target = self._cache.groups[draw.target.name].rows(draw.target_rows[rows])
+        unlearning, localization = self._terms.target_losses(student, erasers, target, draw.target.guidance_scale)
+        if self._kept is None:
+            self._optimizer.backward([unlearning, None, localization])
+            return
+        kept = self._cache.groups[self._kept].rows(draw.kept_rows[rows])
+        if self._options.sequential_terms:
+            self._optimizer.backward([unlearning, None, localization])
+            self._optimizer.backward([None, self._terms.preservation_loss(student, kept), None])
+        else:
+            self._optimizer.backward([unlearning, self._terms.preservation_loss(student, kept), localization])
+
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"step {step + 1}: the {name} is {value}; stopped before the erasers were updated. "
+                    f"Last checkpoint: {self._last_checkpoint or 'none'}"
+                )
 
     def _save_checkpoint(self, step: int) -> None:
         if self._accelerator.is_main_process:
