@@ -1,1 +1,1 @@
-"""A tiny text-to-video model of coloured shapes, and the erasing of one of them from beginning to end."""
+"""A tiny text-to-video model of coloured shapes, and the whole procedure that erases one shape from it."""

@@ -1,7 +1,8 @@
-"""A small classifier that says which coloured shapes a video shows: the demo's impartial eye.
+"""The judge: a small classifier that recognizes the coloured shapes in a video.
 
-Colours are told apart by arithmetic, shapes by a convolutional network trained on rendered frames, blurred and noised a
-little so that what a diffusion model paints is not strange to it. It never sees a prompt.
+It separates colours by arithmetic and recognizes shapes with a convolutional network. The network is trained on
+rendered frames with some blur and noise, so that it can cope with the imperfect frames of a diffusion model. It never
+sees a prompt.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from tqdm import tqdm
 from fastunlearn.demo.world import HEIGHT, SHAPES, WIDTH, background, palette, sample_videos
 
 STEPS, BATCH, LEARNING_RATE = 500, 64, 3e-3
-COLOUR_SPREAD = 0.15  # squared RGB distance over which one colour turns into another
+COLOUR_SPREAD = 0.15  # squared RGB distance over which one colour blends into another
 
 
 def colour_maps(pixels: Tensor) -> Tensor:
-    """(..., 3, H, W) RGB in [-1, 1] -> (..., colours, H, W): how much each pixel is of each colour of the world."""
+    """Turns RGB (..., 3, H, W) in [-1, 1] into the share of each of the world's colours, (..., colours, H, W)."""
     known = torch.cat([palette(), background()[None]]).to(pixels)
     distance = (pixels[..., None, :, :, :] - known[:, :, None, None]).square().sum(dim=-3)
-    # Bounded, because shares as small as denormal numbers make a CPU six times slower.
+    # Clamped, because denormal numbers make a CPU six times slower.
     return (-distance / COLOUR_SPREAD).clamp(min=-20).softmax(dim=-3)[..., :-1, :, :]
 
 
@@ -36,7 +37,7 @@ class Judge(nn.Module):
         self.out = nn.Linear(64, len(SHAPES))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, F, 3, H, W) in [-1, 1] -> (B, shapes, colours): logit that the video shows that shape in that colour."""
+        """Turns videos (B, F, 3, H, W) in [-1, 1] into logits (B, shapes, colours) of each shape in each colour."""
         maps = colour_maps(pixels)
         features = F.max_pool2d(F.gelu(self.near(maps.flatten(0, 2)[:, None])), 2)
         features = F.max_pool2d(F.gelu(self.far(features)), 2)
@@ -45,7 +46,7 @@ class Judge(nn.Module):
 
 
 def roughen(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Some blur and some noise, different for every video."""
+    """Adds blur and noise, with a random strength for every video."""
     blur = torch.rand(len(pixels), 1, 1, 1, 1, generator=generator) * 0.6
     soft = F.avg_pool2d(pixels.flatten(0, 1), 3, stride=1, padding=1, count_include_pad=False).view_as(pixels)
     noise = torch.randn(pixels.shape, generator=generator) * torch.rand(blur.shape, generator=generator) * 0.15
@@ -53,12 +54,12 @@ def roughen(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_judge(seed: int) -> Judge:
-    """Trains a judge on single rendered frames; 15 seconds on two cores."""
+    """Trains a judge on single rendered frames. Takes 15 seconds on two cores."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=STEPS)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=STEPS)
     for _ in tqdm(range(STEPS), desc="training the judge", unit="step"):
         videos = sample_videos(BATCH, generator)
         logits = judge(roughen(videos.pixels[:, :1], generator))
@@ -66,13 +67,13 @@ def train_judge(seed: int) -> Judge:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        falling.step()
+        schedule.step()
     return judge.eval()
 
 
 @torch.no_grad()
 def held_out_accuracy(judge: Judge, seed: int, count: int = 1000) -> float:
-    """Share of fresh renders of which the judge names every coloured shape, and no other."""
+    """Returns the share of newly rendered videos in which the judge sees every coloured shape and no other."""
     videos = sample_videos(count, torch.Generator().manual_seed(seed))
     right = (judge(videos.pixels) > 0) == videos.present
     return right.flatten(1).all(dim=1).float().mean().item()

@@ -1,7 +1,7 @@
 """The demo's text-to-video model: CogVideoX, made small enough to train on a laptop.
 
-Everything is the real thing from diffusers and transformers (a CogVideoXTransformer3DModel, a T5 encoder with a
-SentencePiece tokenizer, CogVideoX's noise schedule), only with few and narrow layers. Pixels serve as latents.
+Its parts are those of diffusers and transformers (a CogVideoXTransformer3DModel, a T5 encoder with a SentencePiece
+tokenizer, CogVideoX's noise schedule) with few and narrow layers. Pixels serve as latents.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GUIDANCE = 2.5
 
 
 def build_transformer() -> CogVideoXTransformer3DModel:
-    """Four layers of width 128, 288 video tokens after 8 text tokens: 1.3 M parameters."""
+    """Builds four layers of width 128, for 8 text tokens and 288 video tokens: 1.3 million parameters."""
     return CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=32,
@@ -53,21 +53,21 @@ def build_transformer() -> CogVideoXTransformer3DModel:
 
 
 def build_tokenizer() -> T5Tokenizer:
-    """One token a word; unknown words become `<unk>`. Ends every prompt with `</s>`."""
+    """Builds a tokenizer with one token per word. Unknown words become `<unk>`; every prompt ends with `</s>`."""
     words = ["and", *COLOURS, *SHAPES]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in words)]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:
-    """Two layers of width 64. CogVideoX's transformer does not know the order of its text tokens; this does."""
+    """Builds two layers of width 64. They encode the order of text tokens, which CogVideoX's transformer ignores."""
     return T5EncoderModel(
         T5Config(vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
     )
 
 
 def build_scheduler() -> CogVideoXDDIMScheduler:
-    """CogVideoX's schedule: scaled linear, v-prediction, trailing steps, zero terminal SNR."""
+    """Builds CogVideoX's noise schedule: scaled linear, v-prediction, trailing timesteps, zero terminal SNR."""
     return CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
@@ -80,19 +80,19 @@ def build_scheduler() -> CogVideoXDDIMScheduler:
 
 
 class PixelSpace:
-    """Stands where other models have a VAE: pixels are latents."""
+    """Takes the place of a VAE: pixels are latents."""
 
     def encode(self, videos: Tensor) -> AutoencoderKLOutput:
-        """Videos (B, 3, F, H, W) in [-1, 1] as they are."""
+        """Returns videos (B, 3, F, H, W) in [-1, 1] unchanged, as a distribution."""
         return AutoencoderKLOutput(IdentityDistribution(videos))
 
     def decode(self, latents: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Latents as they are, in a tuple."""
+        """Returns latents unchanged, in a tuple."""
         return (latents,)
 
 
 class TextToVideo(nn.Module):
-    """Transformer, text encoder, tokenizer and scheduler together."""
+    """A transformer with its text encoder, tokenizer and scheduler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class TextToVideo(nn.Module):
         self.scheduler = build_scheduler()
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """(B, TEXT_LENGTH, 64) text embeddings. Padding is encoded too, as CogVideoX does."""
+        """Returns text embeddings (B, TEXT_LENGTH, 64). They include the padding, as in CogVideoX."""
         ids = self.tokenizer(
             prompts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
         ).input_ids
@@ -110,7 +110,7 @@ class TextToVideo(nn.Module):
         return self.text_encoder(ids.to(device)).last_hidden_state
 
     def encode_prompts(self, prompts: Sequence[str], concept: str) -> dict[str, EncodedPrompt]:
-        """As `fastunlearn.training.model.loading.encode_prompts` does: each distinct prompt once."""
+        """Encodes each distinct prompt once, as `encode_prompts` does for the pipelines of `fastunlearn.training`."""
         encoded = {}
         distinct = list(dict.fromkeys(prompts))
         for prompt, embeddings in zip(distinct, self.encode(distinct), strict=True):
@@ -119,7 +119,7 @@ class TextToVideo(nn.Module):
         return encoded
 
     def without_text_encoder(self) -> VideoModel:
-        """The same transformer, as all phases of training take it."""
+        """Returns the same transformer as the model that `prepare` and `train` take."""
         return VideoModel(
             [self.transformer],
             self.scheduler,
@@ -130,12 +130,12 @@ class TextToVideo(nn.Module):
         )
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The transformer's prediction of v = sqrt(a) eps - sqrt(1 - a) x_0, (B, F, 3, H, W)."""
+        """Returns the transformer's prediction of v = sqrt(a) eps - sqrt(1 - a) x_0, (B, F, 3, H, W)."""
         return self.transformer(x_t, text, t, return_dict=False)[0]
 
 
 def save(model: TextToVideo, judge: Judge, facts: dict[str, Any], path: Path = WEIGHTS) -> None:
-    """Writes the trained weights in float16, and the facts about their making in the file's header."""
+    """Writes the trained weights in float16, with `facts`, a record of the training, in the file's header."""
     from safetensors.torch import save_file
 
     learned = _state(model) | {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()}
@@ -146,10 +146,10 @@ def save(model: TextToVideo, judge: Judge, facts: dict[str, Any], path: Path = W
 
 
 def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
-    """The trained model and its judge, frozen and in float32, and the facts about their making.
+    """Returns the trained model and its judge, frozen and in float32, and the record of their training.
 
     Raises:
-        FileNotFoundError: there are no weights at `path`.
+        FileNotFoundError: there is no file at `path`.
     """
     from safetensors import safe_open
 
@@ -164,5 +164,5 @@ def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
 
 
 def _state(model: TextToVideo) -> dict[str, Tensor]:
-    """What was learned: no buffers that the constructor computes, no second name of the shared embedding."""
+    """Returns the trained parameters, without buffers and without the second name of the shared embedding."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if "embed_tokens" not in name}

@@ -1,4 +1,4 @@
-"""The demo's picture: prompts by rows, before | mask | after, and the loss curve beside."""
+"""The demo's picture: one row per prompt with the video before, the mask and the video after; then the losses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -21,12 +22,12 @@ TERMS = {
     "preservation_loss": ("preservation", "#2e7d6b"),
     "localization_loss": ("localization", "#5b6bbf"),
 }
-SMOOTHED_OVER = 10  # steps
+SMOOTHED_STEPS = 10  # length of the moving average
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: its video before and after, (F, 3, H, W) in [0, 1], and its mask, (F, h, w), if it has one."""
+    """A prompt, its videos before and after, (F, 3, H, W) in [0, 1], and its mask, (F, h, w), if it has one."""
 
     prompt: str
     before: Tensor
@@ -34,43 +35,57 @@ class Row:
     after: Tensor
 
 
-def _strip(frames: Tensor) -> Tensor:
-    """(F, 3, H, W) in [0, 1] to one white-gapped (H, F * W + gaps, 3) image in [0, 1]."""
-    gap = torch.ones(3, frames.shape[2], GAP)
-    parts = [part for frame in frames.cpu() for part in (frame, gap)][:-1]
-    return torch.cat(parts, dim=2).permute(1, 2, 0)
-
-
 def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: str, path: Path) -> None:
-    """Writes the PNG, whole or not at all. `history`: the metrics of every step of training."""
+    """Writes the picture to `path` as a PNG file, completely or not at all.
+
+    Args:
+        rows: the prompts and videos to show.
+        history: the metrics of every training step.
+        concept: the erased concept.
+        path: the file to write.
+    """
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(15, 0.95 * len(rows) + 0.9), layout="constrained")
     grid = figure.add_gridspec(len(rows), 4, width_ratios=[1, 1, 1, 0.95])
     for index, row in enumerate(rows):
-        columns = {
-            "before": _strip(row.before),
-            f"mask of “{concept}”": None if row.mask is None else _strip(overlay(row.before, row.mask)),
-            f"“{concept}” erased": _strip(row.after),
-        }
-        for column, (title, image) in enumerate(columns.items()):
-            axes = figure.add_subplot(grid[index, column])
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-            if image is None:
-                axes.text(0.5, 0.5, "not asked for", ha="center", va="center", color="0.6", transform=axes.transAxes)
-            else:
-                axes.imshow(image.numpy(), interpolation="nearest")
-            if index == 0:
-                axes.set_title(title, fontsize=12)
-            if column == 0:
-                axes.set_ylabel(
-                    row.prompt.replace(" and ", "\nand "), rotation=0, ha="right", va="center", fontsize=10, labelpad=8
-                )
-    axes = figure.add_subplot(grid[:, 3])
+        _draw_row([figure.add_subplot(grid[index, column]) for column in range(3)], row, concept, is_first=index == 0)
+    _draw_losses(figure.add_subplot(grid[:, 3]), history)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=110, format="png")
+    replace_file(path, content.getvalue())
+
+
+def _draw_row(columns: Sequence[Axes], row: Row, concept: str, *, is_first: bool) -> None:
+    images = {
+        "before": _strip(row.before),
+        f"mask of “{concept}”": None if row.mask is None else _strip(overlay(row.before, row.mask)),
+        f"“{concept}” erased": _strip(row.after),
+    }
+    for axes, (title, image) in zip(columns, images.items(), strict=True):
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        if image is None:
+            axes.text(0.5, 0.5, "not asked for", ha="center", va="center", color="0.6", transform=axes.transAxes)
+        else:
+            axes.imshow(image.numpy(), interpolation="nearest")
+        if is_first:
+            axes.set_title(title, fontsize=12)
+    label = row.prompt.replace(" and ", "\nand ")
+    columns[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10, labelpad=8)
+
+
+def _strip(frames: Tensor) -> Tensor:
+    """Joins frames (F, 3, H, W) in [0, 1] with white gaps to one image (H, F * W + gaps, 3)."""
+    gap = torch.ones(3, frames.shape[2], GAP)
+    pieces = [piece for frame in frames.cpu() for piece in (frame, gap)][:-1]
+    return torch.cat(pieces, dim=2).permute(1, 2, 0)
+
+
+def _draw_losses(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
     for name, (label, colour) in TERMS.items():
         values = torch.tensor([step[name] for step in history])
-        smooth = values.unfold(0, min(SMOOTHED_OVER, len(values)), 1).mean(1)
+        smooth = values.unfold(0, min(SMOOTHED_STEPS, len(values)), 1).mean(1)
         axes.plot(values.numpy(), color=colour, alpha=0.2, linewidth=1)
         axes.plot(range(len(values) - len(smooth), len(values)), smooth.numpy(), color=colour, linewidth=2, label=label)
     axes.set_yscale("log")
@@ -80,6 +95,3 @@ def draw(rows: Sequence[Row], history: Sequence[Mapping[str, float]], concept: s
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
-    replace_file(path, content.getvalue())

@@ -1,10 +1,10 @@
-"""Trains the demo's text-to-video model and its judge from nothing, and writes `weights.safetensors`.
+"""Trains the demo's text-to-video model and its judge from scratch, and writes `weights.safetensors`.
 
     python -m fastunlearn.demo.pretrain [--steps N] [--minutes M] [--seed N] [--output FILE] [--compile]
 
-Took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
-goes on from its last checkpoint, which lies beside the output. Every step draws its data and noise from a generator of
-its own, seeded by the run's seed and the step, so that a resumed run sees what an unbroken one would have seen.
+It took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
+resumes from its last checkpoint, a file beside the output. Every step draws its data and noise from its own generator,
+seeded by the run's seed and the step, so that a resumed run sees the same data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from fastunlearn.demo.world import sample_videos
 from fastunlearn.schedule import add_noise, velocity_target
 
 BATCH = 16
-MATRICES_LEARNING_RATE = 1e-2  # with Muon: a third of the steps that AdamW needs to the same loss
+MATRICES_LEARNING_RATE = 1e-2  # with Muon, which needs a third of the steps of AdamW for the same loss
 LEARNING_RATE = 3e-3  # with AdamW: embeddings, biases, norms, the text encoder
 WEIGHT_DECAY = 0.01
 WARMUP = 50
-DECAY_SHARE = 0.4  # of the steps, at the end, in which the learning rate falls to zero
+DECAY_SHARE = 0.4  # fraction of the steps, at the end, over which the learning rate falls to 0
 EMA_DECAY = 0.998
 CONDITION_DROPOUT = 0.1
 CHECKPOINT_EVERY = 200
 
-_GOLDEN_RATIO = 0x9E3779B1  # of 2^32, made odd: its multiples fill the circle evenly
+_GOLDEN_RATIO = 0x9E3779B1  # times 2^32 and made odd: its multiples modulo 2^32 are evenly spread
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Trapezoid: a short rise to 1, a long plateau, a straight fall to zero."""
+    """Returns a trapezoidal schedule: a short rise to 1, a long plateau, and a linear fall to 0."""
     rise = (step + 1) / WARMUP
     fall = (steps - step) / (DECAY_SHARE * steps)
     return min(1.0, rise, fall)
 
 
 def build_optimizers(model: demo_model.TextToVideo) -> list[torch.optim.Optimizer]:
-    """Muon (torch 2.9 or later) for the matrices of the transformer's blocks, AdamW for everything else."""
+    """Builds Muon (torch 2.9 or later) for the matrices of the transformer's blocks, and AdamW for all else."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -60,13 +60,13 @@ def build_optimizers(model: demo_model.TextToVideo) -> list[torch.optim.Optimize
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """A generator of random numbers that no other step, of this run or of another seed's, begins with."""
-    # Torch's generator on the CPU reads 32 bits of its seed: runs begin at places of these that lie far apart.
+    """Returns a generator of random numbers that differ from those of other steps and of other seeds."""
+    # Torch's CPU generator reads only 32 bits of its seed, so different runs start far apart in that range.
     return torch.Generator().manual_seed((seed * _GOLDEN_RATIO + step) % 2**32)
 
 
 def training_loss(model: demo_model.TextToVideo, step: int, seed: int) -> Tensor:
-    """Mean squared velocity error on a fresh batch, the timesteps spread evenly over the schedule."""
+    """Returns the mean squared velocity error on a new batch, with timesteps spread evenly over the noise schedule."""
     generator = step_generator(seed, step)
     videos = sample_videos(BATCH, generator)
     dropped = torch.rand(BATCH, generator=generator) < CONDITION_DROPOUT
@@ -79,82 +79,110 @@ def training_loss(model: demo_model.TextToVideo, step: int, seed: int) -> Tensor
     return (prediction - velocity_target(videos.pixels, noise, alphas_cumprod, t)).square().mean()
 
 
-def _save_checkpoint(path: Path, **state: object) -> None:
-    beside = path.with_suffix(".partial")
-    torch.save(state, beside)
-    beside.replace(path)
+class _Pretraining:
+    """The state of a run: the model, its moving average, the optimizers, and the number of steps done."""
+
+    def __init__(self, steps: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.steps, self.seed = steps, seed
+        self.model = demo_model.TextToVideo()
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizers = build_optimizers(self.model)
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate_factor, steps=steps))
+            for optimizer in self.optimizers
+        ]
+        self.step, self.smoothed_loss = 0, 1.0
+
+    def _stateful(self) -> list[Any]:
+        return [*self.optimizers, *self.schedulers]
+
+    def take_step(self) -> None:
+        loss = training_loss(self.model, self.step, self.seed)
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        self.step += 1
+        decay = min(EMA_DECAY, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self.smoothed_loss += 0.02 * (loss.item() - self.smoothed_loss)
+
+    def save(self, path: Path) -> None:
+        partial = path.with_suffix(".partial")
+        state = {
+            "seed": self.seed,
+            "steps": self.steps,
+            "step": self.step,
+            "loss": self.smoothed_loss,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [part.state_dict() for part in self._stateful()],
+        }
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        if (state["seed"], state["steps"]) != (self.seed, self.steps):
+            raise SystemExit(
+                f"{path}: expected a checkpoint of a run with --seed {self.seed} --steps {self.steps}, "
+                f"got one with --seed {state['seed']} --steps {state['steps']}; give the same arguments, or delete it"
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for part, part_state in zip(self._stateful(), state["optimizers"], strict=True):
+            part.load_state_dict(part_state)
+        self.step, self.smoothed_loss = state["step"], state["loss"]
 
 
 def train_model(
     steps: int, seed: int, checkpoint: Path, *, minutes: float = float("inf"), compiled: bool = False
 ) -> tuple[demo_model.TextToVideo, int, float]:
-    """Trains, or goes on training, the model. Returns its moving average, the steps done and the last mean loss."""
-    torch.manual_seed(seed)
-    model = demo_model.TextToVideo()
-    average = copy.deepcopy(model).requires_grad_(False)
-    optimizers = build_optimizers(model)
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(learning_rate_factor, steps=steps))
-        for optimizer in optimizers
-    ]
-    stateful: list[Any] = [*optimizers, *schedulers]
-    step, smoothed = 0, 1.0
+    """Trains the model, from `checkpoint` if it exists, until all steps are done or the time is up.
+
+    Returns:
+        The moving average of the model, the number of steps done, and the smoothed loss.
+    """
+    run = _Pretraining(steps, seed)
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        if (state["seed"], state["steps"]) != (seed, steps):
-            raise SystemExit(
-                f"{checkpoint} is from a run with --seed {state['seed']} --steps {state['steps']}; "
-                "give the same, or delete it"
-            )
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for part, stored in zip(stateful, state["optimizers"], strict=True):
-            part.load_state_dict(stored)
-        step, smoothed = state["step"], state["loss"]
+        run.load(checkpoint)
     if compiled:
-        model.transformer.compile()
-    ends = time.monotonic() + 60 * minutes
-    with tqdm(total=steps, initial=step, desc="pretraining", unit="step", mininterval=2) as bar:
-        while step < steps:
-            loss = training_loss(model, step, seed)
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-                optimizer.step()
-                scheduler.step()
-            step += 1
-            decay = min(EMA_DECAY, step / (step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-            smoothed += 0.02 * (loss.item() - smoothed)
-            bar.set_postfix(loss=f"{smoothed:.4f}", refresh=False)
+        run.model.transformer.compile()
+    deadline = time.monotonic() + 60 * minutes
+    with tqdm(total=steps, initial=run.step, desc="pretraining", unit="step", mininterval=2) as bar:
+        while run.step < steps:
+            run.take_step()
+            bar.set_postfix(loss=f"{run.smoothed_loss:.4f}", refresh=False)
             bar.update()
-            out_of_time = time.monotonic() >= ends
-            if step % CHECKPOINT_EVERY == 0 or step == steps or out_of_time:
-                _save_checkpoint(
-                    checkpoint,
-                    seed=seed,
-                    steps=steps,
-                    step=step,
-                    loss=smoothed,
-                    model=model.state_dict(),
-                    average=average.state_dict(),
-                    optimizers=[part.state_dict() for part in stateful],
-                )
+            out_of_time = time.monotonic() >= deadline
+            if run.step % CHECKPOINT_EVERY == 0 or run.step == steps or out_of_time:
+                run.save(checkpoint)
             if out_of_time:
                 break
-    return average.eval(), step, smoothed
+    return run.average.eval(), run.step, run.smoothed_loss
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, trains, and writes the weights."""
     parser = argparse.ArgumentParser(prog="python -m fastunlearn.demo.pretrain", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3200, help="training steps in all (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; run again to go on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=demo_model.WEIGHTS)
-    parser.add_argument("--compile", action="store_true", help="a fifth faster, but needs a C++ compiler")
+    parser.add_argument("--steps", type=int, default=3200, help="training steps in total (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="stop after this many minutes; run again to resume (default: no limit)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and data (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=demo_model.WEIGHTS, help="file to write (default: the demo's weights)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer: a fifth faster, but needs a C++ compiler"
+    )
     options = parser.parse_args(arguments)
     checkpoint = options.output.with_suffix(".checkpoint")
     model, step, loss = train_model(

@@ -1,7 +1,7 @@
 """The demo's synthetic world: short videos of one or two coloured shapes that move in straight lines.
 
 Every video comes with its prompt ("red circle and blue square") and with the exact region of every object, so that
-what a model generates, and where a mask falls, can be judged without a human.
+a program can judge what a model generates and where a mask falls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BACKGROUND = (0.08, 0.09, 0.13)
 
 FRAMES, HEIGHT, WIDTH = 3, 16, 24
 SMALLEST, LARGEST = 4.0, 5.0  # half the size of an object, in pixels
-FRAME_HOLE = 0.5  # the hole of a square, as a share of its size
+FRAME_HOLE = 0.5  # the hole of a square, as a fraction of its size
 MAX_OBJECTS = 2
 
 
@@ -33,8 +33,11 @@ class Noun:
         return f"{self.colour} {self.shape}"
 
 
-def prompt_of(nouns: tuple[Noun, ...]) -> str:
-    """The prompt that asks for `nouns`; the empty prompt asks for nothing in particular."""
+Nouns = tuple[Noun, ...]  # the objects that a prompt names, in its order
+
+
+def prompt_of(nouns: Nouns) -> str:
+    """Returns the prompt for `nouns`; without nouns that is the empty prompt, which asks for no particular shape."""
     return " and ".join(map(str, nouns))
 
 
@@ -42,22 +45,25 @@ def prompt_of(nouns: tuple[Noun, ...]) -> str:
 class Videos:
     """A batch of rendered videos.
 
-    pixels: (B, F, 3, H, W) float32 in [-1, 1]. nouns: what each video shows, in the prompt's order.
-    coverage: (B, 2, F, H, W) in [0, 1], how much of each pixel an object covers; zero where there is no second object.
+    Attributes:
+        pixels: (B, F, 3, H, W) float32 in [-1, 1].
+        nouns: the objects that each video shows, in the order of its prompt.
+        coverage: (B, 2, F, H, W) in [0, 1], the share of each pixel that an object covers; zero if there is no second
+            object.
     """
 
     pixels: Tensor
-    nouns: list[tuple[Noun, ...]]
+    nouns: list[Nouns]
     coverage: Tensor
 
     @property
     def prompts(self) -> list[str]:
-        """What each video would be asked for with."""
+        """The prompt of each video."""
         return [prompt_of(nouns) for nouns in self.nouns]
 
     @property
     def present(self) -> Tensor:
-        """(B, shapes, colours) bool: what each video shows."""
+        """(B, shapes, colours) bool: whether each video shows each shape in each colour."""
         colours = list(COLOURS)
         present = torch.zeros(len(self.nouns), len(SHAPES), len(colours), dtype=torch.bool)
         for row, nouns in enumerate(self.nouns):
@@ -67,20 +73,20 @@ class Videos:
 
 
 def palette() -> Tensor:
-    """(colours, 3) RGB in [-1, 1], in the order of COLOURS."""
+    """Returns the colours of the objects, (colours, 3) RGB in [-1, 1], in the order of COLOURS."""
     return torch.tensor(list(COLOURS.values())) * 2 - 1
 
 
 def background() -> Tensor:
-    """(3,) RGB in [-1, 1]."""
+    """Returns the colour of the background, (3,) RGB in [-1, 1]."""
     return torch.tensor(BACKGROUND) * 2 - 1
 
 
 def _distance(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
-    """Signed distance in pixels to the outline of every shape, (..., shapes): negative inside.
+    """Returns the signed distance in pixels to the outline of every shape, (..., shapes), negative inside.
 
-    A disc, the frame of a square and an upright triangle: so few pixels tell them apart best when they differ in their
-    middles too.
+    The shapes are a disc, the frame of a square and an upright triangle. They differ in their middles too, because
+    their few pixels would otherwise be hard to tell apart.
     """
     circle = torch.hypot(dx, dy) - size
     chebyshev = torch.maximum(dx.abs(), dy.abs())
@@ -91,7 +97,7 @@ def _distance(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
 
 
 def sample_videos(count: int, generator: torch.Generator, *, two_objects: float = 0.6) -> Videos:
-    """Draws `count` videos; a share of `two_objects` of them shows two, of different shapes and colours."""
+    """Draws `count` videos. The share `two_objects` of them shows two objects, of different shapes and colours."""
 
     def uniform(low: Tensor | float, high: Tensor | float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -102,7 +108,7 @@ def sample_videos(count: int, generator: torch.Generator, *, two_objects: float 
     colour = torch.rand(count, len(colours), generator=generator).argsort(dim=1)[:, :MAX_OBJECTS]
     size = uniform(SMALLEST, LARGEST, count, MAX_OBJECTS)
 
-    # Two objects share the width, each in its half; which of them is named first says nothing about the side.
+    # Two objects have one half of the width each. The order in the prompt does not determine the sides.
     first_left = torch.rand(count, generator=generator) < 0.5
     left = torch.stack([first_left, ~first_left], dim=1)
     x_low = torch.where(both[:, None] & ~left, WIDTH / 2, 0.0)

@@ -77,7 +77,7 @@ def test_prompts_become_conditions_and_the_concept_s_tokens(trained: tuple[TextT
     prompts = ["red circle and blue square", "blue circle and red square", "green triangle", "", "green triangle"]
     encoded = model.encode_prompts(prompts, "square")
     assert list(encoded) == prompts[:-1]
-    assert [one.token_indices for one in encoded.values()] == [[4], [4], [], []]
+    assert [prompt.token_indices for prompt in encoded.values()] == [[4], [4], [], []]
     embeddings = model.encode(prompts)
     for prompt, expected in zip(prompts, embeddings, strict=True):
         torch.testing.assert_close(encoded[prompt].condition["encoder_hidden_states"], expected)
@@ -101,7 +101,7 @@ def test_the_weights_are_small_and_the_judge_is_right(trained: tuple[TextToVideo
     assert held_out_accuracy(judge, seed=12345) >= 0.97
 
 
-def test_the_judge_sees_nothing_where_nothing_is(trained: tuple[TextToVideo, Judge]) -> None:
+def test_the_judge_sees_nothing_in_an_empty_video(trained: tuple[TextToVideo, Judge]) -> None:
     _, judge = trained
     empty = background()[:, None, None].expand(1, 3, 3, 16, 24)
     assert (judge(empty) < 0).all()
@@ -119,7 +119,7 @@ def test_sampling_is_reproducible_and_follows_the_prompt(trained: tuple[TextToVi
     assert sum(right) >= 7
 
 
-def test_masks_come_with_the_concept_and_do_not_change_the_way(trained: tuple[TextToVideo, Judge]) -> None:
+def test_masks_come_with_the_concept_and_do_not_change_the_videos(trained: tuple[TextToVideo, Judge]) -> None:
     model, _ = trained
     prompts = ["blue square and red circle", "red triangle"]
     watched, alone = (generate(model, prompts, 3, concept=concept) for concept in ("circle", "banana"))
@@ -131,7 +131,7 @@ def test_masks_come_with_the_concept_and_do_not_change_the_way(trained: tuple[Te
 
 
 def test_appearances_on_rendered_videos(trained: tuple[TextToVideo, Judge]) -> None:
-    """Renders are what they say, so a report on them is known; asked for something else, it is known too."""
+    """Rendered videos show exactly their prompts, so the report on them is known, also for other prompts."""
     _, judge = trained
     videos = sample_videos(200, torch.Generator().manual_seed(3))
     report = evaluate.appearances(judge, videos.pixels, videos.nouns, "circle")
@@ -159,21 +159,21 @@ def test_mask_overlap_is_one_for_the_object_itself(trained: tuple[TextToVideo, J
 
 
 def test_an_unerased_model_has_coefficient_one_and_no_drift(trained: tuple[TextToVideo, Judge]) -> None:
-    parts, _ = trained
-    model = parts.without_text_encoder()
+    text_to_video, _ = trained
+    model = text_to_video.without_text_encoder()
     prompts = ["red circle", "blue circle"]
-    steps = generate(parts, prompts, 5).steps
-    encoded = parts.encode_prompts(["", *prompts], "circle")
-    asked = [encoded[prompt] for prompt in prompts]
-    assert evaluate.erasure_coefficient(model, asked, steps) == pytest.approx(1, abs=1e-3)
-    assert evaluate.erasure_coefficient(model, asked[:1], steps) == pytest.approx(1, abs=1e-3)
-    assert evaluate.drift(model, asked, steps) == pytest.approx(0, abs=1e-4)
+    steps = generate(text_to_video, prompts, 5).steps
+    encoded = text_to_video.encode_prompts(["", *prompts], "circle")
+    conditions = [encoded[prompt] for prompt in prompts]
+    assert evaluate.erasure_coefficient(model, conditions, steps) == pytest.approx(1, abs=1e-3)
+    assert evaluate.erasure_coefficient(model, conditions[:1], steps) == pytest.approx(1, abs=1e-3)
+    assert evaluate.drift(model, conditions, steps) == pytest.approx(0, abs=1e-4)
     assert evaluate.erasure_coefficient(model, [encoded[""]] * 2, steps) == pytest.approx(0, abs=1e-3)
     assert evaluate.drift(model, [encoded[""]] * 2, steps) > 1e-2
 
 
 @pytest.mark.parametrize("concept", SHAPES)
-def test_requests_pair_a_prompt_with_what_is_left_of_it(concept: str) -> None:
+def test_requests_pair_a_prompt_with_the_rest_of_it(concept: str) -> None:
     others = set(SHAPES) - {concept}
     requests = erase.requests(concept, random.Random(0))
     for request in requests:
@@ -190,28 +190,30 @@ def test_requests_pair_a_prompt_with_what_is_left_of_it(concept: str) -> None:
     leading = [request for request in requests if request.group != erase.KEPT and request.follow == "prompt"]
     assert len(leading) == 2 * erase.LEADING_TRAJECTORIES
     assert all(request.steps == erase.LEADING for request in leading)
-    # Either other shape stands for the concept as often.
+    # Both other shapes replace the concept equally often.
     for group in (erase.ALONE, erase.BESIDE):
-        stand_ins = [request.instead.split()[1] for request in requests if request.group == group and request.instead]
-        assert {stand_ins.count(shape) for shape in others} == {len(stand_ins) // 2}
+        replacements = [
+            request.instead.split()[1] for request in requests if request.group == group and request.instead
+        ]
+        assert {replacements.count(shape) for shape in others} == {len(replacements) // 2}
 
 
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few and short trajectories, videos and steps of training."""
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the demo use few and short trajectories, few videos and few training steps."""
     monkeypatch.setattr(erase, "STEPS", 3)
-    monkeypatch.setattr(erase, "POINTS_A_STEP", 2)
+    monkeypatch.setattr(erase, "POINTS_PER_STEP", 2)
     monkeypatch.setattr(erase, "SAMPLING_STEPS", 4)
     monkeypatch.setattr(erase, "TRAJECTORIES", dict.fromkeys(erase.TRAJECTORIES, 3))
     monkeypatch.setattr(erase, "LEADING_TRAJECTORIES", 2)
     monkeypatch.setattr(erase, "UNPROMPTED_TRAJECTORIES", 1)
-    monkeypatch.setattr(evaluate, "VIDEOS_A_SHAPE", 2)
-    monkeypatch.setattr(evaluate, "VIDEOS_A_PAIR", 2)
+    monkeypatch.setattr(evaluate, "VIDEOS_PER_SHAPE", 2)
+    monkeypatch.setattr(evaluate, "VIDEOS_PER_PAIR", 2)
 
 
 def test_the_cache_holds_points_of_every_group(
     trained: tuple[TextToVideo, Judge], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few(monkeypatch)
+    shorten(monkeypatch)
     model, _ = trained
     requests = erase.requests("square", random.Random(0))
     prompts = [prompt for request in requests for prompt in (request.prompt, request.instead or "")]
@@ -226,23 +228,23 @@ def test_the_cache_holds_points_of_every_group(
     }
     assert {name for name, points in groups.items() if points.has_masks} == {erase.ALONE, erase.BESIDE}
     for points in groups.values():
-        every = points.rows(range(len(points)))
-        said = model.velocity(every.x_t, every.t, every.condition["encoder_hidden_states"])
-        torch.testing.assert_close(said, every.v_cond, rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(every.v_cond, every.v_uncond, atol=1e-2)
+        rows = points.rows(range(len(points)))
+        velocity = model.velocity(rows.x_t, rows.t, rows.condition["encoder_hidden_states"])
+        torch.testing.assert_close(velocity, rows.v_cond, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(rows.v_cond, rows.v_uncond, atol=1e-2)
 
 
 def test_a_short_run_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few(monkeypatch)
-    theirs = tmp_path / "cache" / "index.json"
-    theirs.parent.mkdir()
-    theirs.write_text("{}")
+    shorten(monkeypatch)
+    unrelated = tmp_path / "cache" / "index.json"
+    unrelated.parent.mkdir()
+    unrelated.write_text("{}")
     (tmp_path / "demo.json").write_text("of an earlier run")
     report = run("triangle", tmp_path, seed=1)
     assert json.loads((tmp_path / "demo.json").read_text()) == report
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "demo.json", "demo.png", "erasers"}
-    assert theirs.read_text() == "{}"
+    assert unrelated.read_text() == "{}"
     text = table(report)
     assert "triangle" in text and "IoU" in text
     assert set(report["appearances"]["after"]) == set(SHAPES)
@@ -250,29 +252,29 @@ def test_a_short_run_writes_everything(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(load_erasers(fresh.transformer, tmp_path / "erasers")) == 4
 
 
-def test_a_folder_with_another_training_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-100").mkdir()
     with pytest.raises(FileExistsError, match="checkpoint-100"):
         run("circle", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-100"}
 
 
-def test_a_seed_that_is_none_is_one_line(tmp_path: Path) -> None:
+def test_an_invalid_seed_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="^fastunlearn demo: seed: expected a number from 0 to below 2.32, got -1$"):
         command(["demo", "--seed", "-1", "--output", str(tmp_path)])
 
 
-def test_every_step_of_every_seed_has_numbers_of_its_own() -> None:
-    def begins(generator: torch.Generator) -> tuple[int, ...]:
+def test_every_step_of_every_seed_has_different_random_numbers() -> None:
+    def first_numbers(generator: torch.Generator) -> tuple[int, ...]:
         return tuple(torch.randint(2**31, (4,), generator=generator).tolist())
 
-    # Seed 0's are those that the shipped weights were trained with.
-    assert begins(step_generator(0, 7)) == begins(torch.Generator().manual_seed(7))
-    drawn = {begins(step_generator(seed, step)) for seed in range(5) for step in range(40)}
+    # The shipped weights were trained with seed 0 as it is here.
+    assert first_numbers(step_generator(0, 7)) == first_numbers(torch.Generator().manual_seed(7))
+    drawn = {first_numbers(step_generator(seed, step)) for seed in range(5) for step in range(40)}
     assert len(drawn) == 5 * 40
 
 
-def test_pretraining_resumes_as_if_unbroken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretraining_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     judged = {"fastunlearn.demo.judge.STEPS": 2, "fastunlearn.demo.pretrain.BATCH": 4}
     with pytest.MonkeyPatch.context() as patch:
