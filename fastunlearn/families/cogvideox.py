@@ -57,7 +57,7 @@ def _extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: 
     inputs: dict[str, Any] = {}
     if config.use_rotary_positional_embeddings:
         frames, _, height, width = x_t.shape[1:]
-        # torch.compile makes constants of them, and cannot trace the cache.
+        # torch.compile makes constants of them, so it needs no cache.
         rotary = _rotary_embeddings if torch.compiler.is_compiling() else _cached_rotary_embeddings
         inputs["image_rotary_emb"] = rotary(
             config.attention_head_dim,

@@ -1,63 +1,29 @@
-"""The loss modules: original signatures and keys, values and gradients against the oracle, the frozen teacher."""
+"""The loss modules: values and gradients against the oracle, keys, which model is called on what, warnings."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import GRID, LAYERS, cogvideox, inputs, train_a_little
+from loss_cases import ALPHAS, MASK, SHAPE, X_T, T, Table, eraser_outputs, random
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastunlearn
 from fastunlearn import (
     ConceptPreservationLoss,
-    EraserOutputsCapture,
     MaskLocalizationLoss,
     NegativelyGuidedVelocityLoss,
     T2VUnlearningLoss,
-    as_velocity_model,
-    attach_erasers,
-    erasers_disabled,
 )
 from fastunlearn.ops import definition
 from fastunlearn.testing import oracle
 from fastunlearn.testing.checks import velocity_loss_of
 from fastunlearn.testing.error_bound import compare
 
-# Both ends occur: CogVideoX's last alpha is exactly 0, and the first is set to 1 here.
-ALPHAS = torch.linspace(1, 0, 11, dtype=torch.float64)
-SHAPE = (2, 3, 4, 6, 5)
-T = torch.tensor([3, 10])
-NAMES = ("concept", "kept", "empty", "negative")
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Table(nn.Module):
-    """A model with one parameter per condition: the velocity that it returns, so that its gradient can be read."""
-
-    def __init__(self, seed: int, shape: tuple[int, ...] = SHAPE) -> None:
-        super().__init__()
-        self.velocities = nn.ParameterDict({name: random(*shape, seed=seed + i) for i, name in enumerate(NAMES)})
-        self.calls: list[tuple[Tensor, Tensor, Any]] = []
-        self.grad_modes: set[bool] = set()
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-        self.calls.append((x_t, t, cond))
-        self.grad_modes.add(torch.is_grad_enabled())
-        return self.velocities[cond].clone()
-
-    @property
-    def conditions(self) -> list[Any]:
-        return [cond for _, _, cond in self.calls]
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # unexpected warnings are errors
 
 
 class Linear(nn.Module):
@@ -73,27 +39,6 @@ class Linear(nn.Module):
         self.calls += 1
         shift = self.empty if cond is None and self.empty is not None else cond.mean(1) @ self.weight
         return x_t * 0.5 + (shift if isinstance(shift, float) else shift[:, :, None, None, None])
-
-
-@pytest.fixture(autouse=True)
-def unexpected_warnings_are_errors() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
-
-
-@pytest.fixture
-def student() -> Table:
-    return Table(0)
-
-
-@pytest.fixture
-def teacher() -> Table:
-    return Table(100)
-
-
-X_T = random(*SHAPE, seed=50)
-MASK = torch.rand(2, 4, 3, 5, generator=torch.Generator().manual_seed(51))
 
 
 def close(actual: Tensor, eager_value: Tensor, exact: Any, terms: int = X_T.numel()) -> None:
@@ -167,10 +112,6 @@ def test_channel_dim_and_mask_normalization(student: Table, teacher: Table, mask
     check_velocity_term(entries[key], student, "concept", velocities, guidance_scale=2.0, mask=mask, **options)
     key, kept = "preservation_loss_weighted", [teacher.velocities["kept"]]
     check_velocity_term(entries[key], student, "kept", kept, mask=mask, weight=0.5, **options)
-
-
-def eraser_outputs(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    return {name: random(*shape, seed=len(name)).requires_grad_() for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -286,73 +227,6 @@ def test_the_keys_of_the_loss_dict(student: Table, teacher: Table) -> None:
     assert entries.keys() == {key for key in ORIGINAL_KEYS if "/" not in key or key.startswith("unlearning/")}
     assert entries["preservation_loss_weighted"] == entries["localization_loss_weighted"] == 0
     assert entries["total_loss"] == entries["unlearning_loss_weighted"] == entries["unlearning/unlearning_loss"] > 0
-
-
-REQUIRED = inspect.Parameter.empty
-SIGNATURES: dict[Any, dict[str, Any]] = {
-    T2VUnlearningLoss: {
-        "alphas_cumprod": REQUIRED,
-        "unlearning_weight": 1.0,
-        "preservation_weight": 0.5,
-        "localization_weight": 1.0,
-        "guidance_scale": 7.5,
-        "loss_type": "l2",
-    },
-    T2VUnlearningLoss.forward: {
-        "self": REQUIRED,
-        "model_original": REQUIRED,
-        "model_unlearned": REQUIRED,
-        "x_t": REQUIRED,
-        "t": REQUIRED,
-        "cond_target": REQUIRED,
-        "cond_preserve": None,
-        "cond_neg": None,
-        "uncond": None,
-        "mask": None,
-        "eraser_outputs": None,
-    },
-    NegativelyGuidedVelocityLoss: {
-        "alphas_cumprod": REQUIRED,
-        "guidance_scale": 7.5,
-        "loss_type": "l2",
-        "reduction": "mean",
-    },
-    NegativelyGuidedVelocityLoss.forward: {
-        "self": REQUIRED,
-        "model": REQUIRED,
-        "x_t": REQUIRED,
-        "t": REQUIRED,
-        "cond_c": REQUIRED,
-        "cond_neg": None,
-        "uncond": None,
-        "mask": None,
-    },
-    ConceptPreservationLoss: {"loss_type": "l2", "reduction": "mean"},
-    ConceptPreservationLoss.forward: {
-        "self": REQUIRED,
-        "model_original": REQUIRED,
-        "model_unlearned": REQUIRED,
-        "x_t": REQUIRED,
-        "t": REQUIRED,
-        "cond_preserve": REQUIRED,
-        "mask": None,
-    },
-    MaskLocalizationLoss: {"loss_type": "l2", "reduction": "mean"},
-    MaskLocalizationLoss.forward: {"self": REQUIRED, "eraser_outputs": REQUIRED, "mask": REQUIRED},
-}
-
-
-@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
-def test_positional_arguments_are_the_originals(function: Any) -> None:
-    parameters = inspect.signature(function).parameters.values()
-    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
-    assert list(positional.items()) == list(SIGNATURES[function].items())
-    assert all(p.default is not REQUIRED for p in parameters if p.kind is p.KEYWORD_ONLY)
-
-
-def test_the_original_names_are_exported() -> None:
-    names = {"T2VUnlearningLoss", "AttnMapsCapture", "EraserOutputsCapture", "get_mask", "AdapterEraser"}
-    assert names <= set(fastunlearn.__all__)
 
 
 def test_uncond_wins_over_cond_neg_and_a_warning_says_so_once(student: Table, teacher: Table) -> None:
@@ -565,250 +439,3 @@ def test_no_value_is_read_back_to_the_host(student: Table, teacher: Table) -> No
     with NoSync():
         loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **terms)[0].backward()
     assert student.velocities["concept"].grad.any()
-
-
-# With a tiny CogVideoX as the model.
-
-
-@pytest.fixture(scope="module")
-def erased() -> tuple[Any, Any, dict[str, Any]]:
-    """The original model, a copy with erasers that have an effect, and these erasers."""
-    original = as_velocity_model(cogvideox())
-    model = copy.deepcopy(original)
-    erasers = attach_erasers(model, rank=4)
-    train_a_little(erasers)
-    return original, model, erasers
-
-
-def cogvideox_arguments() -> dict[str, Any]:
-    x_t, t, cond = inputs()
-    kept, uncond = inputs(seed=5)[2], inputs(seed=6)[2]
-    mask = (torch.rand(2, *GRID, generator=torch.Generator().manual_seed(3)) > 0.6).float()
-    return {"x_t": x_t, "t": t, "cond_target": cond, "cond_preserve": kept, "uncond": uncond, "mask": mask}
-
-
-@pytest.mark.parametrize("frozen", ["none", "same", "wrapper", "copy"])
-def test_the_teacher_is_the_model_without_erasers(erased: Any, frozen: str) -> None:
-    original, model, erasers = erased
-    wrapper = as_velocity_model(model.transformer)
-    assert wrapper is not model
-    teacher = {"none": None, "same": model, "wrapper": wrapper, "copy": original}[frozen]
-    arguments = cogvideox_arguments()
-    x_t, t, cond, uncond = (arguments[name] for name in ("x_t", "t", "cond_target", "uncond"))
-    loss, entries = T2VUnlearningLoss(None, guidance_scale=2.0, channel_dim=2)(teacher, model, **arguments)
-    model.zero_grad()
-    loss.backward()
-    with torch.no_grad():
-        v_uncond, v_cond, v_kept = (original(x_t, t, c) for c in (uncond, cond, arguments["cond_preserve"]))
-        prediction, kept = model(x_t, t, cond), model(x_t, t, arguments["cond_preserve"])
-    assert (prediction - v_cond).norm() > 0.01 * v_cond.norm()
-    exact = oracle.velocity_loss(
-        prediction, v_uncond, v_cond, guidance_scale=2.0, mask=arguments["mask"], channel_dim=2
-    )
-    np.testing.assert_allclose(entries["unlearning/unlearning_loss"], exact["loss"], rtol=1e-5)
-    np.testing.assert_allclose(entries["unlearning/v_neg_norm"], exact["target_norm"], rtol=1e-5)
-    exact_kept = oracle.velocity_loss(kept, v_kept, mask=arguments["mask"], channel_dim=2)
-    np.testing.assert_allclose(entries["preservation/preservation_loss"], exact_kept["loss"], rtol=1e-5)
-    np.testing.assert_allclose(entries["preservation/v_orig_norm"], exact_kept["target_norm"], rtol=1e-5)
-    np.testing.assert_allclose(loss.detach(), exact["loss"] + 0.5 * exact_kept["loss"], rtol=1e-5)
-    trained = {id(parameter) for eraser in erasers.values() for parameter in eraser.parameters()}
-    for name, parameter in [*model.named_parameters(), *original.named_parameters()]:
-        if id(parameter) in trained:
-            assert parameter.grad.any(), name
-        else:
-            assert parameter.grad is None, name
-
-
-def test_the_single_loss_modules_find_the_teacher_too(erased: Any) -> None:
-    original, model, _ = erased
-    x_t, t, cond = inputs()
-    uncond = inputs(seed=6)[2]
-    unlearning = NegativelyGuidedVelocityLoss(None)
-    by_itself, apart = (unlearning(model, x_t, t, cond, None, uncond, model_original=m)[0] for m in (None, original))
-    torch.testing.assert_close(by_itself, apart, rtol=1e-6, atol=0)
-    with erasers_disabled(model):
-        assert not torch.isclose(unlearning(model, x_t, t, cond, None, uncond)[0], apart, rtol=1e-3)
-    preservation = ConceptPreservationLoss()
-    losses = [preservation(m, model, x_t, t, cond)[0] for m in (None, model, original)]
-    torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
-    torch.testing.assert_close(losses[1], losses[2], rtol=1e-6, atol=0)
-    assert losses[2] > 0
-
-
-@pytest.mark.parametrize("original", ["none", "same"])
-@pytest.mark.parametrize("as_module", [True, False])
-def test_a_model_that_would_be_its_own_target_causes_one_warning(
-    student: Table, original: str, as_module: bool
-) -> None:
-    conditions: dict[Any, dict[str, str]] = {
-        T2VUnlearningLoss(ALPHAS): {"cond_target": "concept", "cond_preserve": "kept", "uncond": "empty"},
-        ConceptPreservationLoss(): {"cond_preserve": "kept"},
-    }
-    model = student if as_module else lambda *given: student(*given)
-    for loss_fn, given in conditions.items():
-        with pytest.warns(UserWarning, match="pass a frozen model_original") as caught:
-            for _ in range(2):
-                loss_fn(None if original == "none" else model, model, x_t=X_T, t=T, **given)
-        assert [warning.filename for warning in caught] == [__file__]
-
-
-@pytest.mark.parametrize("preserve", [True, False])
-@pytest.mark.parametrize("frozen", ["none", "copy"])
-def test_a_live_capture_saves_a_forward_pass(erased: Any, preserve: bool, frozen: str) -> None:
-    original, model, erasers = erased
-    teacher = None if frozen == "none" else original
-    loss_fn = T2VUnlearningLoss(None, channel_dim=2)
-    arguments = cogvideox_arguments()
-    if not preserve:
-        del arguments["cond_preserve"]
-    captured: dict[str, Tensor] = {}
-    gradients, calls = [], []
-    losses: list[tuple[Tensor, dict[str, Tensor]]] = []
-    counter = model.register_forward_hook(lambda *_: calls[-1].append(1))
-    for live in (False, True):
-        model.zero_grad()
-        calls.append([])
-        outputs: dict[str, Tensor] = {}
-        with EraserOutputsCapture(model, erasers, outputs):
-            if live:
-                losses.append(loss_fn(teacher, model, **arguments, eraser_outputs=outputs))
-            else:
-                model(arguments["x_t"], arguments["t"], arguments["cond_target"])
-        if not live:
-            captured = {name: output.detach().clone() for name, output in outputs.items()}
-            losses.append(loss_fn(teacher, model, **arguments, eraser_outputs=outputs))
-        losses[-1][0].backward()
-        gradients.append([p.grad.clone() for eraser in erasers.values() for p in eraser.parameters()])
-    counter.remove()
-    assert len(calls[0]) == len(calls[1]) + 1
-    (_, separate), (_, live_entries) = losses
-    assert separate.keys() == live_entries.keys()
-    assert separate.keys() >= {f"localization/{layer}/loss" for layer in LAYERS}
-    for name, value in separate.items():
-        torch.testing.assert_close(live_entries[name], value, rtol=1e-6, atol=0, msg=name)
-    for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5 * first.abs().max().item())
-    exact = oracle.localization_loss(list(captured.values()), [arguments["mask"].flatten(1)] * len(captured))
-    np.testing.assert_allclose(separate["localization/total_loss"], exact["loss"], rtol=1e-5)
-    for layer, term in zip(LAYERS, exact["per_layer"], strict=True):
-        np.testing.assert_allclose(separate[f"localization/{layer}/loss"], term, rtol=1e-5)
-
-
-def test_localization_reaches_only_erasers(erased: Any) -> None:
-    _, model, erasers = erased
-    x_t, t, cond = inputs()
-    outputs: dict[str, Tensor] = {}
-    with EraserOutputsCapture(model, erasers, outputs):
-        model(x_t, t, cond)
-    model.zero_grad()
-    loss, _ = MaskLocalizationLoss()(outputs, cogvideox_arguments()["mask"])
-    loss.backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None and parameter.grad.any()) == (".erasers." in name), name
-
-
-# Wrong arguments.
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: T2VUnlearningLoss([0.5]), TypeError, "alphas_cumprod: expected a tensor, got list"),
-        (
-            lambda: T2VUnlearningLoss(ALPHAS[None]),
-            ValueError,
-            r"alphas_cumprod: expected .*\(timesteps,\), got \(1, 11\)",
-        ),
-        (
-            lambda: T2VUnlearningLoss(None, prediction_type="epsilon"),
-            ValueError,
-            "alphas_cumprod: expected .*'epsilon', got None",
-        ),
-        (lambda: T2VUnlearningLoss(ALPHAS, prediction_type="v"), ValueError, "prediction_type: expected .* got 'v'"),
-        (lambda: T2VUnlearningLoss(ALPHAS, loss_type="huber"), ValueError, "loss_type: expected .* got 'huber'"),
-        (lambda: T2VUnlearningLoss(ALPHAS, normalization="max"), ValueError, "normalization: expected .* got 'max'"),
-        (
-            lambda: T2VUnlearningLoss(ALPHAS, mask_normalization="m"),
-            ValueError,
-            "mask_normalization: expected .* got 'm'",
-        ),
-        (lambda: T2VUnlearningLoss(ALPHAS, torch.ones(())), TypeError, "unlearning_weight: expected .* got Tensor"),
-        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, "0.5"), TypeError, "preservation_weight: expected .* got str"),
-        (lambda: T2VUnlearningLoss(ALPHAS, 1.0, 0.5, None), TypeError, "localization_weight: expected .* got NoneType"),
-        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, "7"), TypeError, "guidance_scale: expected a number, got str"),
-        (lambda: NegativelyGuidedVelocityLoss(ALPHAS, reduction="avg"), ValueError, "reduction: expected .* got 'avg'"),
-        (lambda: ConceptPreservationLoss("l3"), ValueError, "loss_type: expected .* got 'l3'"),
-        (lambda: MaskLocalizationLoss("l3"), ValueError, "loss_type: expected .* got 'l3'"),
-        (lambda: MaskLocalizationLoss(reduction="avg"), ValueError, "reduction: expected .* got 'avg'"),
-    ],
-)
-def test_bad_construction(make: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"eraser_outputs": {}}, ValueError, "mask: expected .* with eraser_outputs, got None"),
-        (
-            {"localization_mask": torch.ones(2, 3, 4, 5)},
-            ValueError,
-            "eraser_outputs: expected .* with localization_mask, got None",
-        ),
-        ({"mask": MASK, "eraser_outputs": [X_T]}, TypeError, "eraser_outputs: expected a mapping .* got list"),
-        ({"mask": {"average_mask": MASK}}, TypeError, r"mask: expected a tensor.*'average_mask'.* got dict"),
-        ({"v_uncond": 1.0}, TypeError, "v_uncond: expected a tensor, got float"),
-        ({"v_cond": [X_T]}, TypeError, "v_cond: expected a tensor, got list"),
-        ({"v_preserve": X_T}, ValueError, "cond_preserve: expected .* with v_preserve, got None"),
-        ({"x_t_preserve": X_T}, ValueError, "cond_preserve: expected .* with x_t_preserve, got None"),
-        ({"t_preserve": T}, ValueError, "cond_preserve: expected .* with t_preserve, got None"),
-        ({"cond_preserve": "kept", "v_preserve": "v"}, TypeError, "v_preserve: expected a tensor, got str"),
-    ],
-)
-def test_bad_calls_reach_no_model(
-    student: Table, teacher: Table, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        T2VUnlearningLoss(ALPHAS)(teacher, student, X_T, T, "concept", uncond="empty", **options)
-    assert not student.calls
-    assert not teacher.calls
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_outputs_without_names_are_refused(reduction: str) -> None:
-    with pytest.raises(TypeError, match="eraser_outputs: expected a mapping .* got list"):
-        MaskLocalizationLoss(reduction=reduction)([torch.ones(2, 60, 5)], MASK)
-
-
-@pytest.mark.parametrize(
-    ("t", "error", "message"),
-    [
-        (T.float(), TypeError, "t: expected one of the dtypes.*float32"),
-        (T + 1, ValueError, "t: expected timesteps from 0 to 10, got 11"),
-        (torch.tensor([1, 2, 3]), ValueError, r"t: expected one timestep or \(2,\), got shape \(3,\)"),
-    ],
-)
-def test_bad_timesteps(student: Table, teacher: Table, t: Tensor, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        T2VUnlearningLoss(ALPHAS, prediction_type="epsilon")(teacher, student, X_T, t, "concept", uncond="empty")
-
-
-def test_bad_models(student: Table, teacher: Table) -> None:
-    transformer = cogvideox()
-    wrapped = as_velocity_model(transformer)
-    x_t, t, cond = inputs()
-    loss_fn = T2VUnlearningLoss(ALPHAS)
-    for models, name in (((transformer, wrapped), "model_original"), ((wrapped, transformer), "model_unlearned")):
-        with pytest.raises(TypeError, match=rf"{name}: expected .* \(x_t, t, cond\) .*as_velocity_model"):
-            loss_fn(*models, x_t, t, cond, uncond=cond)
-    with pytest.raises(TypeError, match="model_unlearned: expected .* the velocity as a tensor, got tuple"):
-        loss_fn(teacher, lambda *given: (student(*given),), X_T, T, "concept", uncond="empty")
-    # With channel_dim=1, the mask (B, F, h, w) would be read along (C, H, W) without an error.
-    for call in (
-        lambda mask: loss_fn(None, wrapped, x_t, t, cond, uncond=cond, mask=mask),
-        lambda mask: NegativelyGuidedVelocityLoss(ALPHAS)(wrapped, x_t, t, cond, None, cond, mask),
-        lambda mask: ConceptPreservationLoss()(None, wrapped, x_t, t, cond, mask),
-    ):
-        with pytest.raises(ValueError, match="channel_dim: expected 2 for this model's masks, got 1"):
-            call(torch.ones(2, *GRID))
