@@ -45,7 +45,7 @@ def checked_layers(eraser_outputs: object, mask: Tensor | Mapping[str, Tensor]) 
     if isinstance(mask, Mapping) and not isinstance(eraser_outputs, Mapping):
         raise TypeError("mask: expected a tensor for eraser_outputs in a sequence, got a mapping")
     layers: list[Layer] = []
-    # Most layers have the same mask and shape. They share one converted mask, which backends notice.
+    # Most layers have the same mask and shape. They then share one converted mask too.
     converted: dict[tuple[int, torch.Size], Tensor] = {}
     first: Tensor | None = None
     for name, output in outputs.items():

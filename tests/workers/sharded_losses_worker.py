@@ -27,6 +27,7 @@ from fastunlearn import (
     velocity_loss,
 )
 from fastunlearn.dtypes import compute_dtype
+from fastunlearn.functional import LocalizationLoss
 from fastunlearn.ops import definition
 from fastunlearn.testing import compare, oracle, random_mask, random_tensors
 from fastunlearn.testing.checks import velocity_loss_of
@@ -183,6 +184,51 @@ def dense(layer: Tensor | LowRankOutput) -> Tensor:
     return layer.hidden.to(compute) @ layer.weight.to(compute).T + layer.bias.to(compute)
 
 
+def own_layer(layer: Tensor | LowRankOutput, sizes: Sequence[int]) -> Tensor | LowRankOutput:
+    token_sizes = [2 * size for size in sizes]
+    if isinstance(layer, LowRankOutput):
+        return LowRankOutput(shard(layer.hidden, 1, token_sizes), layer.weight.clone(), layer.bias.clone())
+    return shard(layer, 1, token_sizes) if layer.dim() == 3 else shard(layer, 2, sizes)
+
+
+def localization_over_group(
+    whole: Layers, masks: Sequence[Tensor], sizes: Sequence[int], upstream: float, **options: Any
+) -> tuple[LocalizationLoss, list[Tensor]]:
+    """The result, and the gradients of this process's shards and of the whole parameters."""
+    own = [own_layer(layer, sizes) for layer in whole]
+    own_masks = {id(m): shard(m, 1, sizes) for m in masks}
+    for x in flat(own):
+        x.requires_grad_()
+    result = in_one_all_reduce(
+        lambda: localization_loss(
+            {str(i): layer for i, layer in enumerate(own)},
+            {str(i): own_masks[id(m)] for i, m in enumerate(masks)},
+            group=dist.group.WORLD,
+            **options,
+        )
+    )
+    gradients = torch.autograd.grad(result.loss, flat(own), torch.full_like(result.loss, upstream))
+    gradients = [x.contiguous() for x in gradients]  # gloo's all-reduce is wrong for other layouts
+    parameters = {id(x) for layer in own if isinstance(layer, LowRankOutput) for x in layer[1:]}
+    for x, gradient in zip(flat(own), gradients, strict=True):
+        if id(x) in parameters:
+            dist.all_reduce(gradient)
+    return result, gradients
+
+
+def exact_layer(
+    layer: Tensor | LowRankOutput, mask: Tensor, **options: Any
+) -> tuple[float, list[tuple[Tensor, float | None]]]:
+    """The oracle's term, and its gradients with the magnitudes of what cancels in them."""
+    if isinstance(layer, LowRankOutput):
+        exact = oracle.low_rank_localization_loss([layer], [mask], **options)
+        gradients, magnitudes = exact["gradients"][0], exact["magnitudes"][0][1:]
+    else:
+        exact = oracle.localization_loss([layer], [mask], **options)
+        gradients, magnitudes = exact["gradients"], [None]
+    return exact["per_layer"][0], [(torch.as_tensor(x), m) for x, m in zip(gradients, magnitudes, strict=True)]
+
+
 def check_localization(
     dtype: torch.dtype,
     *,
@@ -195,70 +241,30 @@ def check_localization(
     **options: Any,
 ) -> None:
     whole = layers_of(dtype, kinds, features)
-    layer_masks = [random_mask("soft", (2, LENGTH, 2))] * len(whole) if masks is None else list(masks)
-    token_sizes = [2 * size for size in sizes]
-
-    def own_layer(layer: Tensor | LowRankOutput) -> Tensor | LowRankOutput:
-        if isinstance(layer, LowRankOutput):
-            return LowRankOutput(shard(layer.hidden, 1, token_sizes), layer.weight.clone(), layer.bias.clone())
-        return shard(layer, 1, token_sizes) if layer.dim() == 3 else shard(layer, 2, sizes)
-
-    own = [own_layer(layer) for layer in whole]
-    own_masks = {id(m): shard(m, 1, sizes) for m in layer_masks}
-    for x in flat(own):
-        x.requires_grad_()
-    result = in_one_all_reduce(
-        lambda: localization_loss(
-            {str(i): layer for i, layer in enumerate(own)},
-            {str(i): own_masks[id(m)] for i, m in enumerate(layer_masks)},
-            backend=backend,
-            group=dist.group.WORLD,
-            **options,
-        )
-    )
-    gradients = torch.autograd.grad(result.loss, flat(own), torch.full_like(result.loss, upstream))
-    gradients = [x.contiguous() for x in gradients]  # gloo's all-reduce is wrong for other layouts
-    parameters = {id(x) for layer in own if isinstance(layer, LowRankOutput) for x in layer[1:]}
-    for x, gradient in zip(flat(own), gradients, strict=True):
-        if id(x) in parameters:
-            dist.all_reduce(gradient)
+    masks = [random_mask("soft", (2, LENGTH, 2))] * len(whole) if masks is None else masks
+    result, own_gradients = localization_over_group(whole, masks, sizes, upstream, backend=backend, **options)
 
     # The oracle takes one kind of layer at a time.
-    eager_masks = [m.flatten(1) if kind != "feature map" else m for kind, m in zip(kinds, layer_masks, strict=True)]
+    flat_masks = [m.flatten(1) if kind != "feature map" else m for kind, m in zip(kinds, masks, strict=True)]
     for x in flat(whole):
         x.requires_grad_()
-    compute = compute_dtype(*flat(whole), *layer_masks)
-    expected, _ = definition.localization_loss([dense(layer) for layer in whole], eager_masks, **options)
-    eager_gradients = torch.autograd.grad(expected, flat(whole), torch.full_like(expected, upstream))
-    others = iter(eager_gradients)
+    compute = compute_dtype(*flat(whole), *masks)
+    expected, _ = definition.localization_loss([dense(layer) for layer in whole], flat_masks, **options)
+    expected_gradients = torch.autograd.grad(expected, flat(whole), torch.full_like(expected, upstream))
+    pairs = zip(own_gradients, expected_gradients, strict=True)
     share = options.get("weight", 1.0) / len(whole)
-    per_layer, own_gradients = [], iter(gradients)
-    terms = 1000
-    for i, (layer, m) in enumerate(zip(whole, eager_masks, strict=True)):
-        layer_options = {**options, "weight": share, "upstream": upstream}
-        low_rank = isinstance(layer, LowRankOutput)
-        exact: dict[str, Any] = (oracle.low_rank_localization_loss if low_rank else oracle.localization_loss)(
-            [layer], [m], **layer_options
-        )
-        per_layer.append(exact["per_layer"][0])
-        exact_gradients = exact["gradients"][0] if low_rank else exact["gradients"]
-        magnitudes = exact["magnitudes"][0][1:] if low_rank else [None]
-        for j, (exact_gradient, magnitude) in enumerate(zip(exact_gradients, magnitudes, strict=True)):
-            gradient, other = next(own_gradients), next(others)
-            exact_gradient = torch.as_tensor(exact_gradient)
+    per_layer, terms = [], 1000
+    for i, (layer, m) in enumerate(zip(whole, flat_masks, strict=True)):
+        term, exact_gradients = exact_layer(layer, m, **{**options, "weight": share, "upstream": upstream})
+        per_layer.append(term)
+        for j, (exact, magnitude) in enumerate(exact_gradients):
+            gradient, other = next(pairs)
             if j == 0:
-                dim, dim_sizes = (1, token_sizes) if gradient.dim() == 3 else (2, list(sizes))
-                other, exact_gradient = shard(other, dim, dim_sizes), shard(exact_gradient, dim, dim_sizes)
-            compare(
-                f"gradient {j} of layer {i}",
-                gradient,
-                other,
-                exact_gradient,
-                terms=terms,
-                roundings=2,
-                magnitude=magnitude,
-                compute=compute,
-            )
+                dim, dim_sizes = (1, [2 * size for size in sizes]) if gradient.dim() == 3 else (2, sizes)
+                other, exact = shard(other, dim, dim_sizes), shard(exact, dim, dim_sizes)
+            bound: Any = {"terms": terms, "roundings": 2, "magnitude": magnitude, "compute": compute}
+            compare(f"gradient {j} of layer {i}", gradient, other, exact, **bound)
+    assert next(pairs, None) is None
     exact_loss = torch.tensor(share * sum(per_layer))
     compare("loss", result.loss, expected, exact_loss, terms=terms, compute=compute)
     exact_terms = torch.tensor(per_layer, dtype=torch.float64)
