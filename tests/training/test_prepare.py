@@ -210,10 +210,12 @@ def processes(tiny_pipeline, tmp_path_factory):
     return folder
 
 
+@pytest.mark.xdist_group("prepare processes")
 def test_a_killed_and_resumed_cache_is_the_same(processes):
     assert contents(processes / "killed") == contents(processes / "undisturbed")
     assert TeacherCache.open(processes / "killed", verify=True).groups.keys() == {"target", "kept"}
 
 
+@pytest.mark.xdist_group("prepare processes")
 def test_two_launched_processes_write_the_same_cache(processes):
     assert contents(processes / "launched") == contents(processes / "undisturbed")
