@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,16 +58,29 @@ def captured_forward(meter: Meter, *, layers: int = 4, heads: int = 8, side: int
 def demo_step(meter: Meter) -> dict[str, Any]:
     """A training step on the demo's model at its batch size, with dense eraser outputs and with low-rank ones.
 
-    Teacher velocities and masks are random, and no optimizer runs.
-
     Raises:
         Disagreement: the losses or the gradients of both differ.
     """
-    from fastunlearn.demo.erase import POINTS_A_STEP, RANK
+    step = _demo_step(meter.device)
+    for actual, expected in zip(step(True), step(False), strict=True):
+        check_relative_difference("the demo's step", actual, expected, 1e-4)
+    costs = meter.costs({"outputs": functools.partial(step, False), "low rank": functools.partial(step, True)})
+    print("\na training step at the demo's size, forward and backward")
+    for name, (seconds, peak_bytes) in costs.items():
+        print(f"{name:<14} {1e3 * seconds:>8.0f} ms {peak_bytes / MIB:>9.0f} MiB")
+    return {"table": "demo step", "rows": [{"peer": name, **cost._asdict()} for name, cost in costs.items()]}
+
+
+def _demo_step(device: torch.device) -> Callable[[bool], tuple[Tensor, ...]]:
+    """A function that takes a step, with low-rank outputs or dense ones, and returns the loss and the gradients.
+
+    Teacher velocities and masks are random, and no optimizer runs.
+    """
+    from fastunlearn.demo.erase import POINTS_PER_STEP, RANK
     from fastunlearn.demo.model import TEXT_LENGTH, TOKEN_GRID, load
     from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH
 
-    model = load()[0].to(meter.device)
+    model = load()[0].to(device)
     erasers = attach_erasers(model.transformer, rank=RANK)
     torch.manual_seed(0)
     for eraser in erasers.values():
@@ -76,14 +90,14 @@ def demo_step(meter: Meter) -> dict[str, Any]:
     width = model.transformer.config.text_embed_dim
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(POINTS_A_STEP, *shape, device=meter.device)
+        return torch.randn(POINTS_PER_STEP, *shape, device=device)
 
     video = (FRAMES, 3, HEIGHT, WIDTH)
     x_t, v_uncond, v_cond = (random(*video) for _ in range(3))
     x_t_kept, v_kept = (random(*video) for _ in range(2))
     text, kept_text = (random(TEXT_LENGTH, width) for _ in range(2))
-    t = torch.full((POINTS_A_STEP,), 500, device=meter.device)
-    mask = (torch.rand(POINTS_A_STEP, *TOKEN_GRID, device=meter.device) > 0.7).float()
+    t = torch.full((POINTS_PER_STEP,), 500, device=device)
+    mask = (torch.rand(POINTS_PER_STEP, *TOKEN_GRID, device=device) > 0.7).float()
     parameters = [p for eraser in erasers.values() for p in eraser.parameters()]
 
     def step(is_low_rank: bool) -> tuple[Tensor, ...]:
@@ -106,10 +120,4 @@ def demo_step(meter: Meter) -> dict[str, Any]:
             )
         return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-    for actual, expected in zip(step(True), step(False), strict=True):
-        check_relative_difference("the demo's step", actual, expected, 1e-4)
-    costs = meter.costs({"outputs": functools.partial(step, False), "low rank": functools.partial(step, True)})
-    print("\na training step at the demo's size, forward and backward")
-    for name, (seconds, peak_bytes) in costs.items():
-        print(f"{name:<14} {1e3 * seconds:>8.0f} ms {peak_bytes / MIB:>9.0f} MiB")
-    return {"table": "demo step", "rows": [{"peer": name, **cost._asdict()} for name, cost in costs.items()]}
+    return step

@@ -59,7 +59,9 @@ def test_no_time_is_reported_when_losses_disagree(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cases, "plain_velocity_loss", lambda p, u, c, m: (p - u).abs().mean())
-    with pytest.raises(SystemExit, match="results disagree, so no time is reported: guided velocity .* got "):
+    with pytest.raises(
+        SystemExit, match="no time is reported: guided velocity .* expected a difference of at most .*, got "
+    ):
         kernels.main(["--device", "cpu", "--op", "velocity", "--runs", "1"])
     assert "guided velocity" not in capsys.readouterr().out
 
@@ -103,7 +105,7 @@ def small_layer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(algorithms, "LAYERS", {"cogvideox-2b": layer})
     monkeypatch.setattr(algorithms, "ATTENTION_SIZES", {"cpu": ((128, 300), 128)})
     monkeypatch.setattr(algorithms, "RANK", 8)
-    monkeypatch.setattr(erase, "POINTS_A_STEP", 1)
+    monkeypatch.setattr(erase, "POINTS_PER_STEP", 1)
     gc.freeze()  # the meter collects garbage before every call: it need not search what other modules and tests hold
     yield
     gc.unfreeze()
@@ -205,7 +207,7 @@ def test_no_time_is_reported_when_demo_steps_disagree(monkeypatch: pytest.Monkey
     ("arguments", "message"),
     [
         (["--device", "nowhere"], "nowhere"),
-        (["--device", "meta"], "device: 'meta' cannot be used"),
+        (["--device", "meta"], "device: expected one that torch can use here, got 'meta'"),
         (["--device", "cpu", "--runs", "0"], "--runs: expected at least 1, got 0"),
     ],
 )
