@@ -33,6 +33,34 @@ class LatentSpace(NamedTuple):
     std: float | tuple[float, ...] = 1.0
 
 
+class PublishedModel(NamedTuple):
+    """A published model at its usual video size: what its cost is computed from.
+
+    Attributes:
+        name: of the model.
+        video: height x width x frames of its videos.
+        parameters: of one transformer.
+        transformers: 2 where one transformer is for high noise and one for low noise.
+        text_encoder_parameters: of all its text encoders.
+        blocks: attention blocks of a transformer, all of which have an eraser.
+        features: D, features per token.
+        video_tokens: N, video tokens of a sample.
+        text_tokens: text tokens in the same attentions; 0 where the text enters by cross-attention.
+        latent_elements: numbers in one sample's latents.
+    """
+
+    name: str
+    video: str
+    parameters: float
+    text_encoder_parameters: float
+    blocks: int
+    features: int
+    video_tokens: int
+    text_tokens: int
+    latent_elements: int
+    transformers: int = 1
+
+
 class TokenizerInput(NamedTuple):
     """A prompt in the form in which the family's pipeline passes it to the tokenizer.
 
@@ -153,6 +181,7 @@ class Family(TransformerSpec):
         float32_latents: whether the pipeline keeps latents in float32 between sampling steps, or in the model's dtype.
         set_timesteps: (scheduler, number of sampling steps, device); sets the timesteps as the pipeline does.
         unsupported_options: options in model_index.json that must not be set, each with what it means.
+        published: the published models of the family, for the computed costs in `fastunlearn.training.cost`.
         tiny_transformer: (**configuration) -> a tiny random transformer for tests; the arguments override entries of
             its configuration.
         tiny_pipelines: functions that make a tiny random pipeline without a network, by the name of the variant.
@@ -174,5 +203,6 @@ class Family(TransformerSpec):
     float32_latents: bool = True
     set_timesteps: Callable[[Any, int, torch.device], None] = set_step_count
     unsupported_options: Mapping[str, str] = field(default_factory=dict)
+    published: tuple[PublishedModel, ...]
     tiny_transformer: Callable[..., Any]
     tiny_pipelines: Mapping[str, Callable[[], Any]]

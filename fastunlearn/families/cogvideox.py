@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.families import tiny
-from fastunlearn.families.base import Family, LatentSpace, encode_t5
+from fastunlearn.families.base import Family, LatentSpace, PublishedModel, encode_t5
 
 
 def _rotary_embeddings(
@@ -163,6 +163,30 @@ COGVIDEOX = Family(
     fps=8,
     default_size=_default_size,
     float32_latents=False,
+    published=(
+        PublishedModel(
+            name="CogVideoX-2B",
+            video="480x720x49",
+            parameters=1.69e9,
+            blocks=30,
+            features=1920,
+            text_encoder_parameters=4.76e9,
+            video_tokens=13 * 30 * 45,
+            text_tokens=226,
+            latent_elements=13 * 16 * 60 * 90,
+        ),
+        PublishedModel(
+            name="CogVideoX-5B",
+            video="480x720x49",
+            parameters=5.57e9,
+            blocks=42,
+            features=3072,
+            text_encoder_parameters=4.76e9,
+            video_tokens=13 * 30 * 45,
+            text_tokens=226,
+            latent_elements=13 * 16 * 60 * 90,
+        ),
+    ),
     tiny_transformer=_tiny_transformer,
     tiny_pipelines={
         "cogvideox": _tiny_pipeline,  # like 2B: no rotary embeddings

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.families import tiny
-from fastunlearn.families.base import Family, LatentSpace, TokenizerInput, max_sequence_length
+from fastunlearn.families.base import Family, LatentSpace, PublishedModel, TokenizerInput, max_sequence_length
 
 
 def _extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale: float) -> dict[str, Any]:
@@ -137,6 +137,19 @@ HUNYUAN_VIDEO = Family(
     guidance_scale=1.0,  # guidance-distilled: no classifier-free guidance
     fps=15,
     set_timesteps=_set_timesteps,
+    published=(
+        PublishedModel(
+            name="HunyuanVideo",
+            video="720x1280x129",
+            parameters=12.8e9,
+            text_encoder_parameters=8.15e9,
+            blocks=60,
+            features=3072,
+            video_tokens=33 * 45 * 80,
+            text_tokens=256,
+            latent_elements=16 * 33 * 90 * 160,
+        ),
+    ),
     tiny_transformer=_tiny_transformer,
     tiny_pipelines={"hunyuan_video": _tiny_pipeline},
 )

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from fastunlearn.families import tiny
-from fastunlearn.families.base import Family, LatentSpace, TokenizerInput, encode_t5, max_sequence_length
+from fastunlearn.families.base import (
+    Family,
+    LatentSpace,
+    PublishedModel,
+    TokenizerInput,
+    encode_t5,
+    max_sequence_length,
+)
 
 
 def _tokenizer_input(prompt: str) -> TokenizerInput:
@@ -89,6 +96,42 @@ WAN = Family(
     guidance_scale=5.0,
     fps=16,
     unsupported_options={"expand_timesteps": "one timestep per token, as in Wan2.2-TI2V-5B"},
+    published=(
+        PublishedModel(
+            name="Wan2.1-1.3B",
+            video="480x832x81",
+            parameters=1.42e9,
+            blocks=30,
+            features=1536,
+            text_encoder_parameters=5.68e9,
+            video_tokens=21 * 30 * 52,
+            text_tokens=0,
+            latent_elements=16 * 21 * 60 * 104,
+        ),
+        PublishedModel(
+            name="Wan2.1-14B",
+            video="480x832x81",
+            parameters=14.29e9,
+            blocks=40,
+            features=5120,
+            text_encoder_parameters=5.68e9,
+            video_tokens=21 * 30 * 52,
+            text_tokens=0,
+            latent_elements=16 * 21 * 60 * 104,
+        ),
+        PublishedModel(
+            name="Wan2.2-A14B",
+            video="480x832x81",
+            parameters=14.29e9,
+            transformers=2,
+            blocks=40,
+            features=5120,
+            text_encoder_parameters=5.68e9,
+            video_tokens=21 * 30 * 52,
+            text_tokens=0,
+            latent_elements=16 * 21 * 60 * 104,
+        ),
+    ),
     tiny_transformer=_tiny_transformer,
     tiny_pipelines={
         "wan": _tiny_pipeline,  # like 2.1

@@ -1,0 +1,111 @@
+"""What the commands cost on published models: computed from the models' sizes, not measured.
+
+    python -m fastunlearn.training.cost
+
+At batch size 1, with weights in bfloat16 and the commands' default options:
+
+* A forward pass of S tokens through P parameters in L blocks of D features takes 2 P S + 4 L D S^2 operations.
+* `prepare` makes two passes per sampling step, with the prompt and without (classifier-free guidance). For a
+  guidance-distilled model it makes one, and one more without the prompt at every point it stores. It holds the text
+  encoders, frees them, and then holds the transformers and what a pass needs at work.
+* A training step is two passes of the student, each about three forward passes with gradient checkpointing: forward,
+  forward again, and backward to the activations (the frozen weights need no gradient). A pass keeps the input of every
+  block, S D L numbers, and the hidden states of the erasers, N r L numbers for N video tokens at rank r. The outputs of
+  the erasers, N D L numbers, are never kept. Erasers, their gradients and Adam's two moments take 16 bytes per
+  parameter.
+* With `--sequential-terms` the activations of one student pass are held at a time instead of two.
+
+On several processes `prepare` divides into independent trajectories. `train` adds up the erasers' gradients once per
+step, the last column, and with `--fsdp` divides the weights, but not the activations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastunlearn.families import FAMILIES
+from fastunlearn.families.base import PublishedModel
+from fastunlearn.training.options import PrepareOptions, TrainingOptions
+
+# An assumption: 40% of the 989 TFLOP/s that an H100 has in dense bfloat16.
+H100_OPERATIONS_PER_SECOND = 400e12
+# Numbers held at a time for each feature of every token, in a forward pass without gradients: see `prepare --estimate`.
+_WIDTHS_AT_WORK = 17
+_BFLOAT16, _FLOAT32 = 2, 4  # bytes
+
+
+class Cost(NamedTuple):
+    """The cost of one model: bytes, operations, forward passes, and hours on one H100."""
+
+    weights: float
+    forward: float
+    prepare_passes: int
+    prepare_memory: float
+    prepare_hours: float
+    train_memory: float
+    sequential_memory: float
+    train_hours: float
+    cached_point: float
+    gradients: float
+
+
+def cost_of(model: PublishedModel, *, has_guidance: bool) -> Cost:
+    """The cost of `prepare` and `train` with their default options and `--gradient-checkpointing`.
+
+    Args:
+        model: its sizes.
+        has_guidance: whether a sampling step takes two passes (classifier-free guidance).
+    """
+    tokens = model.video_tokens + model.text_tokens
+    forward = 2 * model.parameters * tokens + 4 * model.blocks * model.features * tokens**2
+    weights = _BFLOAT16 * model.transformers * model.parameters
+    at_work = _BFLOAT16 * tokens * model.features * _WIDTHS_AT_WORK
+
+    passes_per_trajectory = PrepareOptions.num_inference_steps
+    passes_per_trajectory += passes_per_trajectory if has_guidance else PrepareOptions.timesteps_per_trajectory
+    passes = 2 * PrepareOptions.num_trajectories * passes_per_trajectory
+    encoders = _BFLOAT16 * model.text_encoder_parameters
+
+    rank = TrainingOptions.rank
+    eraser_parameters = model.blocks * (2 * rank * model.features + rank + model.features)
+    kept = _BFLOAT16 * model.blocks * (tokens * model.features + model.video_tokens * rank)
+    held = weights + 4 * _FLOAT32 * model.transformers * eraser_parameters + at_work
+    train_forwards = TrainingOptions.max_train_steps * 2 * 3
+    return Cost(
+        weights=weights,
+        forward=forward,
+        prepare_passes=passes,
+        prepare_memory=max(encoders, weights + (2 if has_guidance else 1) * at_work),
+        prepare_hours=passes * forward / H100_OPERATIONS_PER_SECOND / 3600,
+        train_memory=held + 2 * kept,
+        sequential_memory=held + kept,
+        train_hours=train_forwards * forward / H100_OPERATIONS_PER_SECOND / 3600,
+        cached_point=_BFLOAT16 * 3 * model.latent_elements,
+        gradients=_FLOAT32 * eraser_parameters,
+    )
+
+
+def table() -> str:
+    """The costs of every published model, as text: memory, hours on one H100, and sizes of what is stored and sent."""
+    lines = [
+        "model, size of a video       prepare            train                         a point in  erasers'",
+        "                             memory    time     memory  sequential*  time     the cache   gradients",
+    ]
+    for family in FAMILIES:
+        for model in family.published:
+            cost = cost_of(model, has_guidance=family.guidance_scale != 1)
+            lines.append(
+                f"{f'{model.name}, {model.video}':<29}{_gb(cost.prepare_memory):<8}{cost.prepare_hours:>5.1f} h   "
+                f"{_gb(cost.train_memory):<8}{_gb(cost.sequential_memory):<11}{cost.train_hours:>5.1f} h   "
+                f"{cost.cached_point / 1e6:>5.1f} MB     {cost.gradients / 1e6:>4.0f} MB"
+            )
+    lines.append("* with --sequential-terms")
+    return "\n".join(lines)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:>3.0f} GB"
+
+
+if __name__ == "__main__":
+    print(table())
