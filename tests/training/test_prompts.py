@@ -103,7 +103,7 @@ def test_a_concept_that_is_cut_off_is_an_error(tokenizer):
     assert concept_tokens(tokenizer, prompt, "dog", max_length=9) == [1, 7]
     for length in (7, 8):  # the last of 8 tokens is the end token
         assert concept_tokens(tokenizer, prompt, "dog", max_length=length) == [1]
-    with pytest.raises(ValueError, match="first 4 tokens of the prompt, where the rest is cut off.*▁dog ▁and ▁a ▁cat"):
+    with pytest.raises(ValueError, match="'cat' in the first 4 tokens .*which is cut off.*▁dog ▁and ▁a ▁cat"):
         concept_tokens(tokenizer, prompt, "cat", max_length=4)
 
 

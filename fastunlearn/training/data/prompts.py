@@ -111,13 +111,13 @@ def concept_tokens(
     kept = [token for token in sorted(matches) if token < len(kept_ids) and kept_ids[token] == ids[token]]
     positions = [token + padding - crop_start for token in kept if token + padding >= crop_start]
     if not positions:
-        where = (
-            "the prompt" if not matches else f"the first {max_length} tokens of the prompt, where the rest is cut off,"
-        )
-        tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[crop_start:])))
-        raise ValueError(
-            f"concept: expected whole words of {where} {prompt!r}, got {concept!r}; the prompt's tokens: {tokens}"
-        )
+        tokens = "the prompt's tokens: " + " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[crop_start:])))
+        if matches:
+            raise ValueError(
+                f"concept: expected {concept!r} in the first {max_length} tokens of the prompt {prompt!r}, got it only "
+                f"in the rest, which is cut off; shorten the prompt; {tokens}"
+            )
+        raise ValueError(f"concept: expected whole words of the prompt {prompt!r}, got {concept!r}; {tokens}")
     return positions
 
 
