@@ -18,7 +18,7 @@ from fastunlearn.bench.agreement import Disagreement
 from fastunlearn.demo import erase
 
 
-def test_floors_by_hand() -> None:
+def test_floors_match_a_calculation_by_hand() -> None:
     shape = (1, 2, 3, 4, 6)
     n = 2 * 3 * 4 * 6
     assert cases.velocity_case("", shape).floor == (3 * n + n) * 4
