@@ -8,197 +8,84 @@ check of its value, and whether a resumed run may change it. Nothing heavy is im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-Check = Callable[[str, Any], None]  # takes an option's name and value, and raises ValueError
-
-
-def _option(
-    help: str, default: Any = MISSING, *, group: str, check: Check | None = None, free_on_resume: bool = False
-) -> Any:
-    """A field that is an option; required if it has no default.
-
-    Args:
-        help: what the option does, its unit, and what happens if it is left out. The command line appends the default.
-        default: of the field.
-        group: the heading that `--help` lists the option under.
-        check: checks the value.
-        free_on_resume: whether a run that resumes from a checkpoint may have another value than the interrupted run.
-    """
-    metadata = {"help": help, "group": group, "check": check, "free_on_resume": free_on_resume}
-    return field(default=default, metadata=metadata)
-
-
-def _at_least(least: int) -> Check:
-    def check(name: str, value: float) -> None:
-        if not least <= value < math.inf:
-            raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
-
-    return check
-
-
-def _is_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-
-
-def _is_seed(name: str, value: int) -> None:
-    # torch's CPU generator reads only 32 bits of a seed, so two larger seeds could be the same.
-    if not 0 <= value < 2**32:
-        raise ValueError(f"{name}: expected a number from 0 to below 2^32, got {value!r}")
-
-
-def _is_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
-
-
-def _is_fraction_below_1(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a number from 0 to below 1, got {value!r}")
-
-
-def _has_words(name: str, value: str) -> None:
-    if not value.strip():
-        raise ValueError(f"{name}: expected one or more words, got {value!r}")
-
-
-def _check_fields(options: Any) -> None:
-    """Runs the check of every option that has one; an option with the default None may be None."""
-    for option in fields(options):
-        check, value = option.metadata["check"], getattr(options, option.name)
-        may_be_none = option.default is None
-        if check is not None and not (value is None and may_be_none):
-            check(option.name, value)
-
-
-# The options that several commands share. Every class needs a field of its own.
-
-
-def _pipeline(
-    help: str = "the diffusers pipeline: a folder, or a name on the Hugging Face Hub", **metadata: Any
-) -> Any:
-    return _option(help, group="model", **metadata)
-
-
-def _erasers() -> Any:
-    return _option("one or more folders of erasers, which are applied together", group="model")
-
-
-def _eraser_scales() -> Any:
-    return _option(
-        "strength of the erasers in each folder, in the same order; 1 for all if left out", (), group="model"
-    )
-
-
-def _mixed_precision(help: str = "precision of the model; no means float32", **metadata: Any) -> Any:
-    return _option(help, "bf16", group="model", **metadata)
-
-
-def _device(
-    help: str = "torch device, such as cuda:1; an accelerator, or else the CPU, if left out", **metadata: Any
-) -> Any:
-    return _option(help, None, group="model", **metadata)
-
-
-def _num_trajectories(default: int) -> Any:
-    help = "trajectories to sample for the target prompts, and as many again for the kept prompts"
-    return _option(help, default, group="sampling", check=_at_least(1))
-
-
-def _timesteps_per_trajectory(default: int) -> Any:
-    help = "timesteps of each trajectory at which a point is stored"
-    return _option(help, default, group="sampling", check=_at_least(1))
-
-
-def _num_inference_steps() -> Any:
-    return _option("sampling steps per trajectory", 50, group="sampling", check=_at_least(1))
-
-
-def _guidance_scale() -> Any:
-    help = "scale of classifier-free guidance in sampling; the pipeline's default if left out"
-    return _option(help, None, group="sampling", check=_is_finite)
-
-
-def _height() -> Any:
-    help = "height of the videos in pixels; the pipeline's default if left out"
-    return _option(help, None, group="sampling", check=_at_least(1))
-
-
-def _width() -> Any:
-    help = "width of the videos in pixels; the pipeline's default if left out"
-    return _option(help, None, group="sampling", check=_at_least(1))
-
-
-def _num_frames() -> Any:
-    help = "number of frames per video; the pipeline's default if left out"
-    return _option(help, None, group="sampling", check=_at_least(1))
+from fastunlearn.training import option_fields as shared
+from fastunlearn.training.option_fields import (
+    at_least,
+    check_fields,
+    has_words,
+    is_finite,
+    is_fraction,
+    is_fraction_below_1,
+    is_seed,
+    option,
+)
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
     """Runs the frozen model once and stores what training needs in a cache: latents, velocities and concept masks."""
 
-    pretrained_model_name_or_path: str = _pipeline()
-    output_dir: Path = _option("folder of the cache: a new folder, or an unfinished cache to complete", group="data")
-    concept: str = _option("the concept to erase, worded as in the target prompts", group="data", check=_has_words)
-    target_prompts: Path | None = _option(
+    pretrained_model_name_or_path: str = shared.pipeline()
+    output_dir: Path = option("folder of the cache: a new folder, or an unfinished cache to complete", group="data")
+    concept: str = option("the concept to erase, worded as in the target prompts", group="data", check=has_words)
+    target_prompts: Path | None = option(
         "file of prompts with the concept, one per line; after a tab, optionally one without it",
         None,
         group="data",
     )
-    kept_prompts: Path | None = _option(
+    kept_prompts: Path | None = option(
         "file of prompts, one per line, for which the model must stay as it is", None, group="data"
     )
-    data: Path | None = _option(
+    data: Path | None = option(
         "folder of your own videos to use instead: NAME.mp4, .gif or .safetensors, with NAME.txt",
         None,
         group="data",
     )
-    negative_prompt: str = _option(
+    negative_prompt: str = option(
         "prompt to lead away from, which stands for the concept's absence; empty if left out",
         "",
         group="sampling",
     )
-    num_trajectories: int = _num_trajectories(32)
-    timesteps_per_trajectory: int = _timesteps_per_trajectory(5)
-    num_inference_steps: int = _num_inference_steps()
-    guidance_scale: float | None = _guidance_scale()
-    height: int | None = _height()
-    width: int | None = _width()
-    num_frames: int | None = _num_frames()
-    batch_size: int = _option(
-        "trajectories per forward pass of the model; fewer take less memory", 1, group="memory", check=_at_least(1)
+    num_trajectories: int = shared.num_trajectories(32)
+    timesteps_per_trajectory: int = shared.timesteps_per_trajectory(5)
+    num_inference_steps: int = shared.num_inference_steps()
+    guidance_scale: float | None = shared.guidance_scale()
+    height: int | None = shared.height()
+    width: int | None = shared.width()
+    num_frames: int | None = shared.num_frames()
+    batch_size: int = option(
+        "trajectories per forward pass of the model; fewer take less memory", 1, group="memory", check=at_least(1)
     )
-    mask_threshold: float = _option(
+    mask_threshold: float = option(
         "attention to the concept, from 0 to 1, from which on a token is in the mask",
         0.5,
         group="masks",
-        check=_is_fraction,
+        check=is_fraction,
     )
-    mask_layers: tuple[int, ...] = _option(
+    mask_layers: tuple[int, ...] = option(
         "attention layers that masks are computed from, counted from 0; all layers if left out", (), group="masks"
     )
-    mask_start: float = _option(
+    mask_start: float = option(
         "fraction of the sampling steps to skip before attention is recorded, from 0 to below 1",
         0.5,
         group="masks",
-        check=_is_fraction_below_1,
+        check=is_fraction_below_1,
     )
-    seed: int = _option("random seed of the trajectories", 0, group="sampling", check=_is_seed)
-    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision(
+    seed: int = option("random seed of the trajectories", 0, group="sampling", check=is_seed)
+    mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision(
         "precision of the model and of the cached tensors; no means float32"
     )
-    device: str | None = _device()
-    estimate: bool = _option(
+    device: str | None = shared.device()
+    estimate: bool = option(
         "print the size of the cache, the forward passes and the memory needed, and stop", False, group="memory"
     )
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -218,7 +105,7 @@ class TargetGroup:
     def __post_init__(self) -> None:
         if not 0 < self.share < math.inf:
             raise ValueError(f"share: expected a positive number, got {self.share!r}")
-        _is_finite("guidance_scale", self.guidance_scale)
+        is_finite("guidance_scale", self.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -226,196 +113,194 @@ class TrainingOptions:
     """Trains erasers from a teacher cache, on one process or, under `accelerate launch` or `torchrun`, on several."""
 
     # A resumed run may name another model folder, because the cache is checked against the model.
-    pretrained_model_name_or_path: str = _pipeline(
+    pretrained_model_name_or_path: str = shared.pipeline(
         "the pipeline that the cache was made with: a folder, or a name on the Hub", free_on_resume=True
     )
     # A resumed run may move the cache, because its content is compared.
-    cache_dir: Path = _option("folder of the cache that prepare wrote", group="data", free_on_resume=True)
-    output_dir: Path = _option(
+    cache_dir: Path = option("folder of the cache that prepare wrote", group="data", free_on_resume=True)
+    output_dir: Path = option(
         "folder for the trained erasers (in its subfolder erasers), checkpoints and logs",
         group="data",
         free_on_resume=True,
     )
-    rank: int = _option("inner width of the erasers", 128, group="model", check=_at_least(1))
+    rank: int = option("inner width of the erasers", 128, group="model", check=at_least(1))
     # The number of points per step and the learning rates so far must stay the same. `RunSettings` compares those, so
     # that the options which determine them may change.
-    max_train_steps: int = _option(
-        "optimizer steps in total", 500, group="optimization", check=_at_least(1), free_on_resume=True
+    max_train_steps: int = option(
+        "optimizer steps in total", 500, group="optimization", check=at_least(1), free_on_resume=True
     )
-    train_batch_size: int = _option(
+    train_batch_size: int = option(
         "target points, and as many kept points, per forward pass and process",
         1,
         group="optimization",
-        check=_at_least(1),
+        check=at_least(1),
         free_on_resume=True,
     )
-    gradient_accumulation_steps: int = _option(
+    gradient_accumulation_steps: int = option(
         "batches per optimizer step (gradient accumulation)",
         1,
         group="optimization",
-        check=_at_least(1),
+        check=at_least(1),
         free_on_resume=True,
     )
-    learning_rate: float = _option(
-        "peak learning rate of the optimizer", 1e-4, group="optimization", check=_at_least(0)
-    )
-    bias_learning_rate: float | None = _option(
+    learning_rate: float = option("peak learning rate of the optimizer", 1e-4, group="optimization", check=at_least(0))
+    bias_learning_rate: float | None = option(
         "peak learning rate of the biases; the same as --learning-rate if left out", None, group="optimization"
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = _option(
+    ] = option(
         "schedule of the learning rate, as in diffusers",
         "constant_with_warmup",
         group="optimization",
         free_on_resume=True,
     )
-    lr_warmup_steps: int = _option(
+    lr_warmup_steps: int = option(
         "optimizer steps over which the learning rate rises from 0",
         20,
         group="optimization",
-        check=_at_least(0),
+        check=at_least(0),
         free_on_resume=True,
     )
-    lr_num_cycles: int = _option(
+    lr_num_cycles: int = option(
         "number of cycles of the schedule cosine_with_restarts",
         1,
         group="optimization",
-        check=_at_least(0),
+        check=at_least(0),
         free_on_resume=True,
     )
-    lr_power: float = _option("exponent of the schedule polynomial", 1.0, group="optimization", free_on_resume=True)
-    optimizer: Literal["adamw", "muon"] = _option(
+    lr_power: float = option("exponent of the schedule polynomial", 1.0, group="optimization", free_on_resume=True)
+    optimizer: Literal["adamw", "muon"] = option(
         "optimizer of the matrices; biases always use AdamW", "adamw", group="optimization"
     )
-    adam_beta1: float = _option("beta1 of AdamW", 0.9, group="optimization")
-    adam_beta2: float = _option("beta2 of AdamW", 0.95, group="optimization")
-    adam_weight_decay: float = _option("weight decay of AdamW and Muon", 1e-4, group="optimization", check=_at_least(0))
-    adam_epsilon: float = _option("epsilon of AdamW", 1e-8, group="optimization")
-    max_grad_norm: float = _option(
-        "gradients are clipped to this norm; 0 turns clipping off", 1.0, group="optimization", check=_at_least(0)
+    adam_beta1: float = option("beta1 of AdamW", 0.9, group="optimization")
+    adam_beta2: float = option("beta2 of AdamW", 0.95, group="optimization")
+    adam_weight_decay: float = option("weight decay of AdamW and Muon", 1e-4, group="optimization", check=at_least(0))
+    adam_epsilon: float = option("epsilon of AdamW", 1e-8, group="optimization")
+    max_grad_norm: float = option(
+        "gradients are clipped to this norm; 0 turns clipping off", 1.0, group="optimization", check=at_least(0)
     )
-    unlearning_weight: float = _option(
-        "weight of the loss that turns target points away from the concept", 1.0, group="losses", check=_at_least(0)
+    unlearning_weight: float = option(
+        "weight of the loss that turns target points away from the concept", 1.0, group="losses", check=at_least(0)
     )
-    preservation_weight: float = _option(
-        "weight of the loss that keeps the velocity at the kept points", 0.5, group="losses", check=_at_least(0)
+    preservation_weight: float = option(
+        "weight of the loss that keeps the velocity at the kept points", 0.5, group="losses", check=at_least(0)
     )
-    localization_weight: float = _option(
-        "weight of the loss on what the erasers change outside the mask", 1.0, group="losses", check=_at_least(0)
+    localization_weight: float = option(
+        "weight of the loss on what the erasers change outside the mask", 1.0, group="losses", check=at_least(0)
     )
     # `RunSettings` compares the guidance scale of every target group instead.
-    negative_guidance_scale: float = _option(
+    negative_guidance_scale: float = option(
         "how far beyond the velocity without the concept the target lies (eta)",
         7.5,
         group="losses",
-        check=_is_finite,
+        check=is_finite,
         free_on_resume=True,
     )
-    loss_type: Literal["l2", "l1"] = _option("squared (l2) or absolute (l1) errors", "l2", group="losses")
-    mask_unlearning: bool = _option(
+    loss_type: Literal["l2", "l1"] = option("squared (l2) or absolute (l1) errors", "l2", group="losses")
+    mask_unlearning: bool = option(
         "apply the unlearning loss inside the mask only; to the whole video if left out", False, group="losses"
     )
     # `RunSettings` compares the dtype of the loaded model instead.
-    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision(
+    mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision(
         "precision of the frozen model; no means float32, as erasers have", free_on_resume=True
     )
-    gradient_checkpointing: bool = _option(
+    gradient_checkpointing: bool = option(
         "recompute activations in the backward pass: less memory, more time", False, group="memory", free_on_resume=True
     )
-    sequential_terms: bool = _option(
+    sequential_terms: bool = option(
         "run the target points' backward pass before the kept points: half the activations",
         False,
         group="memory",
         free_on_resume=True,
     )
-    fsdp: bool = _option(
+    fsdp: bool = option(
         "shard the frozen model over the processes (FSDP2), as accelerate launch --use_fsdp does",
         False,
         group="memory",
         free_on_resume=True,
     )
-    seed: int = _option(
+    seed: int = option(
         "random seed of the erasers' initial weights and of the order of the points",
         0,
         group="optimization",
-        check=_is_seed,
+        check=is_seed,
     )
-    checkpointing_steps: int = _option(
-        "optimizer steps between checkpoints", 100, group="checkpoints", check=_at_least(1), free_on_resume=True
+    checkpointing_steps: int = option(
+        "optimizer steps between checkpoints", 100, group="checkpoints", check=at_least(1), free_on_resume=True
     )
-    checkpoints_total_limit: int | None = _option(
+    checkpoints_total_limit: int | None = option(
         "how many of the newest checkpoints to keep; all if left out",
         None,
         group="checkpoints",
-        check=_at_least(1),
+        check=at_least(1),
         free_on_resume=True,
     )
-    resume_from_checkpoint: str | None = _option(
+    resume_from_checkpoint: str | None = option(
         "checkpoint to resume: a name, a path, or latest for the newest one in output_dir, if any",
         None,
         group="checkpoints",
         free_on_resume=True,
     )
-    report_to: Literal["tensorboard", "wandb", "all"] | None = _option(
+    report_to: Literal["tensorboard", "wandb", "all"] | None = option(
         "tracker to log metrics to; only the progress bar if left out", None, group="logging", free_on_resume=True
     )
-    logging_dir: Path | None = _option(
+    logging_dir: Path | None = option(
         "folder of the trackers' logs; output_dir/logs if left out", None, group="logging", free_on_resume=True
     )
-    device: str | None = _device(
+    device: str | None = shared.device(
         "torch device, such as cuda:1; the device that Accelerate chooses if left out", free_on_resume=True
     )
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
     """Measures what erasers erase and what they keep, on prompts and seeds that they were not trained with."""
 
-    pretrained_model_name_or_path: str = _pipeline()
-    erasers: tuple[Path, ...] = _erasers()
-    output_dir: Path = _option("folder for evaluation.json, evaluation.png and the cache", group="data")
-    concept: str | None = _option(
+    pretrained_model_name_or_path: str = shared.pipeline()
+    erasers: tuple[Path, ...] = shared.erasers()
+    output_dir: Path = option("folder for evaluation.json, evaluation.png and the cache", group="data")
+    concept: str | None = option(
         "the erased concept, worded as in the target prompts; required without --cache-dir", None, group="data"
     )
-    target_prompts: Path | None = _option(
+    target_prompts: Path | None = option(
         "file of held-out prompts with the concept, one per line; required without --cache-dir", None, group="data"
     )
-    kept_prompts: Path | None = _option(
+    kept_prompts: Path | None = option(
         "file of held-out prompts without the concept, one per line; required without --cache-dir", None, group="data"
     )
-    cache_dir: Path | None = _option(
+    cache_dir: Path | None = option(
         "folder of a cache that prepare wrote for held-out prompts; made in output_dir if left out", None, group="data"
     )
-    eraser_scales: tuple[float, ...] = _eraser_scales()
-    negative_prompt: str = _option(
+    eraser_scales: tuple[float, ...] = shared.eraser_scales()
+    negative_prompt: str = option(
         "prompt that stands for the concept's absence in the measurement; empty if left out", "", group="sampling"
     )
-    num_trajectories: int = _num_trajectories(8)
-    timesteps_per_trajectory: int = _timesteps_per_trajectory(10)
-    num_inference_steps: int = _num_inference_steps()
-    guidance_scale: float | None = _guidance_scale()
-    height: int | None = _height()
-    width: int | None = _width()
-    num_frames: int | None = _num_frames()
-    batch_size: int = _option(
+    num_trajectories: int = shared.num_trajectories(8)
+    timesteps_per_trajectory: int = shared.timesteps_per_trajectory(10)
+    num_inference_steps: int = shared.num_inference_steps()
+    guidance_scale: float | None = shared.guidance_scale()
+    height: int | None = shared.height()
+    width: int | None = shared.width()
+    num_frames: int | None = shared.num_frames()
+    batch_size: int = option(
         "points, or trajectories, per forward pass of the model; fewer take less memory",
         1,
         group="memory",
-        check=_at_least(1),
+        check=at_least(1),
     )
-    seed: int = _option(
-        "random seed of the trajectories; use another one than for prepare", 1000, group="sampling", check=_is_seed
+    seed: int = option(
+        "random seed of the trajectories; use another one than for prepare", 1000, group="sampling", check=is_seed
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision()
-    device: str | None = _device()
+    mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision()
+    device: str | None = shared.device()
 
     def __post_init__(self) -> None:
         _check_erasers(self.erasers, self.eraser_scales)
-        _check_fields(self)
+        check_fields(self)
         if self.cache_dir is None:
             for name in ("concept", "target_prompts", "kept_prompts"):
                 if not getattr(self, name):
@@ -428,34 +313,34 @@ class EvaluateOptions:
 class SampleOptions:
     """Generates videos without and with erasers, from the same noise, for comparison by eye."""
 
-    pretrained_model_name_or_path: str = _pipeline()
-    output_dir: Path = _option("folder for the videos", group="output")
-    erasers: tuple[Path, ...] = _erasers()
-    prompt: tuple[str, ...] = _option("one or more prompts; each becomes a video", (), group="prompts")
-    prompts: Path | None = _option("file of further prompts, one per line", None, group="prompts")
-    eraser_scales: tuple[float, ...] = _eraser_scales()
-    before: bool = _option("leave out the videos without erasers", True, group="output")
-    negative_prompt: str = _option("prompt that sampling leads away from; empty if left out", "", group="prompts")
-    num_inference_steps: int = _num_inference_steps()
-    guidance_scale: float | None = _guidance_scale()
-    height: int | None = _height()
-    width: int | None = _width()
-    num_frames: int | None = _num_frames()
-    seed: int = _option(
-        "random seed of the noise, which is the same for every prompt", 0, group="sampling", check=_is_seed
+    pretrained_model_name_or_path: str = shared.pipeline()
+    output_dir: Path = option("folder for the videos", group="output")
+    erasers: tuple[Path, ...] = shared.erasers()
+    prompt: tuple[str, ...] = option("one or more prompts; each becomes a video", (), group="prompts")
+    prompts: Path | None = option("file of further prompts, one per line", None, group="prompts")
+    eraser_scales: tuple[float, ...] = shared.eraser_scales()
+    before: bool = option("leave out the videos without erasers", True, group="output")
+    negative_prompt: str = option("prompt that sampling leads away from; empty if left out", "", group="prompts")
+    num_inference_steps: int = shared.num_inference_steps()
+    guidance_scale: float | None = shared.guidance_scale()
+    height: int | None = shared.height()
+    width: int | None = shared.width()
+    num_frames: int | None = shared.num_frames()
+    seed: int = option(
+        "random seed of the noise, which is the same for every prompt", 0, group="sampling", check=is_seed
     )
-    fps: int | None = _option(
-        "frames per second; the pipeline's default if left out", None, group="output", check=_at_least(1)
+    fps: int | None = option(
+        "frames per second; the pipeline's default if left out", None, group="output", check=at_least(1)
     )
-    format: Literal["mp4", "gif"] = _option("file format of the videos", "mp4", group="output")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _mixed_precision()
-    device: str | None = _device()
+    format: Literal["mp4", "gif"] = option("file format of the videos", "mp4", group="output")
+    mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision()
+    device: str | None = shared.device()
 
     def __post_init__(self) -> None:
         _check_erasers(self.erasers, self.eraser_scales)
         if not self.prompt and self.prompts is None:
             raise ValueError("prompt: expected at least one prompt, here or in a file given as prompts, got none")
-        _check_fields(self)
+        check_fields(self)
 
 
 def _check_erasers(erasers: tuple[Path, ...], scales: tuple[float, ...]) -> None:
