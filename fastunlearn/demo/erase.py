@@ -33,12 +33,12 @@ TARGETS = (
 )
 
 
-def one(shape: str, draw: random.Random) -> Nouns:
+def draw_one(shape: str, draw: random.Random) -> Nouns:
     """Draws a colour for one shape."""
     return (Noun(shape, draw.choice(list(COLOURS))),)
 
 
-def two(first: str, second: str, draw: random.Random) -> Nouns:
+def draw_two(first: str, second: str, draw: random.Random) -> Nouns:
     """Draws different colours for two shapes, and their order."""
     nouns = [Noun(shape, colour) for shape, colour in zip((first, second), draw.sample(list(COLOURS), 2), strict=True)]
     draw.shuffle(nouns)
@@ -62,8 +62,8 @@ def target_requests(concept: str, group: str, draw: random.Random) -> Iterator[R
     others = [shape for shape in SHAPES if shape != concept]
     for number in range(LEADING_TRAJECTORIES + TRAJECTORIES[group]):
         other = others[number % 2]
-        nouns = one(concept, draw) if group == ALONE else two(concept, other, draw)
-        rest = tuple(noun for noun in nouns if noun.shape != concept) or one(other, draw)
+        nouns = draw_one(concept, draw) if group == ALONE else draw_two(concept, other, draw)
+        rest = tuple(noun for noun in nouns if noun.shape != concept) or draw_one(other, draw)
         if number < LEADING_TRAJECTORIES:
             yield Request(prompt_of(nouns), group, instead=prompt_of(rest), follow="prompt", steps=LEADING)
         else:
@@ -74,7 +74,7 @@ def kept_requests(concept: str, draw: random.Random) -> Iterator[Request]:
     """Yields requests for trajectories towards other shapes, whose points have these or no shapes in their prompt."""
     first, second = (shape for shape in SHAPES if shape != concept)
     for number in range(TRAJECTORIES[KEPT] + UNPROMPTED_TRAJECTORIES):
-        nouns = two(first, second, draw) if number % 2 == 0 else one((first, second)[number // 2 % 2], draw)
+        nouns = draw_two(first, second, draw) if number % 2 == 0 else draw_one((first, second)[number // 2 % 2], draw)
         prompt = prompt_of(nouns)
         if number < TRAJECTORIES[KEPT]:
             yield Request(prompt, KEPT)
@@ -82,7 +82,7 @@ def kept_requests(concept: str, draw: random.Random) -> Iterator[Request]:
             yield Request("", KEPT, instead=prompt, follow="instead")
 
 
-# `prepare` and `train` get the model and the folders as arguments, and do not read these options.
+# `prepare` and `train` get the model and the folders as arguments, and do not read the options for them.
 
 
 def prepare_options(concept: str, seed: int) -> PrepareOptions:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunlearn.demo.erase import two
+from fastunlearn.demo.erase import draw_two
 from fastunlearn.demo.judge import Judge, colour_maps
 from fastunlearn.demo.model import PATCH, TOKEN_GRID
 from fastunlearn.demo.world import COLOURS, SHAPES, Noun, Nouns
@@ -36,7 +36,7 @@ def held_out(concept: str, draw: random.Random) -> tuple[list[Nouns], list[Nouns
     prompts: list[Nouns] = [
         (Noun(shape, colours[index % len(colours)]),) for shape in SHAPES for index in range(VIDEOS_PER_SHAPE)
     ]
-    prompts += [two(*pair, draw) for pair in itertools.combinations(SHAPES, 2) for _ in range(VIDEOS_PER_PAIR)]
+    prompts += [draw_two(*pair, draw) for pair in itertools.combinations(SHAPES, 2) for _ in range(VIDEOS_PER_PAIR)]
     with_concept = [nouns for nouns in prompts if concept in (noun.shape for noun in nouns)]
     return with_concept, [nouns for nouns in prompts if nouns not in with_concept]
 

@@ -141,7 +141,7 @@ def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path
     assert "--cache-dir" in one_line_error(capsys, *train)
     assert "rank" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path), "--rank", "0")
     assert "fp15" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path), "--mixed-precision", "fp15")
-    assert "no teacher cache" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path))
+    assert "expected a teacher cache" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path))
 
 
 def test_bench_runs_a_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def read(path: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"checkpoint {path} is incomplete: {Path(error.filename).name} is missing") from None
     except ValueError as error:
-        raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+        raise ValueError(f"checkpoint {path} is damaged or of another version: {error}") from error
     if hashlib.sha256(content).hexdigest() != metadata.get("sha256"):
         raise ValueError(f"checkpoint {path} is damaged: {STATE} does not have the checksum that {METADATA} records")
     step, settings = metadata.get("step"), metadata.get("settings")
