@@ -10,7 +10,7 @@ communicates nothing.
 2. Its derivative with respect to l is m / d. That factor multiplies the upstream gradient of l.
 3. For "mean", l is divided by the number of processes too, so that m = elements of the shard * processes. With equal
    shards, m / d is then exactly 1: the gradient that the forward pass wrote is final, and no second pass over it is
-   needed. For the other normalizations m = 1 or, as backends divide the localization loss by it, B.
+   needed. Otherwise m = 1, except for "background_mean": its shards are computed as "sum", divided by B, so m = B.
 """
 
 from __future__ import annotations
