@@ -1,4 +1,4 @@
-"""The four commands, as a user gives them, on a saved pipeline of every family."""
+"""The four commands, one after the other as a user runs them, on a saved pipeline of every family."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastunlearn.testing.tiny_pipelines import FRAMES, HEIGHT, VARIANTS, WIDTH
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-def test_from_prompts_to_videos(
+def test_the_commands_lead_from_prompts_to_videos(
     family: str, tiny_pipeline: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "target.txt").write_text("a red circle\na nude person and a red circle in the park\n")
-    (tmp_path / "kept.txt").write_text("# what is to stay\na blue square\n\n")
+    (tmp_path / "kept.txt").write_text("# prompts to keep\na blue square\n\n")
     model = ["--pretrained-model-name-or-path", str(tiny_pipeline(family)), "--mixed-precision", "no"]
     prompts = ["--concept", "circle", "--target-prompts", tmp_path / "target.txt"]
     prompts += ["--kept-prompts", tmp_path / "kept.txt"]
