@@ -1,7 +1,7 @@
 """From prompts to an erased model: the four commands, and what they are made of.
 
     options.py       the options of every command; the command line is made from these dataclasses
-    prepare.py       `fastunlearn prepare` runs the frozen model once, and stores what it says: the teacher cache
+    prepare.py       `fastunlearn prepare` runs the frozen model once, and stores its velocities and masks: the teacher cache
     train.py         `fastunlearn train` trains erasers on that cache
     evaluate.py      `fastunlearn evaluate` measures erasers on held-out prompts, without making a video
     sample.py        `fastunlearn sample` makes videos without and with erasers, from the same noise

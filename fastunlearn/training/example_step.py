@@ -55,9 +55,7 @@ def training_step() -> tuple[VelocityModel, dict[str, AdapterEraser], dict[str, 
     attn_maps: dict[str, Tensor] = {}
     with torch.no_grad(), AttnMapsCapture(model, attn_maps):
         model(x_t, t, cond_target)
-    masks = get_mask(
-        attn_maps, word_indices=[1, 2], thres=0.5, height=8, width=8, head_num=4, text_len=16, patch_size=2
-    )
+    masks = get_mask(attn_maps, [1, 2], 0.5, height=8, width=8, head_num=4, text_len=16, patch_size=2)
 
     # New: one model. The loss switches the erasers off to get the frozen model's velocities, and the capture
     # around it reads the erasers' outputs from the passes that the loss makes anyway.
