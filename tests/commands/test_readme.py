@@ -98,7 +98,8 @@ def test_every_command_that_is_named_exists(page: str, capsys: pytest.CaptureFix
         spec = find_spec(module)
         assert spec is not None and spec.origin is not None, f"there is no module {module}"
         assert '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8"), f"{module} is no command"
-    for command in set(re.findall(r"(?:^|`|&& )fastunlearn ([a-z]+)", text, re.MULTILINE)):
+    code = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) + re.findall(r"`([^`\n]+)`", text)
+    for command in {name for part in code for name in re.findall(r"(?:^|&& )fastunlearn ([a-z]+)", part, re.MULTILINE)}:
         with pytest.raises(SystemExit) as exit_info:
             main([command, "--help"])
         assert exit_info.value.code == 0, command
