@@ -1,4 +1,4 @@
-"""Compiling the kernels that a call launches for GPUs that are not there, and reading what came of it."""
+"""Compile the kernels that a call launches for GPUs that are not there, and read the machine code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _POINTERS = {
 
 
 class Launch(NamedTuple):
-    """A launch that was asked for: the kernel as the compiler specialises it."""
+    """A recorded launch: a kernel as the compiler specialises it."""
 
     kernel: Any
     signature: dict[str, Any]
@@ -45,34 +45,34 @@ class Launch(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The same for launches that run the same machine code."""
+        """Equal for launches that run the same machine code."""
         return repr((self.kernel.__name__, self.signature, self.constants, self.attributes, self.options))
 
     def describe(self) -> str:
-        """The kernel's name and what tells this specialisation from others."""
+        """The kernel's name, and the types and constants that distinguish this specialisation."""
         names = self.kernel.arg_names
         constants = [f"{names[path[0]]}={value}" for path, value in self.constants.items() if len(path) == 1]
-        types = [f"{name}:{kind}" for name, kind in self.signature.items() if "*" in str(kind)]
+        types = [f"{name}:{type_}" for name, type_ in self.signature.items() if "*" in str(type_)]
         return f"{self.kernel.__name__}({', '.join(types + constants)})"
 
 
 class Binary(NamedTuple):
-    """What the compiler made of a launch."""
+    """What matters about the machine code of a launch."""
 
     spilled_bytes: int
     local_bytes: int
     registers: int
-    accesses: list[str]  # of global memory: PTX instructions on CUDA targets, empty elsewhere
+    accesses: list[str]  # PTX instructions that access global memory; empty on other targets than CUDA
 
     @property
     def wide_accesses(self) -> int:
-        """How many of them are of 16 bytes."""
-        return sum(kind.endswith(("v4.b32", "v2.b64", "cp.async 0x10")) for kind in self.accesses)
+        """The number of 16-byte accesses."""
+        return sum(access.endswith(("v4.b32", "v2.b64", "cp.async 0x10")) for access in self.accesses)
 
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside this context kernels are not run: what would have been launched is in the list."""
+    """Record launches in the list instead of running them."""
     from triton.runtime.jit import JITFunction
 
     launches: list[Launch] = []
@@ -85,7 +85,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, target: str) -> Binary:
-    """The binary for one of `TARGETS`."""
+    """Compile a launch for one of `TARGETS`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -103,11 +103,11 @@ def compile_launch(launch: Launch, target: str) -> Binary:
 
 
 def _read_amdgcn(assembly: str) -> Binary:
-    def found(name: str) -> int:
+    def largest(name: str) -> int:
         return max(int(x) for x in re.findall(rf"\.{name}:\s*(\d+)", assembly))
 
-    # Scalar registers are spilled to lanes of vector registers, not to memory.
-    return Binary(4 * found("vgpr_spill_count"), found("private_segment_fixed_size"), found("vgpr_count"), [])
+    # Spilled scalar registers go to lanes of vector registers, not to memory, so only vector registers count.
+    return Binary(4 * largest("vgpr_spill_count"), largest("private_segment_fixed_size"), largest("vgpr_count"), [])
 
 
 def _read_cubin(cubin: bytes, ptx: str) -> Binary:
@@ -120,9 +120,9 @@ def _read_cubin(cubin: bytes, ptx: str) -> Binary:
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL"))
     accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
-    # What a pipelined loop copies to shared memory, in bytes.
+    # The bytes that a pipelined loop copies to shared memory.
     accesses += [f"cp.async {size}" for size in re.findall(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[.*?\], (\w+)", ptx)]
-    # What is spilled lies on the stack.
+    # Spilled registers lie on the stack.
     return Binary(stack, local, registers, accesses)
 
 
@@ -136,14 +136,14 @@ def _specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 
-    def kind_of(value: Any, path: tuple[int, ...], annotation: str, is_constexpr: bool) -> Any:
+    def type_of(value: Any, path: tuple[int, ...], annotation: str, is_constexpr: bool) -> Any:
         if isinstance(value, tuple) and not is_constexpr:
-            return tuple(kind_of(x, (*path, i), "", False) for i, x in enumerate(value))
+            return tuple(type_of(x, (*path, i), "", False) for i, x in enumerate(value))
         if isinstance(value, Tensor) and not is_constexpr:
             if value.data_ptr() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
             return _POINTERS[value.dtype]
-        # An integer that is 1 is a constant to Triton.
+        # Triton treats an integer argument of 1 as a constant.
         if is_constexpr or value is None or (type(value) is int and value == 1):
             constants[path] = value
             return "constexpr"
@@ -154,7 +154,7 @@ def _specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = {
-        parameter.name: kind_of(bound[parameter.name], (i,), str(parameter.annotation), parameter.is_constexpr)
+        parameter.name: type_of(bound[parameter.name], (i,), str(parameter.annotation), parameter.is_constexpr)
         for i, parameter in enumerate(kernel.params)
     }
     return Launch(kernel, signature, constants, attributes, options)

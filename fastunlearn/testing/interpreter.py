@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on CPU tensors under TRITON_INTERPRET=1: made exact, and observed."""
+"""Triton's interpreter, which runs kernels on CPU tensors under TRITON_INTERPRET=1, made exact and observable."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 
 def is_interpreted() -> bool:
-    """Whether kernels run in the interpreter."""
+    """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @contextmanager
 def exact_bfloat16() -> Iterator[None]:
-    """Inside this context the interpreter handles bfloat16 as hardware does.
+    """Make the interpreter handle bfloat16 as hardware does.
 
-    By itself it truncates where it should round, and multiplies matrices of bits as if they were integers.
+    Left alone, it truncates where hardware rounds, and multiplies matrices of bit patterns as if they were integers.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -52,18 +52,18 @@ def exact_bfloat16() -> Iterator[None]:
 
 @dataclass
 class Observed:
-    """What interpreted kernels did."""
+    """The launches and the memory traffic of interpreted kernels."""
 
     launches: list[str] = field(default_factory=list)
     loaded: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Bytes by kernel and pointer argument."""
+    """Bytes loaded, by kernel and pointer argument."""
     stored: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Bytes by kernel and pointer argument."""
+    """Bytes stored, by kernel and pointer argument."""
 
 
 @contextmanager
 def observed_kernels() -> Iterator[Observed]:
-    """Inside this context launches are counted, and the bytes that kernels load and store; lanes masked off are not."""
+    """Count launches, and the bytes that kernels load and store; masked-off lanes do not count."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     observed = Observed()

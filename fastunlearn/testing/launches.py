@@ -1,4 +1,4 @@
-"""Every launch that the operations make, found by calling them: what there is to compile ahead of time."""
+"""All the kernel launches that the operations make, recorded by calling them, to be compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastunlearn.testing.ahead_of_time import TARGETS, Binary, Launch, compile_launch, recorded_launches
 
-# Divisible by 16 and of full tiles in every dtype: what 16-byte accesses are promised for.
+# Sizes for which 16-byte accesses are promised: divisible by 16, and whole tiles in every dtype.
 VELOCITY = (2, 16, 4, 32, 32)
 TOKENS = (2, 64, 128)
 FEATURES = (2, 16, 4, 16, 16)
 
 VELOCITY_CHOICES: dict[str, tuple[Any, ...]] = {
     "inputs": (3, 2),
-    "wanted": ("prediction", "all", "none"),
+    "gradients": ("prediction", "all", "none"),
     "mask": ("of another resolution", None, "of the same resolution"),
     "sample_weight": (False, True),
     "loss_type": ("l2", "l1"),
@@ -29,15 +29,16 @@ VELOCITY_CHOICES: dict[str, tuple[Any, ...]] = {
 LOCALIZATION_CHOICES: dict[str, tuple[Any, ...]] = {
     "outputs": ("tokens", "feature maps", "feature maps, mask of another resolution"),
     "layers": (3, 16),
-    "wanted": (True, False),
+    "gradients": (True, False),
     "loss_type": ("l2", "l1"),
+    # Not "mean": to the kernels it is "sum" with another scale.
     "normalization": ("sum", "background_mean"),
-    "masks": ("one", "a mask a layer"),
+    "masks": ("one for all", "one per layer"),
 }
 
 LOW_RANK_CHOICES: dict[str, tuple[Any, ...]] = {
     "rank": (128, 16, 40, 160),
-    "wanted": ("all", "hidden", "weight", "none"),
+    "gradients": ("all", "hidden", "weight", "none"),
     "weight_dtype": (torch.float32, None),
     "with_bias": (True, False),
     "normalization": ("sum", "background_mean"),
@@ -51,28 +52,28 @@ ATTENTION_CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def combinations(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """All of them."""
+    """All combinations of the choices."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Few combinations in which every two choices meet."""
+    """A few combinations that contain every pair of values of different choices."""
 
     def pairs(combination: dict[str, Any]) -> set[Any]:
         return set(itertools.combinations(combination.items(), 2))
 
     everything = combinations(choices)
     missing = set().union(*map(pairs, everything))
-    found = []
+    chosen = []
     while missing:
         best = max(everything, key=lambda combination: len(pairs(combination) & missing))
-        found.append(best)
+        chosen.append(best)
         missing -= pairs(best)
-    return found
+    return chosen
 
 
 def velocity_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -> list[Launch]:
-    """What a velocity loss and its backward pass launch.
+    """The launches of a velocity loss and its backward pass.
 
     Args:
         dtypes: of prediction, uncond and cond.
@@ -83,8 +84,8 @@ def velocity_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -
     inputs: list[Tensor | None] = [torch.zeros(VELOCITY, dtype=dtype) for dtype in dtypes]
     if choice["inputs"] == 2:
         inputs[2] = None
-    wanted = {"all": 3, "prediction": 1, "none": 0}[choice["wanted"]]
-    for x in inputs[:wanted]:
+    count = {"all": 3, "prediction": 1, "none": 0}[choice["gradients"]]
+    for x in inputs[:count]:
         if x is not None:
             x.requires_grad_()
     shapes = {"of the same resolution": (2, 4, 32, 32), "of another resolution": (2, 4, 16, 16)}
@@ -100,14 +101,14 @@ def velocity_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -
             mask_normalization=choice["mask_normalization"],
             weight=1.0,
         )
-        if wanted:
+        if count:
             upstream = torch.zeros_like(loss) if choice["reduction"] == "none" else None
             loss.backward(upstream, retain_graph=choice["upstream"] == "kept")
     return launches
 
 
 def localization_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
-    """What the localization loss and its backward pass launch.
+    """The launches of the localization loss and its backward pass.
 
     Args:
         dtype: of the outputs.
@@ -117,32 +118,34 @@ def localization_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[La
 
     shape = TOKENS if choice["outputs"] == "tokens" else FEATURES
     mask_shape = {"tokens": (2, 64), "feature maps": (2, 4, 16, 16)}.get(choice["outputs"], (2, 4, 8, 8))
-    outputs = [torch.zeros(shape, dtype=dtype, requires_grad=choice["wanted"]) for _ in range(choice["layers"])]
+    outputs = [torch.zeros(shape, dtype=dtype, requires_grad=choice["gradients"]) for _ in range(choice["layers"])]
     masks = [torch.zeros(mask_shape) for _ in outputs]
-    if choice["masks"] == "one":
+    if choice["masks"] == "one for all":
         masks = masks[:1] * len(outputs)
     with recorded_launches() as launches:
         loss, _ = localization_loss(
             outputs, masks, loss_type=choice["loss_type"], normalization=choice["normalization"], weight=1.0
         )
-        if choice["wanted"]:
+        if choice["gradients"]:
             loss.backward()
     return launches
 
 
 def low_rank_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
-    """What the localization loss of low-rank outputs and its backward pass launch.
+    """The launches of the localization loss of low-rank outputs and its backward pass.
 
     Args:
-        dtype: of the hidden states, and of the parameters if they have none of their own.
+        dtype: of the hidden states, and of the parameters if `choice` gives them none.
         choice: a value for each of `LOW_RANK_CHOICES`.
     """
     from fastunlearn.kernels.low_rank import low_rank_localization_loss
 
-    of_parameters, count = choice["weight_dtype"] or dtype, choice["layers"]
-    hidden = torch.zeros(2, 256, choice["rank"], dtype=dtype, requires_grad=choice["wanted"] in ("all", "hidden"))
-    weight = torch.zeros(256, choice["rank"], dtype=of_parameters, requires_grad=choice["wanted"] in ("all", "weight"))
-    bias = torch.zeros(256, dtype=of_parameters, requires_grad=choice["wanted"] == "all")
+    parameter_dtype, count = choice["weight_dtype"] or dtype, choice["layers"]
+    hidden = torch.zeros(2, 256, choice["rank"], dtype=dtype, requires_grad=choice["gradients"] in ("all", "hidden"))
+    weight = torch.zeros(
+        256, choice["rank"], dtype=parameter_dtype, requires_grad=choice["gradients"] in ("all", "weight")
+    )
+    bias = torch.zeros(256, dtype=parameter_dtype, requires_grad=choice["gradients"] == "all")
     with recorded_launches() as launches:
         loss, _ = low_rank_localization_loss(
             [hidden] * count,
@@ -152,13 +155,13 @@ def low_rank_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch
             normalization=choice["normalization"],
             weight=1.0,
         )
-        if choice["wanted"] != "none":
+        if choice["gradients"] != "none":
             loss.backward()
     return launches
 
 
 def attention_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
-    """What concept attention launches.
+    """The launches of concept attention.
 
     Args:
         dtype: of queries and keys.
@@ -180,19 +183,19 @@ def attention_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launc
 
 
 def distinct(launches: Iterator[Launch]) -> list[Launch]:
-    """One of each that the compiler tells apart."""
+    """One launch for each distinct piece of machine code."""
     return list({launch.key: launch for launch in launches}.values())
 
 
-def row(launch: Launch, target: str, binary: Binary) -> str:
-    """A line of a table: registers, what is spilled, how global memory is accessed, and the kernel."""
+def table_row(launch: Launch, target: str, binary: Binary) -> str:
+    """A table row: target, registers, spilled and local bytes, kernel, and accesses to global memory."""
     counts = " ".join(f"{binary.accesses.count(kind)}x{kind}" for kind in sorted(set(binary.accesses)))
     memory = f"{binary.registers:>4} {binary.spilled_bytes:>5} {binary.local_bytes:>5}"
     return f"{target:<7} {memory}  {launch.describe()}  {counts}"
 
 
 def main() -> None:
-    """Print what the usual calls compile to: one line for every kernel, dtype and target."""
+    """Print a table of what the usual calls compile to: one line per kernel, dtype and target."""
     choices = (VELOCITY_CHOICES, LOCALIZATION_CHOICES, LOW_RANK_CHOICES, ATTENTION_CHOICES)
     velocity, localization, low_rank, attention = (combinations(choice)[0] for choice in choices)
     print(f"{'kernel':<28} {'dtype':<9} {'target':<7} registers  spilled  accesses of 16 bytes, narrower ones")
@@ -200,10 +203,10 @@ def main() -> None:
         launches = velocity_launches((dtype,) * 3, velocity) + localization_launches(dtype, localization)
         if dtype != torch.float64:
             launches += low_rank_launches(dtype, low_rank) + attention_launches(dtype, attention)
-        firsts: dict[str, Launch] = {}
+        first_launch: dict[str, Launch] = {}
         for launch in launches:
-            firsts.setdefault(launch.kernel.__name__, launch)
-        for launch in firsts.values():
+            first_launch.setdefault(launch.kernel.__name__, launch)
+        for launch in first_launch.values():
             for target in TARGETS:
                 binary = compile_launch(launch, target)
                 wide = binary.wide_accesses
