@@ -194,16 +194,13 @@ def normalizer(shape: Sequence[int], normalization: str) -> int:
         shape: of the layer's output.
         normalization: "sum", "mean" or "background_mean", whose denominator is known only at the end.
     """
-    return max({"sum": shape[0], "mean": math.prod(shape), "background_mean": 1}[normalization], 1)
-
-
-def _scale(shape: Sequence[int], layers: int, normalization: str, weight: float) -> float:
-    """The factor of a layer's sum in the loss that is known before the launch."""
-    return weight / layers / normalizer(shape, normalization)
+    if normalization == "background_mean":
+        return 1
+    return max(shape[0] if normalization == "sum" else math.prod(shape), 1)
 
 
 def _defers_scale(dtype: torch.dtype, normalization: str) -> bool:
-    """Whether the forward pass leaves that factor to the backward pass."""
+    """Whether the forward pass leaves the scale of the gradients to the backward pass."""
     return normalization == "background_mean" or dtype == torch.float16
 
 
@@ -233,7 +230,8 @@ def _launch_forward(
             run_outputs, run_masks, run_partial = outputs[run.layers], masks[run.layers], partial[:, run.layers]
             x = run_outputs[0]
             index = mask_index(x, run_masks[0], _channel_dim(x))
-            scale = _scale(x.shape, layers, normalization, weight)
+            denominator = normalizer(x.shape, normalization)
+            scale = weight / layers / denominator
             run_gradients: list[Tensor] = []
             if run.needs_gradient:
                 gradients.append(torch.empty(len(run_outputs), x.numel(), dtype=x.dtype, device=device))
@@ -253,7 +251,7 @@ def _launch_forward(
                     tuple(run_outputs[chunk]),
                     tuple(chunk_masks),
                     index.strides,
-                    1 / normalizer(x.shape, normalization),
+                    1 / denominator,
                     1.0 if _defers_scale(x.dtype, normalization) else scale,
                     x.numel(),
                     MASK_DIM_SIZES=index.DIM_SIZES,
@@ -349,7 +347,7 @@ class _LocalizationLoss(torch.autograd.Function):
         for written, run in zip(saved, ctx.runs, strict=True):
             scale = 1.0
             if _defers_scale(written.dtype, ctx.normalization):
-                scale = _scale(run.shape, ctx.layers, ctx.normalization, ctx.weight)
+                scale = ctx.weight / ctx.layers / normalizer(run.shape, ctx.normalization)
             layer_weight = None if inverse is None else inverse[run.layers]
             (scaled,) = scale_gradients([written], upstream, scale, weight=layer_weight)
             gradients[run.layers] = [x.as_strided(run.shape, run.strides) for x in scaled.unbind()]

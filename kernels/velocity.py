@@ -199,7 +199,7 @@ def _scale(elements: int, is_normalized: bool, options: _Options) -> float:
 
 def _defers_scale(gradients: Iterable[Tensor | None], is_normalized: bool) -> bool:
     """Whether the forward pass leaves the scale and the sample weights to the backward pass."""
-    return is_normalized or any(x is not None and x.dtype == torch.float16 for x in gradients)
+    return is_normalized or torch.float16 in [x.dtype for x in gradients if x is not None]
 
 
 def _launch_forward(
@@ -234,7 +234,7 @@ def _launch_forward(
     of_mask = NO_OPERAND if mask is None else mask_index(prediction, mask, channel_dim)
     of_sample_weight = NO_OPERAND if sample_weight is None else leading_index(prediction, sample_weight)
     partial = torch.empty(4 * programs, dtype=dtype, device=device)
-    loss, prediction_norm, target_norm, inverse_sum = (torch.empty((), dtype=dtype, device=device) for _ in range(4))
+    loss, prediction_norm, target_norm, inverse_sum = [torch.empty((), dtype=dtype, device=device) for _ in range(4)]
     losses = torch.empty_like(prediction, dtype=dtype) if reduction == "none" else None
     inverse = inverse_sum if is_normalized else None
 
@@ -365,7 +365,8 @@ def negatively_guided_velocity_loss(
     options = _Options(guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
     tensors = (prediction, uncond, cond, mask, sample_weight)
     # Inside an autograd function, `ctx.needs_input_grad` is True even under `torch.no_grad`.
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:3]):
+    needs_gradient = prediction.requires_grad or uncond.requires_grad or (cond is not None and cond.requires_grad)
+    if needs_gradient and torch.is_grad_enabled():
         return _VelocityLoss.apply(*distinct(tensors), options)  # type: ignore[no-untyped-call]
     launch = velocity_loss_op if torch.compiler.is_compiling() else _launch_forward
     return launch(*tensors, [False] * 3, *options)[:3]
