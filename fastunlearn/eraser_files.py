@@ -63,7 +63,10 @@ def write(folder: str | os.PathLike[str], states: States, entries: Mapping[str, 
     path = folder / CONFIG
     # A model's config.json must not be lost. One of our own may be replaced.
     if path.exists() and read_json(path).get("format") != FORMAT:
-        raise FileExistsError(f"{path} belongs to something else; save erasers into a folder of their own")
+        raise FileExistsError(
+            f"{path}: expected the configuration of saved erasers, got another file; "
+            "save erasers into a folder of their own"
+        )
     tensors = {
         f"{layer}.{key}": tensor.detach().cpu().contiguous()
         for layer, state in states.items()
@@ -115,13 +118,17 @@ def _read_own(folder: Path) -> StoredErasers:
     try:
         tensors = load(weights)
     except Exception as error:  # the checksum proves that the file is complete, not that it is valid
-        raise ValueError(f"{weights_path}: not a readable safetensors file ({error})") from error
+        raise ValueError(
+            f"{weights_path}: expected a safetensors file, got one that cannot be read ({error})"
+        ) from error
     states = {
         str(layer): {key: tensors.pop(f"{layer}.{key}") for key in PARAMETERS if f"{layer}.{key}" in tensors}
         for layer in layers
     }
     if tensors:
-        raise ValueError(f"{weights_path}: tensors of no layer in {CONFIG}: {sorted(tensors)}")
+        raise ValueError(
+            f"{weights_path}: expected tensors of the layers in {CONFIG}, got others too: {sorted(tensors)}"
+        )
     return StoredErasers(states, _rank(path, config.get("rank")), family)
 
 
@@ -134,7 +141,7 @@ def _read_upstream(folder: Path) -> StoredErasers:
         content = torch.load(weights_path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise almost anything
         raise ValueError(
-            f"{weights_path}: not a readable file that holds only weights ({type(error).__name__})"
+            f"{weights_path}: expected a file of weights only, got one that cannot be read so ({type(error).__name__})"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(state, Mapping) for state in content.values()):
         raise ValueError(f"{weights_path}: expected a dict of state dicts by layer, got {type(content).__name__}")

@@ -70,7 +70,7 @@ def has_erasers(module: nn.Module) -> bool:
 
 def no_such_erasers(name: object) -> ValueError:
     """The error for a name that no attached erasers have."""
-    return ValueError(f"name: no erasers are called {name!r}")
+    return ValueError(f"name: expected the name of attached erasers, got {name!r}")
 
 
 def _stacks(layers: Mapping[str, nn.Module]) -> dict[str, _EraserStack]:
@@ -84,7 +84,9 @@ def check_new_name(transformer: nn.Module, family: Family, name: str) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(_EraserStack(), name):
         raise ValueError(f"name: expected letters, digits, '_' and '-', and no ModuleDict attribute, got {name!r}")
     if attached_erasers(transformer, family, name):
-        raise ValueError(f"name: the model has erasers called {name!r} already; detach them or choose another name")
+        raise ValueError(
+            f"name: expected a name that no attached erasers have, got {name!r}; detach those or choose another name"
+        )
 
 
 def check_scale(scale: object) -> None:

@@ -118,7 +118,8 @@ def load_erasers(
         ("scales", scales, not is_single),
     ):
         if value is not None and not is_allowed:
-            raise TypeError(f"{argument}: is for {'several folders' if is_single else 'one folder'}, got {value!r}")
+            folders_given = "one folder" if is_single else "several folders"
+            raise TypeError(f"{argument}: expected None with {folders_given}, got {value!r}")
     if isinstance(folder, (str, os.PathLike)):
         name = "default" if name is None else name
         return _load(model, {name: folder}, {name: 1.0 if scale is None else scale})[name]
@@ -149,7 +150,7 @@ def _read(transformer: nn.Module, family: Family, folder: Folder) -> dict[str, A
     """The erasers in a folder by layer, in the order of the model's layers."""
     stored = eraser_files.read(folder)
     if stored.family not in (None, family.name):
-        raise ValueError(f"{folder}: erasers for {stored.family}, but the model is {family.name}")
+        raise ValueError(f"{folder}: expected erasers for {family.name}, got erasers for {stored.family}")
     # A block list must have erasers on all of its blocks, but not every list needs erasers: T2VUnlearning puts erasers
     # on HunyuanVideo's single blocks only.
     block_lists = {layer.partition(".")[0] for layer in stored.states}
@@ -157,7 +158,10 @@ def _read(transformer: nn.Module, family: Family, folder: Folder) -> dict[str, A
     layers = attentions(transformer, places)
     if stored.states.keys() != layers.keys():
         missing, unknown = sorted(layers.keys() - stored.states.keys()), sorted(stored.states.keys() - layers.keys())
-        raise ValueError(f"{folder}: erasers missing for layers {missing}, and given for layers unknown {unknown}")
+        raise ValueError(
+            f"{folder}: expected erasers for all layers of the model and no others, "
+            f"got none for layers {missing} and some for unknown layers {unknown}"
+        )
     dim = hidden_size(transformer)
     return {layer: _restored(layer, stored.states[layer], dim, stored.rank) for layer in layers}
 

@@ -82,10 +82,9 @@ class VelocityErrorLoss(nn.Module):
         return model_erased
 
     def _check_mask(self, mask: Tensor | None, model: VelocityModelLike) -> None:
-        """Raises before any model is called if the mask cannot be meant.
+        """Raises if `mask` is not a tensor, or if `channel_dim` is not that of the model. Called before any model is.
 
-        A mask read along the wrong dimensions may still fit, so `channel_dim` is compared with the model's where the
-        model states it.
+        With the wrong `channel_dim` a mask would be read along the wrong dimensions, where it may well fit.
         """
         if mask is None:
             return

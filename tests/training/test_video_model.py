@@ -297,7 +297,7 @@ def test_either_all_erasers_are_loaded_or_none(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="transformer_2.*checksum"):
         fresh.load_erasers([tmp_path / "good", tmp_path / "damaged"])
     for expert in fresh.experts:
-        with pytest.raises(ValueError, match="no erasers are called 'good'"):
+        with pytest.raises(ValueError, match="expected the name of attached erasers, got 'good'"):
             detach_erasers(expert, "good")
     assert list(fresh.load_erasers(tmp_path / "good")) == ["default"]
 
