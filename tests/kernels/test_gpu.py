@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m "gpu or not gpu"`."""
+"""What only a GPU can show. Run with `pytest -m "gpu or not gpu"`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def low_rank_localization(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss", [velocity, localization, low_rank_localization])
 def test_cuda_graphs(loss: object) -> None:
-    """A captured step, replayed on other values, gives what the step gives."""
+    """A captured step, replayed on other values, gives the same loss and gradient as the step itself."""
     x = torch.randn(2, 256, 64, device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, in a process apart: their operations' tests, and those in `interpreted/`."""
+"""Run the tests of the kernels' operations, and those in `interpreted/`, in processes with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ TESTS = Path(__file__).parents[1]
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
 
-OPS = ("velocity_loss", "localization_loss", "low_rank", "concept_attention")
+# The slowest files run in several processes, so that the workers of pytest-xdist can share them.
+PARTS = [
+    ["ops/test_velocity_loss.py"],
+    ["ops/test_localization_loss.py"],
+    ["ops/test_low_rank.py", "-k", "test_grid and not gradcheck"],
+    ["ops/test_low_rank.py", "-k", "not test_grid or gradcheck"],
+    ["ops/test_concept_attention.py"],
+    ["models/test_losses.py"],
+    ["kernels/interpreted", "-k", "not test_operators"],
+    ["kernels/interpreted", "-k", "test_operators"],
+]
 
 
-@pytest.mark.parametrize(
-    "what", [*(f"ops/test_{name}.py" for name in OPS), "models/test_losses.py", "kernels/interpreted"]
-)
-def test_under_the_interpreter(what: str) -> None:
+@pytest.mark.parametrize("part", PARTS, ids=" ".join)
+def test_under_the_interpreter(part: list[str]) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "FASTUNLEARN_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not torch_backend"]
-    result = subprocess.run([*command, TESTS / what], env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    command += [str(TESTS / part[0]), *part[1:]]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

@@ -1,9 +1,13 @@
-"""Runs kernels in the interpreter so that an access out of bounds ends the process: `python sanitize.py NAME`.
+"""Run kernels in the interpreter so that an access out of bounds ends the process: `sanitizer_worker.py NAME`.
 
 `symbolic`: triton-viz proves every access in bounds, for all programs at once. It cannot model a load whose mask was
-itself loaded (`localization_forward_kernel`, `moments_kernel`, `gradient_rows_kernel`), nor a loop whose bound was
-(`scale_gradients_kernel`) or that lies in another one (`concept_attention_kernel`). `fenced` runs those, and others,
-on memory that ends, and then begins, at a page that must not be touched.
+itself loaded (`localization_forward_kernel`, `moments_kernel`, `gradient_rows_kernel`), a loop whose bound was loaded
+(`scale_gradients_kernel`), or nested loops (`concept_attention_kernel`).
+
+`fenced`: those kernels and others run on memory that ends, and in a second round begins, at a page that must not be
+touched.
+
+`symbolic-planted` and `fenced-planted` run a kernel with an access out of bounds, which must be found.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ def planted_kernel(result_ptr, x_ptr, elements, BLOCK: tl.constexpr):
 
 
 def velocity_calls() -> None:
-    """Awkward sizes, more than a tile, every pointer argument."""
+    """Velocity losses of awkward sizes and of more than a tile, with every pointer argument in use."""
     for shape in ((2, 3, 5, 7, 11), (1, 1), (3, 1, 13, 17)):
         prediction, uncond, cond = (torch.randn(shape).requires_grad_() for _ in range(3))
         negatively_guided_velocity_loss(prediction, uncond, cond, backend="triton")
@@ -62,7 +66,7 @@ def velocity_calls() -> None:
 
 
 def low_rank_calls(normalization: str) -> None:
-    """Low-rank localization, one and several blocks of the rank."""
+    """Low-rank localization with one and several blocks per rank."""
     for layers, tokens, features, rank in ((2, 37, 23, 5), (1, 70, 150, 130)):
         outputs = [
             LowRankOutput(*(fenced_copy(torch.randn(shape)).requires_grad_() for shape in shapes))
@@ -73,7 +77,7 @@ def low_rank_calls(normalization: str) -> None:
 
 
 def all_calls() -> None:
-    """What `velocity_calls` does, localization, the backward passes, and concept attention."""
+    """The calls of `velocity_calls`, localization, the backward passes, and concept attention."""
     velocity_calls()
     for shape in ((2, 3, 5, 7, 11), (1, 1), (3, 1, 13, 17)):
         prediction, target = (fenced_copy(torch.randn(shape)).requires_grad_() for _ in range(2))
@@ -105,7 +109,7 @@ def all_calls() -> None:
 
 
 def symbolic(call: Any) -> None:
-    """Under triton-viz's sanitizer, which ends the process where an access may be out of bounds."""
+    """Run under triton-viz's sanitizer, which ends the process if an access may be out of bounds."""
     import triton_viz
     from triton_viz.core import patch
 
@@ -120,15 +124,15 @@ def symbolic(call: Any) -> None:
             else iterate(self, function, args, kwargs, line, kind)
         )
 
-    # Functions that kernels call lie in other modules.
+    # The functions that kernels call are in other modules.
     for module in (launch, localization, low_rank, upstream, velocity):
         module._triton_viz_loop_patcher = patch._loop_patcher
     with mock.patch.object(hooks, "loop_iter_wrapper", unrolled):
         call(triton_viz.trace("sanitizer"))
 
 
-def fenced(like_end: bool) -> Any:
-    """A function that allocates memory with a forbidden page at its end, or at its beginning."""
+def fenced_allocator(at_end: bool) -> Any:
+    """Return a function that allocates memory with a forbidden page at its end or at its beginning."""
     libc = ctypes.CDLL(None, use_errno=True)
     kept = []
 
@@ -141,7 +145,7 @@ def fenced(like_end: bool) -> Any:
         for page in (0, pages + 1):
             if libc.mprotect(ctypes.c_void_p(start + page * mmap.PAGESIZE), mmap.PAGESIZE, 0):
                 raise OSError(ctypes.get_errno(), "mprotect failed")
-        begin = mmap.PAGESIZE + (pages * mmap.PAGESIZE - elements * dtype.itemsize if like_end else 0)
+        begin = mmap.PAGESIZE + (pages * mmap.PAGESIZE - elements * dtype.itemsize if at_end else 0)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         return whole[begin : begin + elements * dtype.itemsize].view(dtype)
 
@@ -152,7 +156,7 @@ allocate: Any = None
 
 
 def fenced_copy(x: Tensor) -> Tensor:
-    """The same tensor between forbidden pages."""
+    """Copy the tensor to memory between forbidden pages."""
     if allocate is None or not x.numel():
         return x
     return allocate(x.numel(), x.dtype).view(x.shape).copy_(x)
@@ -160,7 +164,7 @@ def fenced_copy(x: Tensor) -> Tensor:
 
 @contextmanager
 def fenced_allocations() -> Iterator[None]:
-    """Inside this context what kernels write lies between forbidden pages."""
+    """Place the tensors that kernels write between forbidden pages."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def fenced_empty(*size: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
@@ -176,7 +180,7 @@ def fenced_allocations() -> Iterator[None]:
 
 
 def main(name: str) -> None:
-    """Run what is asked for, and say so at its end."""
+    """Run the named check, and print "clean" at its end."""
     global allocate
     if name == "symbolic":
 
@@ -192,11 +196,11 @@ def main(name: str) -> None:
         symbolic(lambda trace: trace(planted_kernel)[(2,)](torch.empty(100), torch.ones(100), 100, BLOCK=64))
     elif name == "fenced":
         for at_end in (True, False):
-            allocate = fenced(at_end)
+            allocate = fenced_allocator(at_end)
             with fenced_allocations():
                 all_calls()
     elif name == "fenced-planted":
-        allocate = fenced(True)
+        allocate = fenced_allocator(True)
         planted_kernel[(2,)](torch.empty(100), fenced_copy(torch.ones(100)), 100, BLOCK=64)
     print("clean")
 

@@ -1,4 +1,4 @@
-"""What the backward passes of the kernels do with upstream gradients, kept graphs and saved memory."""
+"""The backward passes of the kernels: upstream gradients, kept graphs, saved tensors, second derivatives."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_upstream_gradients_multiply_exactly(loss: Callable[[Tensor], Tensor], u
 
 
 @losses
-def test_a_kept_graph_gives_every_time_its_own(loss: Callable[[Tensor], Tensor]) -> None:
+def test_every_backward_pass_of_a_kept_graph_scales_the_same_gradient(loss: Callable[[Tensor], Tensor]) -> None:
     x, _ = prediction_and_target()
     value = loss(x)
     gradients = [
@@ -61,7 +61,7 @@ def test_a_kept_graph_gives_every_time_its_own(loss: Callable[[Tensor], Tensor])
 
 
 @losses
-def test_gradients_accumulate(loss: Callable[[Tensor], Tensor]) -> None:
+def test_gradients_accumulate_over_backward_passes(loss: Callable[[Tensor], Tensor]) -> None:
     x, _ = prediction_and_target()
     (unit,) = torch.autograd.grad(loss(x), x)
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_the_same_bits_every_time(loss: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("elements", [10**4, 10**6])
 def test_float16_gradients_under_a_scaler(elements: int) -> None:
-    """GradScaler's first scale: unscaled, 2 error / n would underflow; scaled, it must not overflow."""
+    """With GradScaler's initial scale. Unscaled, 2 * error / n would underflow; scaled, it must not overflow."""
     prediction, target = random_tensors((1, elements), [torch.float16] * 2)
     prediction.requires_grad_()
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
@@ -95,7 +95,7 @@ def test_float16_gradients_under_a_scaler(elements: int) -> None:
     assert (prediction.grad == 0).float().mean() < 0.01
 
 
-def test_a_unit_gradient_costs_no_pass_and_any_other_one_read_and_one_write() -> None:
+def test_a_unit_upstream_gradient_moves_nothing_and_any_other_costs_one_read_and_one_write() -> None:
     for upstream, passes in ((1.0, 0), (3.0, 1)):
         x, target = prediction_and_target()
         loss = velocity_loss(x, target).loss
@@ -103,7 +103,7 @@ def test_a_unit_gradient_costs_no_pass_and_any_other_one_read_and_one_write() ->
             torch.autograd.grad(loss, x, torch.tensor(upstream))
         kernel = "scale_gradients_kernel"
         assert observed.launches == [kernel]
-        # In place, what is written is what was read.
+        # In place, results and gradients are the same memory, counted under either name.
         moved = [counter[kernel, "result_ptrs"] + counter[kernel, "gradient_ptrs"] for counter in
                  (observed.loaded, observed.stored)]  # fmt: skip
         assert moved == [passes * 4 * x.numel()] * 2
@@ -114,7 +114,7 @@ def test_a_unit_gradient_costs_no_pass_and_any_other_one_read_and_one_write() ->
 
 
 @losses
-def test_saved_gradients_may_live_elsewhere(loss: Callable[[Tensor], Tensor]) -> None:
+def test_saved_tensor_hooks_may_replace_saved_gradients(loss: Callable[[Tensor], Tensor]) -> None:
     x, _ = prediction_and_target()
     (expected,) = torch.autograd.grad(loss(x), x)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
@@ -123,7 +123,7 @@ def test_saved_gradients_may_live_elsewhere(loss: Callable[[Tensor], Tensor]) ->
 
 
 @losses
-def test_second_derivatives_raise_even_beside_first_ones(loss: Callable[[Tensor], Tensor]) -> None:
+def test_second_derivatives_raise_even_if_the_input_has_another_gradient(loss: Callable[[Tensor], Tensor]) -> None:
     x, _ = prediction_and_target()
     (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once-differentiable"):

@@ -24,6 +24,8 @@ from fastunlearn.testing import low_rank_outputs, random_mask, random_tensors
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 NORMALIZATIONS = ("sum", "mean", "background_mean")
+# Of prediction, uncond and cond: each is needed and not needed, alone and beside others.
+NEEDS_GRADIENT = ((True, False, False), (False, True, True), (True, True, True), (False, False, False))
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE])
@@ -31,7 +33,7 @@ NORMALIZATIONS = ("sum", "mean", "background_mean")
 @pytest.mark.parametrize("normalization", ["all", "mask"])
 def test_opcheck_velocity(dtype: torch.dtype, reduction: str, normalization: str) -> None:
     inputs = random_tensors((2, 3, 4, 5), [dtype] * 3)
-    for needs_gradient in itertools.product([True, False], repeat=3):
+    for needs_gradient in NEEDS_GRADIENT:
         options = (list(needs_gradient), 3.0, 1, "l2", reduction, normalization, 0.5)
         torch.library.opcheck(velocity_loss_op, (*inputs, random_mask("soft", (2, 2, 5)), torch.rand(2), *options))
 
@@ -106,7 +108,7 @@ def test_compiled_velocity(dtypes: tuple[torch.dtype, ...], reduction: str, norm
         options = {"reduction": reduction, "mask_normalization": normalization, "guidance_scale": 3.0, "weight": 0.5}
         return negatively_guided_velocity_loss(*inputs, mask=mask, sample_weight=sample_weight, **options).loss
 
-    for needs_gradient in ((True, False, False), (False, True, True), (True, True, True), (False, False, False)):
+    for needs_gradient in NEEDS_GRADIENT:
         check_compiled(loss, *requiring(random_tensors((2, 3, 4, 5), dtypes), needs_gradient))
 
 

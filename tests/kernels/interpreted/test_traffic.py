@@ -1,4 +1,4 @@
-"""Bytes that kernels move, and how many of them a call launches."""
+"""The bytes that kernels move, and the number of kernels that a call launches."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ LARGE = ("prediction_ptr", "uncond_ptr", "cond_ptr", "gradient_ptrs", "result_pt
 
 
 def large(counter: Counter[tuple[str, str]]) -> int:
-    """Bytes of velocity- and output-sized tensors."""
+    """Bytes of tensors as large as a velocity or an eraser output."""
     return sum(n for (_, name), n in counter.items() if name in LARGE or name.startswith("gradient_"))
 
 
 def small(observed: Observed) -> int:
-    """Bytes of everything else but masks and weights."""
+    """Bytes of everything else except masks and weights."""
     both = observed.loaded + observed.stored
-    of_weights = sum(n for (_, name), n in both.items() if name in ("mask_ptr", "mask_ptrs", "sample_weight_ptr"))
-    return sum(both.values()) - large(both) - of_weights
+    weight_bytes = sum(n for (_, name), n in both.items() if name in ("mask_ptr", "mask_ptrs", "sample_weight_ptr"))
+    return sum(both.values()) - large(both) - weight_bytes
 
 
 def velocities(count: int, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
@@ -100,7 +100,7 @@ def test_localization_reads_only_the_background(layers: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rank", [16, 128])
-def test_low_rank_localization_reads_hidden_once_a_pass(dtype: torch.dtype, rank: int) -> None:
+def test_low_rank_localization_reads_hidden_states_once_per_pass(dtype: torch.dtype, rank: int) -> None:
     mask = random_mask("bool", (2, 96))
     outputs = low_rank_outputs(2, (2, 96), 160, rank, dtype, weight_dtype=torch.float32)
     for x in (x for output in outputs for x in output):
@@ -129,13 +129,13 @@ def test_concept_attention_with_lse_reads_queries_once_and_the_chosen_keys(dtype
         loaded = {name: n for (_, name), n in observed.loaded.items()}
         assert observed.launches == ["concept_attention_kernel"]
         assert loaded["query_ptr"] == query.nbytes
-        # Caches serve all blocks of queries but the first.
-        of_block = 2 * 3 * 64 * dtype.itemsize * (2 if lse is not None else 202)
-        assert loaded["key_ptr"] == -(-200 // block) * of_block
+        # Each block of queries reads the keys; all blocks but the first find them in a cache.
+        bytes_per_block = 2 * 3 * 64 * dtype.itemsize * (2 if lse is not None else 202)
+        assert loaded["key_ptr"] == -(-200 // block) * bytes_per_block
 
 
 @pytest.mark.parametrize(("layers", "forward"), [(2, 6), (16, 6), (18, 7), (40, 8)])
-def test_the_whole_loss_launches_little(layers: int, forward: int) -> None:
+def test_the_combined_loss_launches_few_kernels(layers: int, forward: int) -> None:
     parameter = torch.zeros(2, 48, 16, requires_grad=True)
     loss_fn = T2VUnlearningLoss(torch.linspace(1, 0, 1000), preservation_weight=0.5, localization_weight=2.0)
     x_t, t, cond = torch.randn(2, 4, 3, 4, 4), torch.tensor([1, 2]), torch.randn(2, 3, 8)
@@ -158,6 +158,6 @@ def test_the_whole_loss_launches_little(layers: int, forward: int) -> None:
     assert len(observed.launches) == forward
     with observed_kernels() as observed:
         loss.backward()
-    # Weights are folded in: every upstream gradient is 1, and nothing is read.
+    # The terms' weights are part of the written gradients, so every upstream gradient is 1 and nothing is read.
     assert observed.launches == ["scale_gradients_kernel"] * 3
     assert not large(observed.loaded) and not large(observed.stored)

@@ -1,4 +1,4 @@
-"""A training step of the demo: the kernels against the reference."""
+"""A training step of the demo, with the kernels and with the torch backend."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastunlearn.training.prepare import prepare
 from fastunlearn.training.train import train
 
 
-def test_a_step_of_the_demo_is_the_reference_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses and gradients agree to float32's rounding, at fresh erasers and a step later."""
+def test_a_training_step_agrees_with_the_torch_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and gradients agree to float32 rounding, with fresh erasers and one step later."""
     monkeypatch.setattr(erase, "SAMPLING_STEPS", 4)
     monkeypatch.setattr(erase, "TRAJECTORIES", dict.fromkeys(erase.TRAJECTORIES, 1))
     monkeypatch.setattr(erase, "LEADING_TRAJECTORIES", 1)
-    # Muon and Adam make much of the last bits of small gradients; plain descent shows the gradients as they are.
+    # Muon and Adam amplify the last bits of small gradients; plain gradient descent leaves them as they are.
     for optimizer in ("Muon", "AdamW"):
         monkeypatch.setattr(torch.optim, optimizer, lambda parameters, **_: torch.optim.SGD(parameters, lr=10.0))
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "torch")
@@ -38,25 +38,25 @@ def test_a_step_of_the_demo_is_the_reference_s(tmp_path: Path, monkeypatch: pyte
         max_train_steps=2,
         train_batch_size=2,
         bias_learning_rate=10.0,
-        # As large as the other terms, so that what is wrong in its gradients shows.
+        # As large as the other terms, so that an error in its gradients shows.
         localization_weight=1.0,
     )
     losses, gradients = [], []
     for backend in ("torch", "triton"):
         monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
-        # The first step finds the up-projections at 0; what the second finds comes of the first one's gradients.
+        # In the first step the up-projections are 0; the second step depends on the gradients of the first.
         history: list[dict[str, float]] = []
-        found: dict[str, torch.Tensor] = {}
+        step_gradients: dict[str, torch.Tensor] = {}
 
         def on_step(
             step: int,
             metrics: dict[str, float],
             history: list[dict[str, float]] = history,
-            found: dict[str, torch.Tensor] = found,
+            step_gradients: dict[str, torch.Tensor] = step_gradients,
         ) -> None:
             history.append(metrics)
             named = parts.transformer.named_parameters()
-            found.update({f"{step} {name}": p.grad.clone() for name, p in named if p.grad is not None})
+            step_gradients.update({f"{step} {name}": p.grad.clone() for name, p in named if p.grad is not None})
 
         train(
             model,
@@ -69,14 +69,14 @@ def test_a_step_of_the_demo_is_the_reference_s(tmp_path: Path, monkeypatch: pyte
             on_step=on_step,
         )
         losses.append(history)
-        gradients.append(found)
+        gradients.append(step_gradients)
         detach_erasers(parts.transformer)
-    for of_torch, of_triton in zip(*losses, strict=True):
-        assert of_torch.keys() == of_triton.keys()
-        for name, value in of_torch.items():
-            assert of_triton[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
+    for torch_metrics, triton_metrics in zip(*losses, strict=True):
+        assert torch_metrics.keys() == triton_metrics.keys()
+        for name, value in torch_metrics.items():
+            assert triton_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
     assert losses[0][1]["localization_loss"] > 1e-3
     assert len(gradients[0]) >= 2 * 4
     assert gradients[0].keys() == gradients[1].keys()
-    for name, of_torch in gradients[0].items():
-        assert (gradients[1][name] - of_torch).norm() <= 1e-5 * of_torch.norm(), name
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
