@@ -28,7 +28,7 @@ from fastunlearn.velocity_model import as_velocity_model
 
 WORDS = [3, 7]
 
-of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def text_attentions(family, calls):
     return [call for call in calls if call[1].shape[2] == keys]
 
 
-@of_every_family
+@every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.filterwarnings("error:the attention does not return")
 def test_maps_are_the_attention_that_runs(family, dtype, monkeypatch):
@@ -147,26 +147,26 @@ def toy(position):
     )
 
 
-def mask_of(kind, batch, rows, columns):
-    if kind is None:
+def attention_mask(mask_kind, batch, rows, columns):
+    if mask_kind is None:
         return None
     generator = torch.Generator().manual_seed(3)
     shape = {"key": (batch, 1, 1, columns), "head": (batch, HEADS, rows, columns), "matrix": (rows, columns)}
-    if kind == "added":
+    if mask_kind == "added":
         return torch.randn(1, HEADS, 1, columns, generator=generator)
-    mask = torch.rand(shape[kind], generator=generator) > 0.3
+    mask = torch.rand(shape[mask_kind], generator=generator) > 0.3
     mask[..., 0] = True
     return mask
 
 
 @pytest.mark.parametrize("position", ["first", "last", "cross"])
-@pytest.mark.parametrize("kind", [None, "key", "head", "matrix", "added"])
-def test_text_positions_and_masks(position, kind, monkeypatch):
+@pytest.mark.parametrize("mask_kind", [None, "key", "head", "matrix", "added"])
+def test_text_positions_and_masks(position, mask_kind, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, toy(position)))
     monkeypatch.setattr(interception, "_BLOCK_ELEMENTS", 500)  # several blocks of queries, the last one smaller
     model, video, text = ToyTransformer(position), torch.randn(2, 11, 32) * 2, torch.randn(2, 5, 32) * 2
     rows, columns = (11, 5) if position == "cross" else (16, 16)
-    model.blocks[0].attn.mask = mask_of(kind, 2, rows, columns)
+    model.blocks[0].attn.mask = attention_mask(mask_kind, 2, rows, columns)
     with recorded_attention(monkeypatch) as calls:
         expected = model(video, text)
     maps, concept_maps = {}, {}
@@ -188,12 +188,12 @@ def test_text_positions_and_masks(position, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [None, WORDS])
-@pytest.mark.parametrize("kind", [None, "key", "head", "added"])
+@pytest.mark.parametrize("mask_kind", [None, "key", "head", "added"])
 @pytest.mark.filterwarnings("error")
-def test_maps_from_the_attention_s_log_sum_exp_equal_those_of_another_pass_which_warns_once(kind, tokens, monkeypatch):
+def test_maps_with_a_returned_log_sum_exp_equal_those_of_another_pass_which_warns_once(mask_kind, tokens, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, toy("first")))
     model, video, text = ToyTransformer("first"), torch.randn(2, 11, 32), torch.randn(2, 9, 32)
-    model.blocks[0].attn.mask = mask_of(kind, 2, 20, 20)
+    model.blocks[0].attn.mask = attention_mask(mask_kind, 2, 20, 20)
     returned, computed = {}, {}
     with AttnMapsCapture(model, returned, token_indices=tokens):
         expected = model(video, text)
@@ -301,7 +301,7 @@ def gradients(erasers):
     return [p.grad.clone() for eraser in erasers.values() for p in eraser.parameters()]
 
 
-@of_every_family
+@every_family
 @pytest.mark.parametrize("backward_inside", [True, False])
 def test_gradient_checkpointing_changes_nothing(family, backward_inside):
     results = []
@@ -343,7 +343,7 @@ def test_reentrant_checkpointing_is_refused(low_rank):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@of_every_family
+@every_family
 def test_low_rank_outputs_give_the_localization_loss_of_the_outputs(family, dtype, checkpointing):
     results = []
     for low_rank in (False, True):
@@ -389,7 +389,7 @@ def test_low_rank_outputs_of_a_compiled_model():
     torch.testing.assert_close(outputs, expected)
 
 
-@of_every_family
+@every_family
 def test_eraser_outputs_are_what_is_added_to_the_attentions(family):
     transformer, layer = family.make(), family.layers[0]
     erasers = attach_erasers(transformer, rank=4)
@@ -536,11 +536,11 @@ def test_autocast_applies_to_the_model_and_not_to_the_maps(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", [None, "key", "added"])
-def test_autocast_casts_as_the_attention_does(dtype, kind):
+@pytest.mark.parametrize("mask_kind", [None, "key", "added"])
+def test_autocast_casts_as_the_attention_does(dtype, mask_kind):
     query, key, kept = torch.randn(2, HEADS, 6, 16).to(dtype), torch.randn(2, HEADS, 5, 16).to(dtype), []
-    mask = mask_of(kind, 2, 6, 5)
-    if kind == "added" and dtype == torch.float64:
+    mask = attention_mask(mask_kind, 2, 6, 5)
+    if mask_kind == "added" and dtype == torch.float64:
         mask = mask.double()
     with torch.autocast("cpu", torch.bfloat16):
         expected = F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
@@ -549,7 +549,7 @@ def test_autocast_casts_as_the_attention_does(dtype, kind):
     assert output.dtype == expected.dtype
     assert torch.equal(output, expected)
     cast = query.dtype if dtype == torch.float64 else torch.bfloat16
-    if kind == "added":
+    if mask_kind == "added":
         mask = mask.to(cast)
     exact, eager = (softmax(query.to(cast), key.to(cast), mask, dtype=d) for d in (torch.float64, cast))
     assert_close(kept[0].with_lse().probabilities(), exact, eager)
@@ -560,7 +560,7 @@ def test_queries_whose_keys_are_all_masked_attend_to_nothing(lse_is_returned, mo
     if not lse_is_returned:
         monkeypatch.setattr(interception, "_attention_and_lse", lambda *_: None)
     query, key, kept = torch.randn(2, HEADS, 6, 16), torch.randn(2, HEADS, 5, 16), []
-    mask = mask_of("head", 2, 6, 5)
+    mask = attention_mask("head", 2, 6, 5)
     mask[0, :, 3] = False
     with interception.Interception(kept.append):
         F.scaled_dot_product_attention(query, key, key, attn_mask=mask)
@@ -581,7 +581,7 @@ def captured(model, erasers, call):
     ("family", "configuration", "by_block"),
     [
         pytest.param(FAMILIES[0], {"num_layers": 1}, False, id="text first, whole model"),
-        # A block of either kind. To compile the rest of this model takes as long again, and captures nothing.
+        # A block of either sort. To compile the rest of this model takes as long again, and captures nothing.
         pytest.param(FAMILIES[1], {"num_single_layers": 1}, True, id="text last, block by block"),
     ],
 )

@@ -21,7 +21,7 @@ from fastunlearn.erasers import (
 )
 from fastunlearn.velocity_model import as_velocity_model
 
-of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 def test_an_eraser_is_linear_gelu_linear():
@@ -43,7 +43,7 @@ def test_an_eraser_is_linear_gelu_linear():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@of_every_family
+@every_family
 def test_fresh_erasers_change_nothing_but_what_is_trainable(dtype, family):
     model = family.make().to(dtype)
     keys, expected = set(model.state_dict()), velocity_of(model, dtype)
@@ -61,7 +61,7 @@ def test_fresh_erasers_change_nothing_but_what_is_trainable(dtype, family):
     assert velocity_of(model, dtype).dtype == dtype
 
 
-@of_every_family
+@every_family
 def test_casting_the_model_leaves_the_erasers_in_float32(family):
     model = family.make()
     erasers = attach_erasers(model, rank=4)
@@ -86,7 +86,7 @@ def attention_outputs(model, layer):
     return seen[0] if isinstance(seen[0], tuple) else (seen[0], None)
 
 
-@of_every_family
+@every_family
 def test_erasers_add_up_and_each_reads_the_attention_s_own_output(family):
     model, layer = family.make(), family.layers[0]
     a = attach_erasers(model, rank=4, name="a")
@@ -158,7 +158,7 @@ def test_wrong_names_are_refused():
     assert same(before, fingerprint(model))
 
 
-@of_every_family
+@every_family
 def test_detaching_restores_the_model(family):
     model = family.make()
     model.proj_out.requires_grad_(False)
@@ -183,7 +183,7 @@ def test_detaching_restores_the_model(family):
     assert same(before, fingerprint(model))
 
 
-@of_every_family
+@every_family
 def test_disabling_nests_and_ends_with_exceptions(family):
     model = family.make()
     plain = velocity_of(model)
@@ -215,7 +215,7 @@ def clones(model):
     yield pickle.loads(pickle.dumps(model))
 
 
-@of_every_family
+@every_family
 def test_copies_are_independent(family):
     model = family.make()
     plain = velocity_of(model)
@@ -247,7 +247,7 @@ def velocity_and_gradients(model, change):
     return [velocity, *(p.grad for eraser in erasers.values() for p in eraser.parameters())]
 
 
-@of_every_family
+@every_family
 def test_checkpointing_keeps_the_erasers(family):
     plain = velocity_and_gradients(family.make(), lambda m: None)
     checkpointed = velocity_and_gradients(family.make(), lambda m: m.enable_gradient_checkpointing())

@@ -29,9 +29,9 @@ def test_the_transformer_is_found_inside_its_wrappers(family):
     compiled = torch.compile(velocity, backend="eager")
     for model in (transformer, velocity, Wrapper(transformer), compiled, Wrapper(compiled)):
         assert find_transformer(model)[0] is transformer
-    found = family_of(transformer)
-    assert found.name == family.name
-    assert list(attentions(transformer, found.erased)) == family.layers
+    its_family = family_of(transformer)
+    assert its_family.name == family.name
+    assert list(attentions(transformer, its_family.erased)) == family.layers
     assert as_velocity_model(velocity) is velocity
     assert patch_size(velocity) == (1, 2, 2)
 

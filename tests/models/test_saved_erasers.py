@@ -25,7 +25,7 @@ from fastunlearn.erasers import (
 )
 from fastunlearn.velocity_model import as_velocity_model
 
-of_every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_saved_erasers_come_back(trained):
         load_erasers(model, folder)
 
 
-@of_every_family
+@every_family
 def test_saved_erasers_of_every_family_come_back(family, tmp_path):
     model = family.make()
     train_a_little(attach_erasers(model, rank=4))
