@@ -1,6 +1,6 @@
 """From prompts to an erased model: the four commands, and what they are made of.
 
-    options.py       the options of every command; the command line is made from these dataclasses
+    options.py       the options of every command; the command line is made from these dataclasses (option_fields.py)
     prepare.py       `fastunlearn prepare` runs the frozen model once, and stores its velocities and masks: the teacher cache
     train.py         `fastunlearn train` trains erasers on that cache
     evaluate.py      `fastunlearn evaluate` measures erasers on held-out prompts, without making a video
