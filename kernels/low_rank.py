@@ -429,14 +429,16 @@ def _launch_backward(
             run_layers, moments, gram = layers[run], matrices[2 * i], matrices[2 * i + 1]
             scale = 2 * weight / len(layers) / _normalizer(run_layers[0], normalization)
             run_inverse = None if inverse is None else inverse[run]
-            of_hidden, of_weight, of_bias = (
+            hidden_gradients, weight_gradients, bias_gradients = (
                 _destinations(
                     tensors[3 * run.start + j : 3 * run.stop : 3], gradients[3 * run.start + j : 3 * run.stop : 3]
                 )
                 for j in range(3)
             )
-            _launch_gradient_rows(of_hidden, None, _hidden_rows(run_layers), gram, upstream, run_inverse, scale)
-            _launch_gradient_rows(of_weight, of_bias, _weight_rows(run_layers), moments, upstream, run_inverse, scale)
+            _launch_gradient_rows(hidden_gradients, None, _hidden_rows(run_layers), gram, upstream, run_inverse, scale)
+            _launch_gradient_rows(
+                weight_gradients, bias_gradients, _weight_rows(run_layers), moments, upstream, run_inverse, scale
+            )
     return [x for x in gradients if x is not None]
 
 
@@ -540,8 +542,8 @@ class _LowRankLocalizationLoss(torch.autograd.Function):
                 list(inputs), list(masks), needs_gradient, upstream, matrices, inverse, ctx.normalization, ctx.weight
             )
         )
-        of_inputs = (next(gradients) if needed else None for needed in needs_gradient)
-        return (None, None, None, *of_inputs, *[None] * ctx.layers)
+        input_gradients = (next(gradients) if needed else None for needed in needs_gradient)
+        return (None, None, None, *input_gradients, *[None] * ctx.layers)
 
 
 def low_rank_localization_loss(

@@ -231,8 +231,8 @@ def _launch_forward(
     ]
     scale = _scale(elements, is_normalized, options)
     defers_scale = _defers_scale(gradients, is_normalized)
-    of_mask = NO_OPERAND if mask is None else mask_index(prediction, mask, channel_dim)
-    of_sample_weight = NO_OPERAND if sample_weight is None else leading_index(prediction, sample_weight)
+    mask_broadcast = NO_OPERAND if mask is None else mask_index(prediction, mask, channel_dim)
+    sample_broadcast = NO_OPERAND if sample_weight is None else leading_index(prediction, sample_weight)
     partial = torch.empty(4 * programs, dtype=dtype, device=device)
     loss, prediction_norm, target_norm, inverse_sum = [torch.empty((), dtype=dtype, device=device) for _ in range(4)]
     losses = torch.empty_like(prediction, dtype=dtype) if reduction == "none" else None
@@ -248,19 +248,19 @@ def _launch_forward(
                 uncond,
                 cond,
                 None if mask is None else readable(mask),
-                of_mask.strides,
+                mask_broadcast.strides,
                 None if sample_weight is None else readable(sample_weight),
-                of_sample_weight.strides,
+                sample_broadcast.strides,
                 float(guidance_scale),
                 float(scale),
                 1.0 if defers_scale else float(scale),
                 elements,
-                MASK_DIM_SIZES=of_mask.DIM_SIZES,
-                MASK_OPERAND_SIZES=of_mask.OPERAND_SIZES,
-                MASK_IN_32_BITS=of_mask.IN_32_BITS,
-                SAMPLE_DIM_SIZES=of_sample_weight.DIM_SIZES,
-                SAMPLE_OPERAND_SIZES=of_sample_weight.OPERAND_SIZES,
-                SAMPLE_IN_32_BITS=of_sample_weight.IN_32_BITS,
+                MASK_DIM_SIZES=mask_broadcast.DIM_SIZES,
+                MASK_OPERAND_SIZES=mask_broadcast.OPERAND_SIZES,
+                MASK_IN_32_BITS=mask_broadcast.IN_32_BITS,
+                SAMPLE_DIM_SIZES=sample_broadcast.DIM_SIZES,
+                SAMPLE_OPERAND_SIZES=sample_broadcast.OPERAND_SIZES,
+                SAMPLE_IN_32_BITS=sample_broadcast.IN_32_BITS,
                 LOSS_TYPE=loss_type,
                 NORMALIZE=is_normalized,
                 DEFER_SAMPLE_WEIGHT=defers_scale,
