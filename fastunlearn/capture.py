@@ -1,7 +1,7 @@
 """Captures of a forward pass: the erasers' outputs, and how much video tokens attend to the concept's words.
 
 Both captures are context managers around calls of the model. They capture only while the model's own forward method
-runs. Gradient checkpointing runs blocks again in the backward pass, which must not overwrite what was captured.
+runs: gradient checkpointing runs blocks again in the backward pass, and that must not overwrite what was captured.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class _Capture:
         self._in_forward = False
 
     def _install_hooks(self, undo: ExitStack) -> None:
-        """Installs the hooks, and pushes onto `undo` what removes them."""
+        """Installs the hooks, and pushes onto `undo` the callbacks that remove them."""
         raise NotImplementedError
 
     def _reasons_for_nothing(self) -> str:
-        """Why nothing may have been captured, for the error message."""
+        """The possible reasons why nothing was captured, for the error message."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:
@@ -79,8 +79,8 @@ class EraserOutputsCapture(_Capture):
         with EraserOutputsCapture(model, erasers, eraser_outputs):
             velocity = model(x_t, t, cond)
 
-    Outputs are (B, N, D) by layer, in the dtype that the model computes in, with their autograd graph, and without the
-    scale set by `set_eraser_scale`. Another call of the model replaces them. The recomputation of gradient
+    Outputs are (B, N, D) by layer, in the dtype that the model computes in, attached to the autograd graph, and before
+    the scale of `set_eraser_scale` is applied. The next call of the model replaces them; recomputation by gradient
     checkpointing does not.
 
     `low_rank=True` is recommended: it captures `LowRankOutput`s, which `localization_loss` takes too. Such an output is
@@ -154,7 +154,7 @@ class EraserOutputsCapture(_Capture):
 
 
 class AttnMapsCapture(_Capture):
-    """Fills `attn_maps` with the attention probabilities of video tokens to text tokens.
+    """Fills `attn_maps` with the attention probabilities from video tokens to text tokens.
 
         attn_maps = {}
         with AttnMapsCapture(model, attn_maps, token_indices=[3, 4]):
@@ -162,9 +162,9 @@ class AttnMapsCapture(_Capture):
         mask = get_mask(attn_maps, None, 0.5, height, width)["average_mask"]
 
     These are the probabilities of the model's own attention, over all of its keys, after query and key norms and
-    rotary embeddings. The attention's output stays the same, bit for bit. No queries, no keys and nothing with
-    tokens x tokens elements is kept. Maps of several calls of the model within one `with` are averaged; recomputation
-    by gradient checkpointing does not count as a call. Maps are float32, detached, by layer
+    rotary embeddings. The attention's output stays the same, bit for bit. Queries and keys are not kept, nor is
+    anything of tokens x tokens elements. Maps of several calls of the model within one `with` are averaged;
+    recomputation by gradient checkpointing does not count as a call. Maps are float32, detached, by layer
     ("transformer_blocks.0.attn1"), and may change until the `with` ends.
 
     Args:
@@ -209,8 +209,8 @@ class AttnMapsCapture(_Capture):
     def _wrap(self, name: str, attention: Any) -> Callable[[], None]:
         """Replaces the forward method of one attention, and returns what restores it.
 
-        Unlike hooks, a wrapped method leaves the interception even if an error occurs. Wrapping the attention processor
-        would not work: diffusers passes a processor only the arguments that its signature names.
+        The method is wrapped, not hooked, so that the interception ends even if the attention raises. Wrapping the
+        attention processor would not work: diffusers passes a processor only the arguments that its signature names.
         """
         original, has_own_forward = attention.forward, "forward" in vars(attention)
 
@@ -242,7 +242,7 @@ class AttnMapsCapture(_Capture):
                         f"attn_maps[{name!r}]: expected shape {expected}, as in earlier calls, got {got}; maps are "
                         "averaged over calls, so capture each shape separately"
                     )
-                # In place: two copies of a map with all heads and words may not fit into memory.
+                # In place: there may not be memory for two copies of a map with all heads and words.
                 new = self._maps[name].lerp_(new, 1 / calls)
         self._maps[name] = new
         self._seen.add(name)
@@ -282,7 +282,7 @@ class AttnMapsCapture(_Capture):
         self._has_warned = True
         warnings.warn(
             "the attention does not return its log-sum-exp (it has a mask on a GPU, dropout, an unknown backend, or "
-            "another capture around this one): each captured map takes another pass over the keys",
+            "another capture around this one): each captured map costs another pass over the keys",
             stacklevel=2,
         )
 

@@ -1,4 +1,4 @@
-"""Intercepting a model's attention: its queries, keys and log-sum-exp, taken while it runs."""
+"""Intercepts a model's attention while it runs, to get its queries, keys and log-sum-exp."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Attention(NamedTuple):
         return self._replace(lse=_log_sum_exp(self.query, self.key, self.mask, self.scale))
 
     def part(self, rows: slice, keys: slice) -> Attention:
-        """The attention of some queries to some keys; the log-sum-exp remains that over all keys."""
+        """The attention of some queries to some keys. The log-sum-exp is still over all keys."""
         mask = None if self.mask is None else _rows(self.mask, rows)[..., keys]
         lse = None if self.lse is None else self.lse[:, :, rows]
         return Attention(self.query[:, :, rows], self.key[:, :, keys], mask, self.scale, lse)
@@ -119,7 +119,7 @@ class Interception(TorchFunctionMode):
                 "maps of grouped-query attention are not supported"
             )
         device = query.device.type
-        if torch.is_autocast_enabled(device):  # the attention casts its inputs, and its probabilities are of those
+        if torch.is_autocast_enabled(device):  # attention casts its inputs, so the maps must be of the cast ones
             query, key, value = (_autocast(tensor) for tensor in (query, key, value))
             attn_mask = None if attn_mask is None else _autocast(attn_mask)
         output_and_lse = None if dropout_p or _is_nested() else _attention_and_lse(query, key, value, attn_mask, scale)
@@ -149,7 +149,10 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def _is_nested() -> bool:
-    """Whether another interception is active around this one. It sees the attention only if called by its name."""
+    """Whether another interception is active around this one.
+
+    The outer one recognises `scaled_dot_product_attention` only, not the operators that it dispatches to.
+    """
     active = torch.overrides._get_current_function_mode_stack()
     return any(isinstance(mode, Interception) for mode in active)
 
@@ -157,9 +160,9 @@ def _is_nested() -> bool:
 def _attention_and_lse(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor] | None:
-    """The attention's output and log-sum-exp, or None if the log-sum-exp cannot be had.
+    """The attention's output and log-sum-exp, or None if the log-sum-exp is not available.
 
-    Calls the operator that scaled_dot_product_attention would dispatch to, because only that returns the log-sum-exp.
+    Calls the operator that scaled_dot_product_attention would dispatch to, because only the operator returns it.
     """
     if torch.compiler.is_compiling():
         return None

@@ -11,12 +11,12 @@ from fastunlearn.training.data.requests import Request
 from fastunlearn.training.options import PrepareOptions, TargetGroup, TrainingOptions
 
 SAMPLING_STEPS = 12
-LEADING = (0.0, 0.5)  # part of a trajectory towards the concept in which the erased model can still turn away
 # Groups of points: with the concept alone in the prompt, with another shape beside it, and without the concept.
 ALONE, BESIDE, KEPT = "alone", "beside", "kept"
 TRAJECTORIES = {ALONE: 12, BESIDE: 40, KEPT: 24}
 LEADING_TRAJECTORIES = 8  # further trajectories in each of ALONE and BESIDE, sampled towards the concept
-UNPROMPTED_TRAJECTORIES = 6  # further trajectories in KEPT, with points for the empty prompt
+LEADING = (0.0, 0.5)  # points of these come from the first half of the steps: later, it is too late to turn away
+UNPROMPTED_TRAJECTORIES = 6  # further trajectories in KEPT, whose points have the empty prompt
 BATCH_SIZE = 24
 
 RANK = 64
@@ -33,48 +33,48 @@ TARGETS = (
 )
 
 
-def draw_one(shape: str, draw: random.Random) -> Nouns:
+def draw_one(shape: str, rng: random.Random) -> Nouns:
     """Draws a colour for one shape."""
-    return (Noun(shape, draw.choice(list(COLOURS))),)
+    return (Noun(shape, rng.choice(list(COLOURS))),)
 
 
-def draw_two(first: str, second: str, draw: random.Random) -> Nouns:
+def draw_two(first: str, second: str, rng: random.Random) -> Nouns:
     """Draws different colours for two shapes, and their order."""
-    nouns = [Noun(shape, colour) for shape, colour in zip((first, second), draw.sample(list(COLOURS), 2), strict=True)]
-    draw.shuffle(nouns)
+    nouns = [Noun(shape, colour) for shape, colour in zip((first, second), rng.sample(list(COLOURS), 2), strict=True)]
+    rng.shuffle(nouns)
     return tuple(nouns)
 
 
-def requests(concept: str, draw: random.Random) -> list[Request]:
+def requests(concept: str, rng: random.Random) -> list[Request]:
     """Returns the requests for all trajectories of the teacher cache."""
-    targets = [request for group in (ALONE, BESIDE) for request in target_requests(concept, group, draw)]
-    return targets + list(kept_requests(concept, draw))
+    targets = [request for group in (ALONE, BESIDE) for request in target_requests(concept, group, rng)]
+    return targets + list(kept_requests(concept, rng))
 
 
-def target_requests(concept: str, group: str, draw: random.Random) -> Iterator[Request]:
+def target_requests(concept: str, group: str, rng: random.Random) -> Iterator[Request]:
     """Yields requests for trajectories whose points have the concept in their prompt, in the group ALONE or BESIDE.
 
-    Some trajectories are sampled towards the concept, others towards a replacement for it, because the erased model
-    must turn away both where the frozen model goes and where the erased model itself will go. The replacement is the
-    rest of the prompt or, if nothing is left, another shape. The empty prompt cannot replace the concept, because half
-    of its videos show it.
+    Some trajectories are sampled towards the concept, others towards a replacement for it: the erased model has to turn
+    away on the frozen model's trajectories, and also on the ones that it will take itself. The replacement is the rest
+    of the prompt or, if nothing is left, another shape. The empty prompt cannot replace the concept, because half of
+    its videos show it.
     """
     others = [shape for shape in SHAPES if shape != concept]
     for number in range(LEADING_TRAJECTORIES + TRAJECTORIES[group]):
         other = others[number % 2]
-        nouns = draw_one(concept, draw) if group == ALONE else draw_two(concept, other, draw)
-        rest = tuple(noun for noun in nouns if noun.shape != concept) or draw_one(other, draw)
+        nouns = draw_one(concept, rng) if group == ALONE else draw_two(concept, other, rng)
+        rest = tuple(noun for noun in nouns if noun.shape != concept) or draw_one(other, rng)
         if number < LEADING_TRAJECTORIES:
             yield Request(prompt_of(nouns), group, instead=prompt_of(rest), follow="prompt", steps=LEADING)
         else:
             yield Request(prompt_of(nouns), group, instead=prompt_of(rest), follow="instead")
 
 
-def kept_requests(concept: str, draw: random.Random) -> Iterator[Request]:
-    """Yields requests for trajectories towards other shapes, whose points have these or no shapes in their prompt."""
+def kept_requests(concept: str, rng: random.Random) -> Iterator[Request]:
+    """Yields requests for trajectories towards other shapes. The points' prompt names these shapes, or is empty."""
     first, second = (shape for shape in SHAPES if shape != concept)
     for number in range(TRAJECTORIES[KEPT] + UNPROMPTED_TRAJECTORIES):
-        nouns = draw_two(first, second, draw) if number % 2 == 0 else draw_one((first, second)[number // 2 % 2], draw)
+        nouns = draw_two(first, second, rng) if number % 2 == 0 else draw_one((first, second)[number // 2 % 2], rng)
         prompt = prompt_of(nouns)
         if number < TRAJECTORIES[KEPT]:
             yield Request(prompt, KEPT)
@@ -82,7 +82,7 @@ def kept_requests(concept: str, draw: random.Random) -> Iterator[Request]:
             yield Request("", KEPT, instead=prompt, follow="instead")
 
 
-# `prepare` and `train` get the model and the folders as arguments, and do not read the options for them.
+# The model and the folders are left blank below: `prepare` and `train` get them as arguments, not from their options.
 
 
 def prepare_options(concept: str, seed: int) -> PrepareOptions:
@@ -95,8 +95,8 @@ def prepare_options(concept: str, seed: int) -> PrepareOptions:
         num_inference_steps=SAMPLING_STEPS,
         batch_size=BATCH_SIZE,
         mask_threshold=0.45,
-        mask_layers=(0,),  # attends to a word at its object; later layers also attend around it
-        mask_start=0.5,  # objects have their places by then
+        mask_layers=(0,),  # attention to a word stays within its object; in later layers it spreads beyond
+        mask_start=0.5,  # by then it is settled where the objects are
         seed=seed,
     )
 

@@ -26,8 +26,8 @@ from fastunlearn.training.options import PrepareOptions
 VIDEOS_PER_SHAPE, VIDEOS_PER_PAIR = 12, 16
 
 
-def held_out(concept: str, draw: random.Random) -> tuple[list[Nouns], list[Nouns]]:
-    """Draws the prompts to generate before and after: every shape alone, and every pair of shapes.
+def held_out(concept: str, rng: random.Random) -> tuple[list[Nouns], list[Nouns]]:
+    """Draws the prompts to generate videos for, before and after: every shape alone, and every pair of shapes.
 
     Returns:
         The prompts with the concept and those without it. In both lists, prompts for one shape come first.
@@ -36,7 +36,7 @@ def held_out(concept: str, draw: random.Random) -> tuple[list[Nouns], list[Nouns
     prompts: list[Nouns] = [
         (Noun(shape, colours[index % len(colours)]),) for shape in SHAPES for index in range(VIDEOS_PER_SHAPE)
     ]
-    prompts += [draw_two(*pair, draw) for pair in itertools.combinations(SHAPES, 2) for _ in range(VIDEOS_PER_PAIR)]
+    prompts += [draw_two(*pair, rng) for pair in itertools.combinations(SHAPES, 2) for _ in range(VIDEOS_PER_PAIR)]
     with_concept = [nouns for nouns in prompts if concept in (noun.shape for noun in nouns)]
     return with_concept, [nouns for nouns in prompts if nouns not in with_concept]
 
@@ -59,7 +59,7 @@ def generate(
     *,
     with_masks: bool = True,
 ) -> Generated:
-    """Generates one video per prompt, as trajectories are sampled for the teacher cache.
+    """Generates one video per prompt, in the way that `prepare` samples trajectories.
 
     It computes masks if any prompt contains the concept, unless `with_masks` is False.
     """
@@ -98,8 +98,8 @@ def appearances(
 
     Returns:
         For each shape: "asked", over the videos whose prompt names it, except those of "beside"; "beside", over the
-        videos whose prompt names it and the concept; "uninvited", over the videos whose prompt does not name it;
-        "colour", how often the colour that the prompt gives it appears, in any shape.
+        videos whose prompt names it and the concept; "uninvited", over the videos whose prompt does not name it; and
+        "colour", over the videos whose prompt names it, how often the colour that it asks for appears in any shape.
     """
     seen = (judge(videos) > 0).cpu()
     report = {}
@@ -121,8 +121,8 @@ def appearances(
 def mask_overlap(judge: Judge, masks: Tensor, videos: Tensor, concept: str) -> float:
     """Returns the mean IoU of the masks (B, F, h, w) with the concept, on the token grid.
 
-    The concept is where the video has the colour in which the judge sees it. That is the colour in the prompt or, if
-    the model has confused the colours of two objects, that of the other object.
+    The concept is taken to be wherever the video has the colour in which the judge sees the concept. That is the colour
+    in the prompt or, if the model has swapped the colours of two objects, the colour of the other object.
     """
     colours = judge(videos)[:, SHAPES.index(concept)].argmax(dim=1)
     maps = colour_maps(videos)[torch.arange(len(videos)), :, colours]
@@ -133,12 +133,12 @@ def mask_overlap(judge: Judge, masks: Tensor, videos: Tensor, concept: str) -> f
 
 
 def erasure_coefficient(model: VideoModel, prompts: Sequence[EncodedPrompt], steps: Sequence[Step]) -> float | None:
-    """Returns `metrics.erasure` of the model as it is now, over all points of the frozen model's trajectories.
+    """Returns the erasure coefficient (`metrics.erasure`) of the model in its current state.
 
     Args:
         model: the model to measure.
         prompts: the prompts of the first rows of each step; further rows are ignored.
-        steps: the sampling steps of the frozen model.
+        steps: all sampling steps of the frozen model. The velocities are compared at each of them.
 
     Returns:
         None if the velocity of the frozen model does not depend on the prompts.

@@ -75,5 +75,5 @@ def train_judge(seed: int) -> Judge:
 def held_out_accuracy(judge: Judge, seed: int, count: int = 1000) -> float:
     """Returns the share of newly rendered videos in which the judge sees every coloured shape and no other."""
     videos = sample_videos(count, torch.Generator().manual_seed(seed))
-    right = (judge(videos.pixels) > 0) == videos.present
-    return right.flatten(1).all(dim=1).float().mean().item()
+    is_right = (judge(videos.pixels) > 0) == videos.present
+    return is_right.flatten(1).all(dim=1).float().mean().item()

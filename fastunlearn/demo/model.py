@@ -1,7 +1,7 @@
 """The demo's text-to-video model: CogVideoX, made small enough to train on a laptop.
 
-Its parts are those of diffusers and transformers (a CogVideoXTransformer3DModel, a T5 encoder with a SentencePiece
-tokenizer, CogVideoX's noise schedule) with few and narrow layers. Pixels serve as latents.
+It is built from the classes of diffusers and transformers (a CogVideoXTransformer3DModel, a T5 encoder with a
+SentencePiece tokenizer, CogVideoX's noise schedule), with few and narrow layers. Pixels serve as latents.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class TextToVideo(nn.Module):
         return encoded
 
     def without_text_encoder(self) -> VideoModel:
-        """Returns the same transformer as the model that `prepare` and `train` take."""
+        """Returns the transformer, not a copy of it, in the form that `prepare` and `train` take."""
         return VideoModel(
             [self.transformer],
             self.scheduler,
@@ -134,15 +134,15 @@ class TextToVideo(nn.Module):
         return self.transformer(x_t, text, t, return_dict=False)[0]
 
 
-def save(model: TextToVideo, judge: Judge, facts: dict[str, Any], path: Path = WEIGHTS) -> None:
-    """Writes the trained weights in float16, with `facts`, a record of the training, in the file's header."""
+def save(model: TextToVideo, judge: Judge, record: dict[str, Any], path: Path = WEIGHTS) -> None:
+    """Writes the trained weights in float16, with a record of their training in the file's header."""
     from safetensors.torch import save_file
 
     learned = _state(model) | {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()}
     tensors = {name: tensor.half().contiguous() for name, tensor in learned.items()}
-    beside = path.with_suffix(".partial")
-    save_file(tensors, beside, metadata={"facts": json.dumps(facts)})
-    beside.replace(path)
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"facts": json.dumps(record)})
+    partial.replace(path)
 
 
 def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
@@ -154,13 +154,13 @@ def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as stored:
-        facts = json.loads(stored.metadata()["facts"])
+        record = json.loads(stored.metadata()["facts"])
         tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118 (no mapping)
     model, judge = TextToVideo(), Judge()
     for name, parameter in _state(model).items():
         parameter.copy_(tensors[name])
     judge.load_state_dict({name: tensors[f"judge.{name}"] for name in judge.state_dict()})
-    return model.eval().requires_grad_(False), judge.eval().requires_grad_(False), facts
+    return model.eval().requires_grad_(False), judge.eval().requires_grad_(False), record
 
 
 def _state(model: TextToVideo) -> dict[str, Tensor]:

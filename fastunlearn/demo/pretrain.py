@@ -3,7 +3,7 @@
     python -m fastunlearn.demo.pretrain [--steps N] [--minutes M] [--seed N] [--output FILE] [--compile]
 
 It took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
-resumes from its last checkpoint, a file beside the output. Every step draws its data and noise from its own generator,
+resumes from its last checkpoint, a file next to the output. Every step draws its data and noise from its own generator,
 seeded by the run's seed and the step, so that a resumed run sees the same data as an uninterrupted one.
 """
 
@@ -35,7 +35,7 @@ EMA_DECAY = 0.998
 CONDITION_DROPOUT = 0.1
 CHECKPOINT_EVERY = 200
 
-_GOLDEN_RATIO = 0x9E3779B1  # times 2^32 and made odd: its multiples modulo 2^32 are evenly spread
+_GOLDEN_RATIO = 0x9E3779B1  # its fraction times 2^32, made odd: the multiples modulo 2^32 are evenly spread
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -193,10 +193,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     judge = train_judge(options.seed)
     accuracy = held_out_accuracy(judge, options.seed + 1)
-    facts = {"steps": step, "seed": options.seed, "loss": round(loss, 5), "judge_accuracy": accuracy}
-    demo_model.save(model, judge, facts, options.output)
+    record = {"steps": step, "seed": options.seed, "loss": round(loss, 5), "judge_accuracy": accuracy}
+    demo_model.save(model, judge, record, options.output)
     checkpoint.unlink()
-    print(f"wrote {options.output} ({options.output.stat().st_size / 1e6:.2f} MB): {facts}")
+    print(f"wrote {options.output} ({options.output.stat().st_size / 1e6:.2f} MB): {record}")
 
 
 if __name__ == "__main__":

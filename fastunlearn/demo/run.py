@@ -119,7 +119,7 @@ class _Setup:
 
 
 def _set_up(concept: str, seed: int, device: torch.device) -> _Setup:
-    text_to_video, judge, facts = load()
+    text_to_video, judge, training_record = load()
     judge.to(device)
     model = text_to_video.to(device).without_text_encoder()
     requests = erase.requests(concept, random.Random(seed))
@@ -133,7 +133,7 @@ def _set_up(concept: str, seed: int, device: torch.device) -> _Setup:
     return _Setup(
         model=model,
         judge=judge,
-        judge_accuracy=facts["judge_accuracy"],
+        judge_accuracy=training_record["judge_accuracy"],
         requests=requests,
         encoded=text_to_video.encode_prompts(["", *prompts], concept),
         with_concept=with_concept,
@@ -207,11 +207,11 @@ def _videos(generated: Sequence[evaluate.Generated]) -> Tensor:
 def _picture_rows(
     setup: _Setup, before: Sequence[evaluate.Generated], after: Sequence[evaluate.Generated]
 ) -> list[picture.Row]:
-    """Two rows each for the concept alone and beside either other shape; one row for each prompt kind without it."""
+    """Two rows for each combination of shapes that has the concept, and one for each that does not."""
     shapes = [frozenset(noun.shape for noun in nouns) for nouns in setup.held_out]
     with_concept = len(setup.with_concept)
-    firsts = [shapes.index(kind) for kind in dict.fromkeys(shapes)]
-    seconds = [index for index, kind in enumerate(shapes[:with_concept]) if shapes[:index].count(kind) == 1]
+    first_of_kind = [shapes.index(kind) for kind in dict.fromkeys(shapes)]
+    second_of_kind = [index for index, kind in enumerate(shapes[:with_concept]) if shapes[:index].count(kind) == 1]
     frames_before, frames_after = (setup.model.decode(_videos(generated)) for generated in (before, after))
     masks = before[0].masks
     return [
@@ -221,7 +221,7 @@ def _picture_rows(
             masks[index] if masks is not None and index < with_concept else None,
             frames_after[index],
         )
-        for index in sorted(firsts + seconds)
+        for index in sorted(first_of_kind + second_of_kind)
     ]
 
 

@@ -24,7 +24,7 @@ MAX_OBJECTS = 2
 
 @dataclass(frozen=True)
 class Noun:
-    """One object of a prompt, as "red circle"."""
+    """One object of a prompt, such as "red circle"."""
 
     shape: str
     colour: str
@@ -85,8 +85,8 @@ def background() -> Tensor:
 def _distance(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
     """Returns the signed distance in pixels to the outline of every shape, (..., shapes), negative inside.
 
-    The shapes are a disc, the frame of a square and an upright triangle. They differ in their middles too, because
-    their few pixels would otherwise be hard to tell apart.
+    The shapes are a disc, the frame of a square and an upright triangle. The square has a hole because shapes of so few
+    pixels are hard to tell apart by their outlines alone.
     """
     circle = torch.hypot(dx, dy) - size
     chebyshev = torch.maximum(dx.abs(), dy.abs())
@@ -97,7 +97,7 @@ def _distance(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
 
 
 def sample_videos(count: int, generator: torch.Generator, *, two_objects: float = 0.6) -> Videos:
-    """Draws `count` videos. The share `two_objects` of them shows two objects, of different shapes and colours."""
+    """Draws `count` videos. Each shows two objects, of different shapes and colours, with probability `two_objects`."""
 
     def uniform(low: Tensor | float, high: Tensor | float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
