@@ -1,15 +1,16 @@
 """From prompts to an erased model: the four commands, and what they are made of.
 
     options.py       the options of every command; the command line is made from these dataclasses (option_fields.py)
-    prepare.py       `fastunlearn prepare` runs the frozen model once, and stores its velocities and masks: the teacher cache
+    prepare.py       `fastunlearn prepare` stores the frozen model's velocities and masks: the teacher cache
     train.py         `fastunlearn train` trains erasers on that cache
     evaluate.py      `fastunlearn evaluate` measures erasers on held-out prompts, without making a video
     sample.py        `fastunlearn sample` makes videos without and with erasers, from the same noise
     example.py       the same in Python, as one short program: read this first
     example_step.py  one training step with the drop-in losses, for loops that exist already
     cost.py          memory and hours on published models, computed
+    random_numbers.py  generators that a key seeds, the same on every device
 
-Each command is a module with a `run` that takes its options; the command line adds nothing. What they use, in folders:
+Each command is a module whose `run` takes its options; the command line only parses them. What they use, in folders:
 
     data/        what the user gives: prompts, videos, and the requests made from them
     model/       a saved pipeline in memory, component by component, and sampling from it
@@ -17,5 +18,5 @@ Each command is a module with a `run` that takes its options; the command line a
     loop/        the training loop: batches, losses, optimizer, checkpoints, processes
     evaluation/  metrics on velocities, and their report
 
-Imports go from the commands down this list and from later folders to earlier ones.
+The commands import from these folders. A folder imports options.py, random_numbers.py, and folders listed above it.
 """

@@ -20,11 +20,12 @@ To follow what happens, read `plan.py`, `teacher.py`, `writer.py`, `reader.py`. 
     prompts.safetensors      the condition of each prompt, as "{index of the prompt}.{keyword of transformer.forward}"
     shard-00000.safetensors  the points of the first unit of work, and so on
 
-A shard with K points holds `x_t`, `v_uncond`, `v_cond` (K, *latent) in the model's dtype, `t` (K,) float32, `prompt`
-(K,) int32, the index of the prompt that `v_cond` was computed with, and in groups with masks `mask` (K, F, h, w) bool.
+A shard with K points holds `x_t`, `v_uncond` and `v_cond`, (K, *latent) in the model's dtype; `t`, (K,) float32;
+`prompt`, (K,) int32, the index of the prompt that `v_cond` was computed with; and in groups with masks `mask`,
+(K, F, h, w) bool.
 
 A file is either complete or absent. The index exists from the start, marked as not finished, so that a resumed run can
-compare its arguments. The folder holds nothing but JSON and safetensors: a stranger's cache cannot run code.
+compare its arguments. The folder holds nothing but JSON and safetensors: opening a cache cannot run code.
 """
 
 from fastunlearn.training.cache.reader import Points, PointSet, TeacherCache

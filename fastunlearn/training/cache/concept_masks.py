@@ -1,4 +1,4 @@
-"""Where the concept is in a video that is being sampled: masks from the model's attention to its words."""
+"""Masks of where the concept is in a video that is being sampled, from the model's attention to the concept's words."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class ConceptMasks:
         length = max(map(len, token_indices))
         self._tokens = [[*tokens, *[-1] * (length - len(tokens))] for tokens in token_indices]
         self._layers = layers
-        self._sums: dict[str, Tensor] = {}  # of attention maps, by layer
+        self._sums: dict[str, Tensor] = {}  # sums of attention maps, by layer
 
     @contextmanager
     def watch(self, expert: VelocityModel, names: Sequence[str]) -> Iterator[None]:
         """Captures the attention of one forward pass of `expert`.
 
-        The batch of the pass consists of the conditions called `names`, with one row per sample each.
+        The batch of the pass is the conditions called `names`, one after the other, each with a row per sample.
         """
         if self._condition not in names:
             yield
@@ -45,12 +45,12 @@ class ConceptMasks:
             yield
         for layer, captured in maps.items():
             rows = captured[position * batch : (position + 1) * batch]
-            # A sum serves as well as an average, because each map is normalised by its own range.
+            # Summing is enough: `get_mask` normalises each map by its own range, so dividing would change nothing.
             self._sums[layer] = self._sums[layer] + rows if layer in self._sums else rows
 
     def masks(self, threshold: float, token_grid: tuple[int, int, int]) -> Tensor:
         """Masks (B, F, h, w), bool, on the CPU: True where the average map reaches the threshold; see `get_mask`."""
-        names = list(self._sums)
-        maps = {name: self._sums[name] for name in ([names[i] for i in self._layers] or names)}
+        layers = list(self._sums)
+        maps = {layer: self._sums[layer] for layer in ([layers[i] for i in self._layers] or layers)}
         masks = get_mask(maps, None, threshold, token_grid[1], token_grid[2])["average_mask"]
         return (masks != 0).cpu()

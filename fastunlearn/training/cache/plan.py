@@ -16,8 +16,8 @@ from fastunlearn.training.random_numbers import random_generator
 class Unit(NamedTuple):
     """A unit of work: trajectories that share a batch and are written as one shard.
 
-    template: the request of the first one. The requests of a unit have the same group, the same names of conditions,
-    and all or none of them have a source.
+    template: the request of the first trajectory. It stands for all of them: they have the same group and the same
+        names of conditions, and all or none have a source.
     trajectories: their indices in `Plan.requests`.
     """
 
@@ -42,7 +42,7 @@ class Plan:
         point_steps: for each trajectory, the sampling steps that become points, in ascending order.
 
     Raises:
-        ValueError: there are no requests, or no sampling step lies in a request's part of the steps.
+        ValueError: there are no requests, or the `steps` of a request contain no sampling step.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Plan:
         self.point_steps = [self._draw_point_steps(index) for index in range(len(requests))]
 
     def _units(self) -> Iterator[Unit]:
-        alike: dict[tuple[object, ...], list[int]] = {}
+        batchable: dict[tuple[object, ...], list[int]] = {}
         for index, request in enumerate(self.requests):
             key = (request.group, request.baseline, request.follow, request.source is None)
-            alike.setdefault(key, []).append(index)
+            batchable.setdefault(key, []).append(index)
         batch_size = self.options.batch_size
-        for indices in alike.values():
+        for indices in batchable.values():
             for start in range(0, len(indices), batch_size):
                 yield Unit(self.requests[indices[start]], indices[start : start + batch_size])
 
@@ -77,7 +77,7 @@ class Plan:
         steps = [step for step in range(total) if start * total <= step < end * total]
         if not steps:
             raise ValueError(
-                f"steps: expected a part that has at least one of the {total} sampling steps in it, got "
+                f"steps: expected a range with at least one of the {total} sampling steps in it, got "
                 f"{request.steps} for {request.prompt!r}"
             )
         count = min(self.options.timesteps_per_trajectory, len(steps))
@@ -93,7 +93,7 @@ class Plan:
         return [request.follow] if self.guidance_scale == 1 else [NEGATIVE, request.follow]
 
     def extra_condition(self, request: Request) -> str | None:
-        """The condition of points and masks that sampling itself does not need, if there is one; never two.
+        """The condition that points or masks need but sampling does not; None if there is none. There are never two.
 
         It is evaluated only at steps that become points or whose attention is captured.
         """

@@ -13,7 +13,7 @@ from fastunlearn.training.cache.teacher import Teacher
 from fastunlearn.training.data.requests import Request
 from fastunlearn.training.model.video_model import VideoModel
 
-_SAMPLED_VALUES = 16  # of each weight
+_SAMPLED_VALUES = 16  # about as many values of each weight enter its digest
 _CONTENT_OPTIONS = (
     "concept",
     "negative_prompt",
@@ -79,8 +79,8 @@ def weights_digest(model: VideoModel) -> str:
 def check_cache_fits(facts: Mapping[str, Any], model: VideoModel) -> None:
     """Raises ValueError if a cache with these facts was made with another model than `model`.
 
-    The model's path does not matter, because it may have been moved. Weights are compared if `model` has the dtype that
-    the cache was made in.
+    The model's path is not compared, because the model may have been moved. Its weights are compared only if it has the
+    dtype that the cache was made in.
     """
     if facts["backbone"] != model.family.name:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The frozen model at work: computes the points of a teacher cache, one unit of work at a time."""
+"""Runs the frozen model to compute the points of a teacher cache, one unit of work at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Trajectory(NamedTuple):
 
 
 class Teacher:
-    """The frozen model, and the plan of what to compute with it.
+    """The frozen model, and the plan of what it is to compute.
 
     Attributes:
         plan: all trajectories, in units of work.
@@ -70,9 +70,9 @@ class Teacher:
         guidance_scale = model.defaults.guidance(options.guidance_scale)
         self.plan = Plan(requests, options, guidance_scale, self._masked_groups(requests))
         layers = len(attentions(find_transformer(model.experts[0])[0], model.family.text_attended))
-        wrong = [layer for layer in options.mask_layers if not 0 <= layer < layers]
-        if wrong:
-            raise ValueError(f"mask_layers: expected layers from 0 to {layers - 1}, got {wrong}")
+        out_of_range = [layer for layer in options.mask_layers if not 0 <= layer < layers]
+        if out_of_range:
+            raise ValueError(f"mask_layers: expected layers from 0 to {layers - 1}, got {out_of_range}")
 
     def _masked_groups(self, requests: Sequence[Request]) -> set[str]:
         """The groups whose prompts contain the concept."""
@@ -86,7 +86,7 @@ class Teacher:
         return masked
 
     def points(self, unit: Unit) -> dict[str, Any]:
-        """Computes the points of a unit, trajectory by trajectory. Returns the arguments of `CacheWriter.write`."""
+        """Computes the points of a unit, trajectory by trajectory, as keyword arguments of `CacheWriter.write`."""
         with ExitStack() as stack:
             for expert in self.model.experts:
                 stack.enter_context(erasers_disabled(expert))
@@ -104,17 +104,19 @@ class Teacher:
         points: list[list[_Point]] = [[] for _ in requests]
         for step in self._denoise(unit, requests, concept_masks):
             rows = [row for row, index in enumerate(unit.trajectories) if step.index in plan.point_steps[index]]
-            by_row: dict[str, Tensor | dict[int, Tensor]] = dict(step.velocities)
+            by_condition: dict[str, Tensor | dict[int, Tensor]] = dict(step.velocities)
             for name, condition in extra_conditions.items():
                 captures = name == PROMPT and plan.captures_attention(template, step.index)
-                by_row[name] = self._extra_velocities(step, name, condition, rows, concept_masks if captures else None)
+                by_condition[name] = self._extra_velocities(
+                    step, name, condition, rows, concept_masks if captures else None
+                )
             for row in rows:
-                v_uncond, v_cond = by_row[template.baseline][row], by_row[PROMPT][row]
+                v_uncond, v_cond = by_condition[template.baseline][row], by_condition[PROMPT][row]
                 points[row].append(_Point(step.t, step.x_t[row].cpu(), v_uncond.cpu(), v_cond.cpu()))
         masks = self._masks(concept_masks, len(requests))
         return [
-            _Trajectory(request.prompt, its_points, mask)
-            for request, its_points, mask in zip(requests, points, masks, strict=True)
+            _Trajectory(request.prompt, trajectory_points, mask)
+            for request, trajectory_points, mask in zip(requests, points, masks, strict=True)
         ]
 
     def _denoise(self, unit: Unit, requests: Sequence[Request], concept_masks: ConceptMasks | None) -> Iterator[Step]:
@@ -161,7 +163,7 @@ class Teacher:
         return dict(zip(rows, velocity, strict=True))
 
     def _noise_video(self, index: int) -> _Trajectory:
-        """Takes points between a given video and noise, instead of sampling."""
+        """Takes points by adding noise to a given video, instead of sampling."""
         plan, model, request = self.plan, self.model, self.plan.requests[index]
         assert request.source is not None
         x_0 = read_latents(model, request.source, self.size)

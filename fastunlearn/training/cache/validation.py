@@ -1,4 +1,4 @@
-"""Checks a finished cache before training reads it. Nothing in the folder is trusted: it may come from a stranger."""
+"""Checks a finished cache before training reads it. Nothing in the folder is trusted: anybody may have made it."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class _Checker:
         name = self._get(entry, "file", lambda x: isinstance(x, str) and bool(is_valid_name(x)), expected)
         path = self.folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; run prepare again with the same arguments to make it again")
+            raise FileNotFoundError(f"{path} is missing; run prepare again with the same arguments to recreate it")
         size = path.stat().st_size
         if size != entry.get("bytes"):
             raise ValueError(

@@ -36,12 +36,12 @@ _SHOWN_CHANGES = 20
 class CacheWriter:
     """Writes the shards of a cache that do not exist yet.
 
-    Several processes may write to one cache at the same time if each unit is written by one of them. One of them calls
-    `finish` at the end. The same facts and points give the same files, byte for byte.
+    Several processes may write to one cache at the same time, if no two write the same unit. One of them calls `finish`
+    at the end. The same facts and points give the same files, byte for byte.
 
     Args:
-        folder: a new or empty folder, or a cache that was begun with the same facts. Foreign files next to a cache are
-            left alone.
+        folder: a new or empty folder, or a cache that was begun with the same facts. Other files in the folder of a
+            cache are left alone.
         facts: everything that determines the content, as JSON: `latent_shape`, `token_grid` (F, h, w), `dtype` (its
             name), `boundary` (a timestep or None), and any other settings.
         conditions: the condition of every prompt that points have, by prompt.
@@ -67,7 +67,7 @@ class CacheWriter:
     ) -> None:
         self.folder = Path(folder)
         self._partial_suffix = f".{process_index}.partial"
-        # To JSON and back, so that they compare equal to the facts of an index.
+        # To JSON and back, so that they can be compared with those read from an index: a tuple becomes a list.
         self._facts = json.loads(json.dumps({**facts, "prompts": list(conditions)}, allow_nan=False))
         self._groups = list(groups)
         self._prompt_indices = {prompt: index for index, prompt in enumerate(conditions)}
@@ -193,7 +193,7 @@ class CacheWriter:
         return [unit for unit in units if not (self.folder / shards.file_name(unit)).exists()]
 
     def finish(self) -> None:
-        """Lists all shards in the index, marks it as finished, and deletes what interrupted processes left.
+        """Lists all shards in the index, marks it as finished, and deletes temporary files of interrupted processes.
 
         Raises:
             ValueError: shards are missing or belong to another run.

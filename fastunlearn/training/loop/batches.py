@@ -1,7 +1,7 @@
-"""Which points of the cache a training step sees.
+"""Chooses the points of the cache that each training step uses.
 
-The points of a step depend on the seed and the step's number alone. A resumed run therefore sees the same points as an
-uninterrupted one, and several processes see the same points as one process with a batch as large as theirs together.
+The points of a step depend only on the seed and the step's number. A resumed run therefore uses the same points as an
+uninterrupted one, and several processes together use the same points as one process with a batch of the total size.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class _Pool(NamedTuple):
 class Batches:
     """Draws the points of every step.
 
-    A step takes its target points from one group and for one of the model's transformers, and its kept points for the
-    same transformer. Such combinations take turns, evenly spread, as often as the shares of the groups and the numbers
-    of their points require. No point comes twice within a step, unless there are fewer points than a step needs.
+    All points of a step are for one of the model's transformers, and its target points are from one group. Each such
+    pair of a group and a transformer gets its part of the steps, evenly spread over the run: the group's share, divided
+    over the transformers like the group's points. No point occurs twice within a step, unless there are fewer points
+    than a step needs.
 
     Args:
         groups: the groups of the cache.
@@ -108,6 +109,6 @@ def _experts(groups: Mapping[str, Any], name: str) -> Tensor:
 
 
 def _choose(points: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Draws `size` of the points without repetition, or all of them as often as it takes."""
+    """Draws `size` of the points. None is drawn again before all of them have been drawn."""
     rounds = [torch.randperm(len(points), generator=generator) for _ in range(math.ceil(size / len(points)))]
     return points[torch.cat(rounds)[:size]]

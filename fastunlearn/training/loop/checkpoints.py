@@ -82,7 +82,8 @@ def write(
 ) -> Path:
     """Writes `checkpoint-{step}` into `folder`, and then removes the oldest checkpoints beyond `limit`.
 
-    If the run was resumed from an earlier checkpoint, later ones do not count and stay until they are written again.
+    If the run was resumed from an earlier checkpoint, the folder may hold later ones. They do not count towards `limit`
+    and stay until they are overwritten.
 
     Args:
         folder: the folder of the run.
@@ -120,7 +121,7 @@ def write(
 
 
 def _write_state(folder: Path, step: int, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    # First into memory, because torch.save reports a full disk as a damaged archive.
+    # Serialised in memory, because torch.save into a file reports a full disk as a damaged archive.
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
@@ -161,7 +162,7 @@ def read(path: Path) -> Checkpoint:
         )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # the checksum does not prove that the file's author meant well
+    except Exception as error:  # a matching checksum does not rule out a malicious file
         raise ValueError(
             f"{path / STATE}: expected a readable file of tensors alone, got one that fails to load "
             f"({type(error).__name__})"

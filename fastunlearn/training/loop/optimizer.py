@@ -1,15 +1,14 @@
 """The optimizer of the erasers, which makes the same update on every process.
 
-The gradients of a step are one flat float32 tensor, followed by the losses of the step; the parameters' `grad`s are
-views of it. A single all-reduce therefore averages gradients and losses over the processes, and a single read checks
-that both are finite.
+All gradients of a step, followed by its losses, are one flat float32 tensor; the parameters' `grad`s are views of it.
+So one all-reduce averages gradients and losses over the processes, and one read shows whether both are finite.
 
-DistributedDataParallel is not used. It expects one forward pass per backward pass, where a step has two, and gradients
-of all parameters in every step, where a step trains the erasers of one of two transformers. It also replaces the
-module's forward, where captures need the model itself. The erasers are small and alone have gradients, so that it would
-save no time.
+DistributedDataParallel is not used, because a step does not have the form that it expects. It expects one forward pass
+per backward pass; a step has two. It expects gradients of all parameters; if there are two transformers, a step trains
+the erasers of one. It wraps the model; captures need the model itself. Nor would it save time, because only the erasers
+have gradients, and they are small.
 
-The learning rate depends on the step's number alone, so that checkpoints need no scheduler state.
+The learning rate depends only on the step's number, so that checkpoints need no scheduler state.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from fastunlearn.training.options import TrainingOptions
 
 LearningRateFactor = Callable[[int], float]
 
-# At a lower scale no gradient of a loss near 1 overflows float16, so that the cause must be a NaN.
+# Below this scale, gradients of a loss near 1 no longer overflow float16. If they are still not finite, there is a NaN.
 _LEAST_LOSS_SCALE = 2.0**-10
 
 
 def learning_rate_factor(options: TrainingOptions) -> LearningRateFactor:
-    """Returns the schedule of diffusers that the options name: the factor of the learning rate at a step, from 0."""
+    """Returns the schedule of diffusers that the options name, as a function: step, from 0 -> factor of the rate."""
     from diffusers.optimization import get_scheduler
 
     # diffusers reads the learning rate from an optimizer; the schedule itself is a function of the step.

@@ -46,21 +46,21 @@ def connect(options: TrainingOptions, logging_dir: Path, *, cpu: bool) -> Any:
     Args:
         options: the options of training.
         logging_dir: the folder of the trackers' logs.
-        cpu: whether to run on the CPU. Without it, on a machine without a GPU, Accelerate does not connect processes.
+        cpu: whether to run on the CPU. On a machine without a GPU it must be set, or Accelerate connects no processes.
 
     Raises:
         ValueError: the tracker is not installed, or Accelerate did not connect the processes.
     """
     from accelerate import Accelerator
 
-    # Accelerate's mixed precision, which is autocast, is not used, because the base model has its dtype already.
+    # Accelerate's mixed precision would be autocast. It is not needed: the base model is loaded in its dtype.
     accelerator = Accelerator(cpu=cpu, log_with=options.report_to, project_dir=logging_dir)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise ValueError(
             f"device: expected a device that each of the {launched} launched processes has, got "
-            f"{options.device or 'none'}, with which Accelerate connected {accelerator.num_processes}; or Accelerate "
-            "was set up for another device before"
+            f"{options.device or 'none'}, with which Accelerate connected {accelerator.num_processes}; choose another "
+            "device, or, if this program used Accelerate before, the device that it used then"
         )
     if options.report_to is not None and not accelerator.log_with:
         raise ValueError(f"report_to: expected an installed tracker, got {options.report_to}, which is not installed")
@@ -88,7 +88,7 @@ def shard(model: nn.Module, eraser_parameters: Sequence[nn.Parameter], plugin: A
         "offload_policy": plugin.cpu_offload,
         "ignored_params": set(eraser_parameters),
     }
-    # FSDP warns that a view might be changed in place. None is.
+    # FSDP warns that a view might be changed in place, which nothing here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for blocks in dict.fromkeys(blocks for blocks, _ in (*family.erased, *family.text_attended)):
         for block in getattr(transformer, blocks):

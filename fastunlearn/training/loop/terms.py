@@ -2,7 +2,7 @@
 
 This module composes the functions of `fastunlearn.functional` instead of calling `T2VUnlearningLoss`, because the
 velocities of the frozen model come from the cache, every target group has its own guidance scale, one term's backward
-pass may have to run before the next term's forward pass, and gradient accumulation needs terms that are linear in the
+pass may have to run before the next term's forward pass, and gradient accumulation needs terms that are means over
 samples.
 """
 
@@ -29,7 +29,7 @@ TERMS = ("unlearning", "preservation", "localization")
 
 
 class Terms:
-    """Computes the weighted losses. All are linear in the samples, so that the losses of batches add up to a step's.
+    """Computes the weighted losses. They are means over samples: with `scale`, those of batches add up to a step's.
 
     The localization loss is the mean over all elements of a layer, whatever the size of the mask: with L layers of N
     tokens with D features, 1/L sum_l 1/(B N D) sum_bnd rho(o^l (1 - mask)).

@@ -121,7 +121,7 @@ class Trainer:
         return checkpoint
 
     def _attach_erasers(self) -> list[Erasers]:
-        """Attaches new erasers to the model, or those of the checkpoint to resume; returns them per transformer."""
+        """Attaches new erasers, or those of the checkpoint to resume. Returns them per transformer."""
         if self._resumed is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._options.seed)
@@ -189,7 +189,7 @@ class Trainer:
         return {"loss": sum(losses.values())} | {f"{term}_loss": value for term, value in losses.items()} | metrics
 
     def _own_batches(self) -> Iterator[slice]:
-        """Yields this process's batches as slices of the step's points, which all processes share without overlap."""
+        """Yields this process's batches as slices of the step's points. The slices of all processes do not overlap."""
         size, num_processes = self._options.train_batch_size, self._accelerator.num_processes
         for batch in range(self._options.gradient_accumulation_steps):
             start = (batch * num_processes + self._accelerator.process_index) * size
