@@ -133,7 +133,7 @@ def _run_phase(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _one_line_errors(command: str) -> Iterator[None]:
-    """Exits with one line for errors that a user can mend, a missing `train` extra among them."""
+    """Exits with one line for errors that a user can fix, a missing `train` extra among them."""
     try:
         yield
     except ImportError as error:
@@ -216,7 +216,7 @@ def _add_verify(commands: Any, ops: Sequence[str]) -> None:
         "Checks operations on a device against a float64 oracle in NumPy.",
     )
     verify.add_argument(
-        "--device", metavar="TEXT", help="torch device, such as cuda:1; cuda if there is one, or else cpu, if left out"
+        "--device", metavar="TEXT", help="torch device, such as cuda:1; if left out, cuda if there is one, else cpu"
     )
     verify.add_argument(
         "--op",
@@ -224,7 +224,7 @@ def _add_verify(commands: Any, ops: Sequence[str]) -> None:
         choices=ops,
         default=ops,
         metavar="NAME",
-        help=f"one or more operations; all if left out: {', '.join(ops)}",
+        help=f"one or more of the operations {', '.join(ops)}; all if left out",
     )
     verify.add_argument(
         "--dtype",
@@ -232,13 +232,13 @@ def _add_verify(commands: Any, ops: Sequence[str]) -> None:
         choices=DTYPES,
         default=DTYPES,
         metavar="NAME",
-        help=f"one or more dtypes of the inputs; all if left out: {', '.join(DTYPES)}",
+        help=f"one or more dtypes of the inputs: {', '.join(DTYPES)}; all if left out",
     )
     verify.add_argument(
         "--backend",
         choices=BACKENDS,
         metavar="NAME",
-        help=f"implementation to check; the one that the library would choose if left out: {', '.join(BACKENDS)}",
+        help=f"implementation to check: {', '.join(BACKENDS)}; if left out, the one that the library would choose",
     )
     verify.set_defaults(run=_verify)
 
@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. An error that a user can mend prints one line to stderr and exits with a non-zero status."""
+    """Runs one command. An error that a user can fix prints one line to stderr and exits with a non-zero status."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

@@ -1,4 +1,4 @@
-"""The fields of option classes: what metadata they hold, the checks of their values, and those of several commands."""
+"""Makes the fields of option classes: their metadata, checks of their values, and the fields that commands share."""
 
 from __future__ import annotations
 
@@ -91,16 +91,16 @@ def erasers() -> Any:
 
 def eraser_scales() -> Any:
     """The strengths of these erasers."""
-    return option("strength of the erasers in each folder, in the same order; 1 for all if left out", (), group="model")
+    return option("strength of the erasers of each folder, in the same order; 1 for all if left out", (), group="model")
 
 
-def mixed_precision(help: str = "precision of the model; no means float32", **metadata: Any) -> Any:
+def mixed_precision(help: str = "precision of the model, where no means float32", **metadata: Any) -> Any:
     """The precision of the model."""
     return option(help, "bf16", group="model", **metadata)
 
 
 def device(
-    help: str = "torch device, such as cuda:1; an accelerator, or else the CPU, if left out", **metadata: Any
+    help: str = "torch device, such as cuda:1; if left out, an accelerator if available, else the CPU", **metadata: Any
 ) -> Any:
     """The device of the model."""
     return option(help, None, group="model", **metadata)
@@ -120,7 +120,7 @@ def timesteps_per_trajectory(default: int) -> Any:
 
 def num_inference_steps() -> Any:
     """The number of sampling steps."""
-    return option("sampling steps per trajectory", 50, group="sampling", check=at_least(1))
+    return option("sampling steps per trajectory or video", 50, group="sampling", check=at_least(1))
 
 
 def guidance_scale() -> Any:

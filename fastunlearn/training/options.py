@@ -27,7 +27,7 @@ from fastunlearn.training.option_fields import (
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Runs the frozen model once and stores what training needs in a cache: latents, velocities and concept masks."""
+    """Runs the frozen model and stores what training needs in a cache: latents, velocities and masks of the concept."""
 
     pretrained_model_name_or_path: str = shared.pipeline()
     output_dir: Path = option("folder of the cache: a new folder, or an unfinished cache to complete", group="data")
@@ -41,12 +41,12 @@ class PrepareOptions:
         "file of prompts, one per line, for which the model must stay as it is", None, group="data"
     )
     data: Path | None = option(
-        "folder of your own videos to use instead: NAME.mp4, .gif or .safetensors, with NAME.txt",
+        "folder of your own videos, instead of prompts: NAME.mp4, .gif or .safetensors, with NAME.txt",
         None,
         group="data",
     )
     negative_prompt: str = option(
-        "prompt to lead away from, which stands for the concept's absence; empty if left out",
+        "negative prompt, which also stands for the absence of the concept; empty if left out",
         "",
         group="sampling",
     )
@@ -61,7 +61,7 @@ class PrepareOptions:
         "trajectories per forward pass of the model; fewer take less memory", 1, group="memory", check=at_least(1)
     )
     mask_threshold: float = option(
-        "attention to the concept, from 0 to 1, from which on a token is in the mask",
+        "least attention to the concept, from 0 to 1, of a token that is in the mask",
         0.5,
         group="masks",
         check=is_fraction,
@@ -77,11 +77,11 @@ class PrepareOptions:
     )
     seed: int = option("random seed of the trajectories", 0, group="sampling", check=is_seed)
     mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision(
-        "precision of the model and of the cached tensors; no means float32"
+        "precision of the model and the cache, where no means float32"
     )
     device: str | None = shared.device()
     estimate: bool = option(
-        "print the size of the cache, the forward passes and the memory needed, and stop", False, group="memory"
+        "only print how much disk, how many forward passes and how much memory it would take", False, group="memory"
     )
 
     def __post_init__(self) -> None:
@@ -130,14 +130,14 @@ class TrainingOptions:
         "optimizer steps in total", 500, group="optimization", check=at_least(1), free_on_resume=True
     )
     train_batch_size: int = option(
-        "target points, and as many kept points, per forward pass and process",
+        "number of target points, and of kept points, per forward pass and process",
         1,
         group="optimization",
         check=at_least(1),
         free_on_resume=True,
     )
     gradient_accumulation_steps: int = option(
-        "batches per optimizer step (gradient accumulation)",
+        "number of batches whose gradients are accumulated for an optimizer step",
         1,
         group="optimization",
         check=at_least(1),
@@ -181,35 +181,38 @@ class TrainingOptions:
         "gradients are clipped to this norm; 0 turns clipping off", 1.0, group="optimization", check=at_least(0)
     )
     unlearning_weight: float = option(
-        "weight of the loss that turns target points away from the concept", 1.0, group="losses", check=at_least(0)
+        "weight of the loss that turns the model away from the concept", 1.0, group="losses", check=at_least(0)
     )
     preservation_weight: float = option(
-        "weight of the loss that keeps the velocity at the kept points", 0.5, group="losses", check=at_least(0)
+        "weight of the loss that holds the model to the frozen one",
+        0.5,
+        group="losses",
+        check=at_least(0),
     )
     localization_weight: float = option(
         "weight of the loss on what the erasers change outside the mask", 1.0, group="losses", check=at_least(0)
     )
     # `RunSettings` compares the guidance scale of every target group instead.
     negative_guidance_scale: float = option(
-        "how far beyond the velocity without the concept the target lies (eta)",
+        "how far the target lies beyond the velocity without the concept (eta)",
         7.5,
         group="losses",
         check=is_finite,
         free_on_resume=True,
     )
-    loss_type: Literal["l2", "l1"] = option("squared (l2) or absolute (l1) errors", "l2", group="losses")
+    loss_type: Literal["l2", "l1"] = option("penalty on errors, squared or absolute", "l2", group="losses")
     mask_unlearning: bool = option(
         "apply the unlearning loss inside the mask only; to the whole video if left out", False, group="losses"
     )
     # `RunSettings` compares the dtype of the loaded model instead.
     mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision(
-        "precision of the frozen model; no means float32, as erasers have", free_on_resume=True
+        "precision of the frozen model, where no means float32", free_on_resume=True
     )
     gradient_checkpointing: bool = option(
         "recompute activations in the backward pass: less memory, more time", False, group="memory", free_on_resume=True
     )
     sequential_terms: bool = option(
-        "run the target points' backward pass before the kept points: half the activations",
+        "run the target points backward before the kept points forward: half the activations",
         False,
         group="memory",
         free_on_resume=True,
@@ -243,7 +246,7 @@ class TrainingOptions:
         free_on_resume=True,
     )
     report_to: Literal["tensorboard", "wandb", "all"] | None = option(
-        "tracker to log metrics to; only the progress bar if left out", None, group="logging", free_on_resume=True
+        "tracker to log metrics to, if any", None, group="logging", free_on_resume=True
     )
     logging_dir: Path | None = option(
         "folder of the trackers' logs; output_dir/logs if left out", None, group="logging", free_on_resume=True
@@ -277,7 +280,7 @@ class EvaluateOptions:
     )
     eraser_scales: tuple[float, ...] = shared.eraser_scales()
     negative_prompt: str = option(
-        "prompt that stands for the concept's absence in the measurement; empty if left out", "", group="sampling"
+        "negative prompt, which also stands for the absence of the concept; empty if left out", "", group="sampling"
     )
     num_trajectories: int = shared.num_trajectories(8)
     timesteps_per_trajectory: int = shared.timesteps_per_trajectory(10)
@@ -320,7 +323,7 @@ class SampleOptions:
     prompts: Path | None = option("file of further prompts, one per line", None, group="prompts")
     eraser_scales: tuple[float, ...] = shared.eraser_scales()
     before: bool = option("leave out the videos without erasers", True, group="output")
-    negative_prompt: str = option("prompt that sampling leads away from; empty if left out", "", group="prompts")
+    negative_prompt: str = option("negative prompt of sampling; empty if left out", "", group="prompts")
     num_inference_steps: int = shared.num_inference_steps()
     guidance_scale: float | None = shared.guidance_scale()
     height: int | None = shared.height()
