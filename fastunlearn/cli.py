@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import runpy
 import sys
 import types
 import typing
@@ -145,8 +144,7 @@ def _one_line_errors(command: str) -> Iterator[None]:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    sys.argv[1:] = options.arguments
-    runpy.run_module(f"fastunlearn.bench.{options.name}", run_name="__main__", alter_sys=True)
+    importlib.import_module(f"fastunlearn.bench.{options.name}").main(options.arguments)
 
 
 def _demo(options: argparse.Namespace) -> None:
