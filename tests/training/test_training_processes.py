@@ -63,12 +63,14 @@ def check_same(two: Path, one: Path, tolerance: float = 1e-4) -> None:
         assert (got[name] - value).abs().max().item() < tolerance * largest, name
 
 
+@pytest.mark.xdist_group("torchrun")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "not-finite"])
 def test_two_processes_equal_one_with_twice_the_batch_size(case: str, under_torchrun: Path, tmp_path: Path) -> None:
     train_case(tmp_path, case, batch=2, fsdp=False, gradient_checkpointing=False)
     check_same(under_torchrun / case / "erasers", tmp_path / "erasers")
 
 
+@pytest.mark.xdist_group("torchrun")
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(under_torchrun: Path) -> None:
     folder = under_torchrun / "not-finite"
     messages = [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)]
