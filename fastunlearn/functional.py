@@ -9,16 +9,18 @@ of the tensors, as in context parallelism. Tensors may be sharded along the batc
 may differ in size, and a shard may be empty. Every process of the group
 
 * passes its own shard of every tensor, including the mask of its positions, and the same options as all others;
-* gets the same loss, norms and per-layer terms: those of the whole tensors. They are equal to the bit if the all-reduce
-  gives all processes the same bits, as gloo's and NCCL's do. Only the elements of `reduction="none"` are per process;
+* gets the same loss, norms and per-layer terms: those of the whole tensors. They are equal bit for bit if the
+  all-reduce gives all processes the same bits, as gloo's and NCCL's do. Only with `reduction="none"` is the loss that
+  of the process's own elements;
 * gets, in the backward pass, the gradient of the whole loss with respect to its own shard. Nothing is communicated for
-  it, and nothing has to be averaged. All processes must multiply their losses by the same upstream gradient;
-* gets, for a tensor that all processes share, only its own positions' part of the gradient. Such tensors are the
-  `weight` and `bias` of a `LowRankOutput` and all parameters that computed the shards. The caller adds the parts up, by
-  an all-reduce with SUM. DistributedDataParallel takes the mean instead, which is too small by the group's size.
+  it, and nothing has to be averaged. The upstream gradient of the loss must be the same on all processes;
+* gets, for a tensor that all processes share, only the part of the gradient that comes from its own positions. Such
+  tensors are the `weight` and `bias` of a `LowRankOutput` and all parameters that computed the shards. The caller adds
+  up the parts, by an all-reduce with SUM. DistributedDataParallel takes the mean instead, which is too small by a
+  factor of the group's size.
 
-A call costs one all-reduce of a few float64 scalars on the tensors' device, in the forward pass. It waits for no
-device. All processes of the group must make the same calls in the same order.
+A call costs one all-reduce of a few float64 scalars on the tensors' device, in the forward pass. The host never waits
+for the device. All processes of the group must make the same calls in the same order.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def _draw_row(columns: Sequence[Axes], row: Row, concept: str, *, is_first: bool
 
 
 def _strip(frames: Tensor) -> Tensor:
-    """Joins frames (F, 3, H, W) in [0, 1] with white gaps to one image (H, F * W + gaps, 3)."""
+    """Joins frames (F, 3, H, W) in [0, 1] into one image (H, F * W + gaps, 3), with white gaps."""
     gap = torch.ones(3, frames.shape[2], GAP)
     pieces = [piece for frame in frames.cpu() for piece in (frame, gap)][:-1]
     return torch.cat(pieces, dim=2).permute(1, 2, 0)

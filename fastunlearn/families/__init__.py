@@ -34,7 +34,7 @@ def find_transformer(model: nn.Module) -> tuple[nn.Module, Family]:
     """The diffusers transformer inside `model`, and its family.
 
     Looks into a VelocityModel, a model compiled by `torch.compile`, and data-parallel wrappers, in any nesting. Other
-    modules that hold a transformer are refused: nobody knows how to call them.
+    modules that hold a transformer are refused: it is not known how they are called.
 
     Raises:
         TypeError: there is no transformer of a supported family inside.

@@ -23,7 +23,7 @@ VALUE_GAIN = 6.0  # how much larger the pipelines' values are, so that prompts c
 
 
 def sharpen(transformer: Any, value_gain: float = 1.0) -> Any:
-    """Randomises the norms of queries and keys, so that every head attends sharply, and to something else.
+    """Randomises the norms of queries and keys, so that heads attend sharply, each to something different.
 
     Args:
         transformer: the transformer to change: all its attentions that normalise queries and keys.

@@ -109,7 +109,7 @@ class MaskLocalizationLoss(nn.Module):
     def _loss_dict(
         loss: Tensor, per_layer: Tensor, eraser_outputs: EraserOutputs, weight: float = 1.0
     ) -> dict[str, Tensor]:
-        """The entries for a loss that `weight` multiplied; they are without the weight."""
+        """The entries for a loss that includes the factor `weight`; the entries do not include it."""
         entries = {
             "total_loss": loss.detach() / weight,
             # Filled on the device: copying a number there would make the host wait.

@@ -86,7 +86,7 @@ class ConceptPreservationLoss(VelocityErrorLoss):
 
     @staticmethod
     def _loss_dict(result: VelocityLoss, weight: float = 1.0) -> dict[str, Tensor]:
-        """The entries for a result that `weight` multiplied; the loss in it is without the weight."""
+        """The entries for a result whose loss includes the factor `weight`; the entries do not include it."""
         return {
             "preservation_loss": result.loss.detach() / weight,
             "v_orig_norm": result.target_norm,

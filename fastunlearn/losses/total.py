@@ -146,7 +146,8 @@ class T2VUnlearningLoss(nn.Module):
             x_t_preserve: the latents of the preservation term. None means `x_t`.
             t_preserve: the timesteps of the preservation term. None means `t`.
             localization_mask: a mask, or one mask per layer, for the localization term in place of `mask`. Without
-                `mask`, the unlearning term then covers the whole video while erasers are still held to the concept.
+                `mask`, the unlearning term then covers the whole video, while erasers still have to stay silent outside
+                the concept.
 
         Returns:
             The loss, and a dict. It always has total_loss and {term}_loss_weighted (0 for an absent term). A term that
@@ -210,7 +211,7 @@ class T2VUnlearningLoss(nn.Module):
 
 
 def _folded(weight: float) -> float:
-    """The weight to compute a term with. A term of weight 0 is still computed, for its entries in the loss dict."""
+    """The weight to compute a term with: 1 for a weight of 0, whose term still has entries in the loss dict."""
     return weight if weight != 0 else 1.0
 
 

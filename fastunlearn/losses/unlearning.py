@@ -101,7 +101,7 @@ class NegativelyGuidedVelocityLoss(VelocityErrorLoss):
     def _unconditional_velocity(
         self, teacher: VelocityModelLike, x_t: Tensor, t: Tensor, cond_c: Any, cond_neg: Any, uncond: Any
     ) -> Tensor:
-        """The frozen model's velocity for the empty condition, which is found as `forward` documents it."""
+        """The frozen model's velocity for the empty condition, chosen as `forward` documents."""
         if uncond is not None and cond_neg is not None:
             self._warn_once("both uncond and cond_neg were given: uncond is used, cond_neg is not")
         empty = cond_neg if uncond is None else uncond
@@ -139,7 +139,7 @@ class NegativelyGuidedVelocityLoss(VelocityErrorLoss):
 
     @staticmethod
     def _loss_dict(result: VelocityLoss, weight: float = 1.0) -> dict[str, Tensor]:
-        """The entries for a result that `weight` multiplied; the loss in it is without the weight."""
+        """The entries for a result whose loss includes the factor `weight`; the entries do not include it."""
         return {
             "unlearning_loss": result.loss.detach() / weight,
             "v_pred_norm": result.prediction_norm,

@@ -1,4 +1,4 @@
-"""What the two losses on velocities share: options, checks, the frozen model, weights for epsilon and x0 models."""
+"""What the two velocity losses share: options, checks, the frozen model, and weights for epsilon and x0 models."""
 
 from __future__ import annotations
 

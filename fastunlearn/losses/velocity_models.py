@@ -16,7 +16,7 @@ VelocityModelLike = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 def call_model(model: VelocityModelLike, x_t: Tensor, t: Tensor, cond: Any, argument: str) -> Tensor:
-    """The velocity that `model` predicts. `argument` is what the caller of the loss knows the model as.
+    """The velocity that `model` predicts. `argument` is the name to call the model by in an error message.
 
     Raises:
         TypeError: `model` is a bare diffusers transformer, or returns something other than a tensor.

@@ -1,4 +1,4 @@
-"""The localization loss of layers of any kind: brought to one form, grouped into backend calls, put together again.
+"""The localization loss of layers of any kind, which it brings to one form and groups into calls of a backend.
 
 A backend takes dense outputs in one call and low-rank outputs in another, see `fastunlearn.ops.dispatch`.
 """
@@ -70,7 +70,7 @@ def unify(layers: Sequence[Layer], loss_type: str) -> list[Layer]:
     """The layers with one dtype of arithmetic for all, and as low-rank outputs only where that form pays."""
     dtype = compute_dtype(*(x for layer in layers for x in (*_tensors(layer.output), layer.mask)))
     if dtype == torch.float64:
-        # A call may have no float64 tensor of its own. The masks bring the dtype to all calls.
+        # A float64 tensor in any layer makes all arithmetic float64. Masks in float64 bring that to every call.
         converted = {id(layer.mask): layer.mask.double() for layer in layers}
         layers = [Layer(layer.output, converted[id(layer.mask)]) for layer in layers]
     return [
@@ -126,7 +126,8 @@ def loss_of_layers(
         group: as there.
         one_mask: whether all layers were given the same mask, on every process.
     """
-    calls = _calls(layers, is_apart=group is not None and normalization != "sum", one_mask=one_mask)
+    needs_one_divisor = group is not None and normalization != "sum"
+    calls = _calls(layers, needs_one_divisor=needs_one_divisor, one_mask=one_mask)
     compute = functools.partial(_call_backend, loss_type=loss_type, backend=backend)
     # The terms come in the order of the calls.
     called = list(itertools.chain(*calls))
@@ -146,17 +147,18 @@ def loss_of_layers(
     return loss + other_loss, torch.stack([terms[i] for i in order])
 
 
-def _calls(layers: Sequence[Layer], *, is_apart: bool, one_mask: bool) -> list[list[int]]:
+def _calls(layers: Sequence[Layer], *, needs_one_divisor: bool, one_mask: bool) -> list[list[int]]:
     """Which layers go into which call of a backend.
 
-    Low-rank outputs and dense outputs need a call each. With `is_apart`, so do layers whose divisors may differ: over a
-    group, the divisor is a factor of a whole call. Layers share a divisor if they have one shape and one mask. Masks
-    that are one tensor on this process may be several on another, so what counts is how they were given.
+    Low-rank outputs and dense outputs need a call each. With `needs_one_divisor`, layers whose divisors may differ need
+    one each too: over a group, the divisor is a factor of a whole call. Layers share a divisor if they have one shape
+    and one mask. Masks that are one tensor on this process may be several on another, so all that counts is whether the
+    caller gave one mask.
     """
     calls: dict[tuple[Any, ...], list[int]] = {}
     for i, layer in enumerate(layers):
         key: tuple[Any, ...] = (isinstance(layer.output, LowRankOutput),)
-        if is_apart:
+        if needs_one_divisor:
             key += (_shape(layer.output), None if one_mask else i)
         calls.setdefault(key, []).append(i)
     return list(calls.values())
@@ -185,7 +187,7 @@ def _shard_terms(
     weight: float,
     group: dist.ProcessGroup,
 ) -> ShardTerms:
-    """What this process contributes to the whole's loss, for the layers of one call."""
+    """What this process contributes to the loss of the whole, for the layers of one call."""
     mask, shape = layers[0].mask, _shape(layers[0].output)
     if normalization == "sum":
         return ShardTerms(*compute(layers, "sum", weight))

@@ -16,8 +16,8 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     torch's decorator of the same name returns constants if the inputs require gradients but the upstream gradient does
     not, so a gradient penalty would silently vanish.
 
-    A second derivative is noticed if it reaches the upstream gradient or one of the saved tensors. A forward pass that
-    does not save its inputs sets `ctx.anchors` to their `anchor`s instead.
+    A second derivative raises if its backward pass comes to the upstream gradient or to one of the saved tensors. A
+    forward pass that does not save its inputs sets `ctx.anchors` to their `anchor`s instead.
     """
 
     @functools.wraps(backward)

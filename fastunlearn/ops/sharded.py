@@ -1,8 +1,8 @@
 """Losses of tensors that are sharded over a process group, as in context parallelism.
 
-Every process computes the loss of its own shard, with the backend that it would use alone. The divisor of the whole is
-known only to all processes together. So all scalars of a call, sums and divisors, go through one all-reduce, and the
-gradient of the shard's loss is multiplied by a scalar on the device. Nothing waits for a device, and the backward pass
+Every process computes the loss of its own shard, with the backend that it would use alone. No process alone knows the
+divisor of the whole loss. So all scalars of a call, sums and divisors, go through one all-reduce, and the gradient of
+the shard's loss is multiplied by a scalar on the device. The host never waits for a device, and the backward pass
 communicates nothing.
 
 1. A shard's loss l is a sum divided by a number m that the shard knows. The loss of the whole is sum(l * m) / d, with
@@ -134,7 +134,7 @@ def background_sum(mask: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class _Whole(torch.autograd.Function):
-    """The value of the whole, with `factors` as its derivatives with respect to the losses of this process."""
+    """Returns `value`, the loss of the whole; its derivatives with respect to this process's losses are `factors`."""
 
     @staticmethod
     def forward(value: Tensor, factors: Tensor, *losses: Tensor) -> Tensor:

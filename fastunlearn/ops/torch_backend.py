@@ -407,7 +407,7 @@ def _inverse_or_zero(denominator: Tensor) -> Tensor:
 def _blocks(shape: Sequence[int], limit: int | None = None) -> Iterator[Block]:
     """Indices of blocks of at most `limit` elements, `BLOCK_ELEMENTS` if None, that together cover a `shape`."""
     if limit is None:
-        # A compiler fuses the arithmetic, so there are no temporaries to bound. It would unroll the loop.
+        # A compiler fuses the arithmetic, so there are no temporaries to bound, and it would unroll a loop over blocks.
         limit = math.prod(shape) if torch.compiler.is_compiling() else BLOCK_ELEMENTS
     if math.prod(shape) <= limit or not shape:
         yield (slice(None),) * len(shape)

@@ -25,7 +25,7 @@ from fastunlearn.testing.error_bound import Comparison, compare
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside this context newly allocated memory is filled with NaN, so that an element never written shows up."""
+    """Inside this context newly allocated memory is filled with NaN, so that elements left unwritten show up."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -38,8 +38,8 @@ def compare(
         actual: the result under test.
         eager: eager torch's result, computed in `compute` and rounded to the dtype of `actual`.
         exact: the float64 oracle's result.
-        terms: how many numbers of one sign are added up to make an element. A sum in another order than eager's may
-            lose another half unit at each level of a pairwise sum, and the factors of the terms a few units.
+        terms: how many numbers of one sign add up to an element. Summed in another order than eager's, they may lose
+            half a unit in the last place at each level of a pairwise sum, and the factors of each of them a few units.
         roundings: how often a result is rounded to its dtype. A gradient is rounded twice: when the forward pass writes
             it, and when it is multiplied by the upstream gradient. With few elements, eager's one rounding may happen
             to be exact.

@@ -26,13 +26,15 @@ def verify(
         device: where to run.
         ops: the operations.
         dtypes: the dtypes.
-        backend: the backend; None for the one that `choose_backend` picks. Where "triton" has no kernel, the picked
-            backend runs.
+        backend: the backend; None for the one that `choose_backend` picks. That one also runs where "triton" has no
+            kernel.
 
     Returns:
         Whether all cases passed.
     """
-    print(f"{'op':<32} {'dtype':<9} {'backend':<8} {'cases':>5} {'failed':>6}  worst error, eager's there, of bound")
+    print(
+        f"{'op':<32} {'dtype':<9} {'backend':<8} {'cases':>5} {'failed':>6}  worst error, eager's error, share of bound"
+    )
     failures: list[str] = []
     # The interpreter rounds to bfloat16 differently from hardware.
     with exact_bfloat16() if is_interpreted() else contextlib.nullcontext():

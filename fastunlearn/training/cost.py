@@ -7,16 +7,16 @@ At batch size 1, with weights in bfloat16 and the commands' default options:
 * A forward pass of S tokens through P parameters in L blocks of D features takes 2 P S + 4 L D S^2 operations.
 * `prepare` makes two passes per sampling step, with the prompt and without (classifier-free guidance). For a
   guidance-distilled model it makes one, and one more without the prompt at every point it stores. It holds the text
-  encoders, frees them, and then holds the transformers and what a pass needs at work.
+  encoders, frees them, and then holds the transformers and the activations of a pass.
 * A training step is two passes of the student, each about three forward passes with gradient checkpointing: forward,
   forward again, and backward to the activations (the frozen weights need no gradient). A pass keeps the input of every
   block, S D L numbers, and the hidden states of the erasers, N r L numbers for N video tokens at rank r. The outputs of
   the erasers, N D L numbers, are never kept. Erasers, their gradients and Adam's two moments take 16 bytes per
   parameter.
-* With `--sequential-terms` the activations of one student pass are held at a time instead of two.
+* With `--sequential-terms` the activations of one student pass are held at a time, instead of those of both.
 
-On several processes `prepare` divides into independent trajectories. `train` adds up the erasers' gradients once per
-step, the last column, and with `--fsdp` divides the weights, but not the activations.
+Several processes share the trajectories of `prepare`, which are independent. In `train`, they all-reduce the erasers'
+gradients once per step (the last column of the table). `--fsdp` shards the weights, but not the activations.
 """
 
 from __future__ import annotations

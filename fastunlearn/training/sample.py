@@ -85,7 +85,7 @@ def video(
         model: loaded with its VAE.
         conditions: of the "prompt" and of the "negative" prompt, without a batch dimension.
         size: one that the model's `latent_shape` accepts.
-        seed: of the initial noise, which is drawn in float32 on the CPU and so is the same on every device.
+        seed: of the initial noise, which is drawn in float32 on the CPU, so that it is the same on every device.
         num_inference_steps: number of sampling steps.
         guidance_scale: classifier-free guidance scale; 1 samples without guidance, from the prompt alone.
         bar: a progress bar to advance by 1 per step.

@@ -27,7 +27,7 @@ _INK, _PALE_INK, _PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
 
 
 def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
-    """Joins videos (F, 3, H, W) in [0, 1] to one video (F, 3, H', W'), from left to right, each below its label.
+    """Joins videos (F, 3, H, W) in [0, 1] into one video (F, 3, H', W'), from left to right, each below its label.
 
     Raises:
         ValueError: the videos differ in size, or the number of labels is not the number of videos.

@@ -88,7 +88,7 @@ def concept_tokens(
         crop_start: the number of tokens that are dropped at the start. Positions are counted after the crop.
 
     Raises:
-        ValueError: the concept is blank, is not in the prompt, or stands only behind `max_length`. The message shows
+        ValueError: the concept is blank, is not in the prompt, or is there only beyond `max_length`. The message shows
             the prompt's tokens.
     """
     offset = template.index("{}")
@@ -130,12 +130,12 @@ def _tokens_by_offsets(text: str, offsets: Sequence[Span], spans: Sequence[Span]
 
 
 def _tokens_by_prefixes(tokenizer: Any, text: str, ids: list[int], spans: Sequence[Span]) -> Iterator[int]:
-    """Finds tokens with a tokenizer that gives no offsets, by tokenizing the text before and up to each span's end.
+    """Finds tokens with a tokenizer that gives no offsets: tokenizes the text up to each span's start, and to its end.
 
     A text cut between words has the same tokens as the whole text up to the cut, because no token spans two words.
     """
     plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    first = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0)  # after tokens put in front
+    first = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), 0)  # after special tokens
     for start, end in spans:
         before = tokenizer(text[:start].rstrip(), add_special_tokens=False)["input_ids"]
         until_end = tokenizer(text[:end], add_special_tokens=False)["input_ids"]

@@ -38,7 +38,7 @@ class Measurement:
         erasure: the erasure coefficient over the points of the target groups.
         localization: the localization over the target points that have masks.
         preserved: the drift over the kept points.
-        frozen: the drift of the model without erasers from the cache, over a first batch per group. Rounding causes it.
+        frozen: the drift of the model without erasers from the cache, over one batch per group, by rounding.
         mask_shares: the share of tokens inside the mask, for every target point that has one.
         prompts: (group, prompt) -> the drift over that prompt's points if they are kept, else the erasure coefficient.
     """

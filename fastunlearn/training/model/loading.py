@@ -49,7 +49,8 @@ def load_model(
             f"got no {lacking}"
         )
     if vae:
-        pipeline.vae.enable_tiling()  # untiled it takes more memory than the transformer; small videos are one tile
+        # Without tiling it would take more memory than the transformer. A small video is a single tile.
+        pipeline.vae.enable_tiling()
     return _video_model(path, transformers, pipeline.scheduler, boundary_ratio, vae=pipeline.vae if vae else None)
 
 
@@ -205,7 +206,7 @@ def _video_model(
 
 
 def _vae_config(path: str | os.PathLike[str], family: Family) -> dict[str, Any]:
-    """The VAE's configuration; entries that are newer than the saved file have the class's defaults."""
+    """The VAE's configuration, with the class's defaults for entries that the saved file is too old to have."""
     import diffusers
 
     cls = getattr(diffusers, family.vae)

@@ -42,7 +42,7 @@ class Step:
 
 
 def stack_conditions(conditions: Sequence[Condition], device: torch.device) -> dict[str, Tensor]:
-    """Stacks the conditions of single prompts to a batch, on `device`.
+    """Stacks the conditions of single prompts into a batch, on `device`.
 
     Raises:
         ValueError: the conditions differ in shape.
@@ -164,7 +164,7 @@ def _advance(scheduler: Any, generators: Sequence[torch.Generator]) -> Callable[
     timesteps = scheduler.timesteps
     if "old_pred_original_sample" not in inspect.signature(scheduler.step).parameters:
         return lambda velocity, index, x_t: scheduler.step(velocity, timesteps[index], x_t, return_dict=False)[0]
-    # CogVideoX's DPM scheduler leaves it to the caller to pass on the clean sample that the last step predicted.
+    # With CogVideoX's DPM scheduler, the caller has to pass on the clean sample that the previous step predicted.
     last_x_0: Tensor | None = None
 
     def advance(velocity: Tensor, index: int, x_t: Tensor) -> Tensor:

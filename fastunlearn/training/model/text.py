@@ -1,4 +1,4 @@
-"""Encoding prompts with a saved pipeline's text encoders. Nothing else of the pipeline is loaded, and all is freed."""
+"""Encodes prompts with a saved pipeline's text encoders. No other component is loaded, and these are freed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loaded text-to-video model without its text encoders. Prompts are encoded before, and nothing later needs them."""
+"""A loaded text-to-video model without its text encoders, which are not needed once the prompts are encoded."""
 
 from __future__ import annotations
 
