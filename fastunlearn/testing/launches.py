@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,15 +107,16 @@ def velocity_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -
     return launches
 
 
-def localization_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
+def localization_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -> list[Launch]:
     """The launches of the localization loss and its backward pass.
 
     Args:
-        dtype: of the outputs.
+        dtypes: the first is of the outputs.
         choice: a value for each of `LOCALIZATION_CHOICES`.
     """
     from fastunlearn.kernels.localization import localization_loss
 
+    dtype = dtypes[0]
     shape = TOKENS if choice["outputs"] == "tokens" else FEATURES
     mask_shape = {"tokens": (2, 64), "feature maps": (2, 4, 16, 16)}.get(choice["outputs"], (2, 4, 8, 8))
     outputs = [torch.zeros(shape, dtype=dtype, requires_grad=choice["gradients"]) for _ in range(choice["layers"])]
@@ -131,15 +132,16 @@ def localization_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[La
     return launches
 
 
-def low_rank_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
+def low_rank_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -> list[Launch]:
     """The launches of the localization loss of low-rank outputs and its backward pass.
 
     Args:
-        dtype: of the hidden states, and of the parameters if `choice` gives them none.
+        dtypes: the first is of the hidden states, and of the parameters if `choice` gives them none.
         choice: a value for each of `LOW_RANK_CHOICES`.
     """
     from fastunlearn.kernels.low_rank import low_rank_localization_loss
 
+    dtype = dtypes[0]
     parameter_dtype, count = choice["weight_dtype"] or dtype, choice["layers"]
     hidden = torch.zeros(2, 256, choice["rank"], dtype=dtype, requires_grad=choice["gradients"] in ("all", "hidden"))
     weight = torch.zeros(
@@ -160,15 +162,16 @@ def low_rank_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch
     return launches
 
 
-def attention_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launch]:
+def attention_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -> list[Launch]:
     """The launches of concept attention.
 
     Args:
-        dtype: of queries and keys.
+        dtypes: the first is of queries and keys.
         choice: a value for each of `ATTENTION_CHOICES`.
     """
     from fastunlearn.kernels.concept_attention import concept_attention
 
+    dtype = dtypes[0]
     query = torch.zeros(2, 4, 1024, choice["channels"], dtype=dtype)
     with recorded_launches() as launches:
         concept_attention(
@@ -182,9 +185,26 @@ def attention_launches(dtype: torch.dtype, choice: dict[str, Any]) -> list[Launc
     return launches
 
 
-def distinct(launches: Iterator[Launch]) -> list[Launch]:
-    """One launch for each distinct piece of machine code."""
-    return list({launch.key: launch for launch in launches}.values())
+class Operation(NamedTuple):
+    """What to compile for an operation.
+
+    Attributes:
+        choices: the values of everything that a launch depends on, besides dtypes.
+        record: (dtypes, a value for each of the choices) -> the launches.
+        multiplies_matrices: whether it does: then it has no float64 on a GPU, where the torch backend computes it.
+    """
+
+    choices: dict[str, tuple[Any, ...]]
+    record: Callable[[tuple[torch.dtype, ...], dict[str, Any]], list[Launch]]
+    multiplies_matrices: bool
+
+
+OPERATIONS = (
+    Operation(VELOCITY_CHOICES, velocity_launches, multiplies_matrices=False),
+    Operation(LOCALIZATION_CHOICES, localization_launches, multiplies_matrices=False),
+    Operation(LOW_RANK_CHOICES, low_rank_launches, multiplies_matrices=True),
+    Operation(ATTENTION_CHOICES, attention_launches, multiplies_matrices=True),
+)
 
 
 def table_row(launch: Launch, target: str, binary: Binary) -> str:
@@ -196,13 +216,14 @@ def table_row(launch: Launch, target: str, binary: Binary) -> str:
 
 def main() -> None:
     """Print a table of what the usual calls compile to: one line per kernel, dtype and target."""
-    choices = (VELOCITY_CHOICES, LOCALIZATION_CHOICES, LOW_RANK_CHOICES, ATTENTION_CHOICES)
-    velocity, localization, low_rank, attention = (combinations(choice)[0] for choice in choices)
     print(f"{'kernel':<28} {'dtype':<9} {'target':<7} registers  spilled  accesses of 16 bytes, narrower ones")
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        launches = velocity_launches((dtype,) * 3, velocity) + localization_launches(dtype, localization)
-        if dtype != torch.float64:
-            launches += low_rank_launches(dtype, low_rank) + attention_launches(dtype, attention)
+        launches = [
+            launch
+            for operation in OPERATIONS
+            if not (operation.multiplies_matrices and dtype == torch.float64)
+            for launch in operation.record((dtype,) * 3, combinations(operation.choices)[0])
+        ]
         first_launch: dict[str, Launch] = {}
         for launch in launches:
             first_launch.setdefault(launch.kernel.__name__, launch)

@@ -10,19 +10,7 @@ import pytest
 import torch
 
 from fastunlearn.testing.ahead_of_time import TARGETS, Launch, compile_launch, recorded_launches
-from fastunlearn.testing.launches import (
-    ATTENTION_CHOICES,
-    LOCALIZATION_CHOICES,
-    LOW_RANK_CHOICES,
-    VELOCITY_CHOICES,
-    attention_launches,
-    combinations,
-    localization_launches,
-    low_rank_launches,
-    pairwise,
-    table_row,
-    velocity_launches,
-)
+from fastunlearn.testing.launches import OPERATIONS, Operation, combinations, pairwise, table_row
 
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
@@ -76,22 +64,9 @@ def problems(launch: Launch, target: str) -> list[str]:
     return [f"{complaint}: {table_row(launch, target, binary)}" for complaint in complaints]
 
 
-def elementwise_launches(
-    dtypes: tuple[torch.dtype, ...], velocity: list[dict[str, Any]], localization: list[dict[str, Any]]
-) -> Iterator[Launch]:
-    for choice in velocity:
-        yield from velocity_launches(dtypes, choice)
-    for choice in localization:
-        yield from localization_launches(dtypes[0], choice)
-
-
-def matrix_launches(
-    dtype: torch.dtype, low_rank: list[dict[str, Any]], attention: list[dict[str, Any]]
-) -> Iterator[Launch]:
-    for choice in low_rank:
-        yield from low_rank_launches(dtype, choice)
-    for choice in attention:
-        yield from attention_launches(dtype, choice)
+def recorded(operation: Operation, dtypes: tuple[torch.dtype, ...], grid: list[dict[str, Any]]) -> Iterator[Launch]:
+    for choice in grid:
+        yield from operation.record(dtypes, choice)
 
 
 @functools.cache
@@ -104,13 +79,14 @@ def jobs() -> list[tuple[Launch, str]]:
     from uniform ones only in conversions: their pairs are compiled for sm_90. Products of matrices in float64 do not
     compile; they run on the torch backend.
     """
-    elementwise, matrices = (VELOCITY_CHOICES, LOCALIZATION_CHOICES), (LOW_RANK_CHOICES, ATTENTION_CHOICES)
-    everything = [combinations(choices) for choices in elementwise]
-    pairs, matrix_pairs = ([pairwise(choices) for choices in both] for both in (elementwise, matrices))
-    grids: list[tuple[Iterator[Launch], list[str]]] = [(elementwise_launches((BRAIN,) * 3, *everything), ["sm_90"])]
-    grids += [(elementwise_launches((dtype,) * 3, *pairs), list(TARGETS)) for dtype in (HALF, BRAIN, SINGLE, DOUBLE)]
-    grids += [(elementwise_launches(dtypes, *pairs), ["sm_90"]) for dtypes in MIXED]
-    grids += [(matrix_launches(dtype, *matrix_pairs), list(TARGETS)) for dtype in (HALF, BRAIN, SINGLE)]
+    grids: list[tuple[Iterator[Launch], list[str]]] = []
+    for operation in OPERATIONS:
+        pairs = pairwise(operation.choices)
+        dtypes = (HALF, BRAIN, SINGLE) if operation.multiplies_matrices else (HALF, BRAIN, SINGLE, DOUBLE)
+        grids += [(recorded(operation, (dtype,) * 3, pairs), list(TARGETS)) for dtype in dtypes]
+        if not operation.multiplies_matrices:
+            grids.append((recorded(operation, (BRAIN,) * 3, combinations(operation.choices)), ["sm_90"]))
+            grids += [(recorded(operation, mixed, pairs), ["sm_90"]) for mixed in MIXED]
     distinct = {
         (launch.key, target): (launch, target)
         for launches, targets in grids

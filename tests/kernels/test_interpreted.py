@@ -9,21 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from fastunlearn.ops.dispatch import KERNELS
+
 TESTS = Path(__file__).parents[1]
 
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
 
-# The slowest files run in several processes, so that the workers of pytest-xdist can share them.
+# Every operation with a kernel has its tests in a file of its name. The slowest files run in two processes, so that the
+# workers of pytest-xdist can share them.
+SPLIT = {
+    "ops/test_low_rank_localization_loss.py": "test_grid and not gradcheck",
+    "kernels/interpreted": "test_operators",
+}
+FILES = [file for op in KERNELS if (TESTS / (file := f"ops/test_{op}.py")).exists()]
 PARTS = [
-    ["ops/test_velocity_loss.py"],
-    ["ops/test_localization_loss.py"],
-    ["ops/test_low_rank.py", "-k", "test_grid and not gradcheck"],
-    ["ops/test_low_rank.py", "-k", "not test_grid or gradcheck"],
-    ["ops/test_concept_attention.py"],
-    ["models/test_losses.py"],
-    ["kernels/interpreted", "-k", "not test_operators"],
-    ["kernels/interpreted", "-k", "test_operators"],
+    [path, *selection]
+    for path in (*SPLIT, *(file for file in FILES if file not in SPLIT), "models/test_losses.py")
+    for selection in ([["-k", SPLIT[path]], ["-k", f"not ({SPLIT[path]})"]] if path in SPLIT else [[]])
 ]
 
 
