@@ -1,4 +1,4 @@
-"""Results are compared before anything is timed: peers that disagree do not do the same work."""
+"""Compares results before anything is timed: peers that disagree do not do the same work."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class _UpProjections:
 
 
 def low_rank(model: str, layers: int, dtype: torch.dtype, meter: Meter) -> dict[str, Any]:
-    """What a localization loss adds to the erasers' up-projections, which run in every step anyway.
+    """Measures what a localization loss adds to the erasers' up-projections, which run in every step anyway.
 
     Args:
         model: a key of `LAYERS`.
@@ -162,12 +162,12 @@ def _print_added_costs(costs: Mapping[str, Cost]) -> None:
 
 
 def _ratio(part: float, whole: float) -> str:
-    """`part / whole` as text; a dash where the whole is lost in noise."""
+    """`part / whole` as text; a dash if noise has made the whole 0 or negative."""
     return f"{part / whole:.3f}" if whole > 0 else "-"
 
 
 def attention(model: str, dtype: torch.dtype, meter: Meter) -> dict[str, Any]:
-    """Concept attention, with the log-sum-exp given and without, against the softmax over tokens x tokens.
+    """Measures concept attention, given the log-sum-exp or not, against the softmax over tokens x tokens.
 
     Args:
         model: a key of `LAYERS`.

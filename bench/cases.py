@@ -1,4 +1,4 @@
-"""What is measured of one operation: its inputs, the bytes it must move at least, and its peers.
+"""What is measured of one operation: its inputs, the fewest bytes that it can move, and its peers.
 
 A peer is one way to compute the operation. A call of it runs forward and backward once on the case's inputs and returns
 the loss and the gradients. The peers called "seed" are the operation in plain PyTorch, as T2VUnlearning-style training
@@ -54,8 +54,8 @@ class Case:
     def check(self) -> None:
         """Compares every peer's loss and gradients with those in float64.
 
-        fastunlearn computes in float32 and may be off by one rounding of its results. The other peers compute in the
-        inputs' dtype and may be off by a few.
+        fastunlearn computes in float32, and may be off by one rounding of its result. The other peers compute in the
+        inputs' dtype, and may be off by a few roundings.
 
         Raises:
             Disagreement: a peer is off by more; the message names the case, the peer and the difference.

@@ -1,4 +1,4 @@
-"""What the benchmark commands share: options, errors of one line, and the report that they write."""
+"""What the benchmark commands share: options, one-line errors, and the report that they write."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def option_parser(command: str, description: str | None) -> argparse.ArgumentPar
 
 @contextmanager
 def one_line_errors(command: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Ends the process with one line if peers disagree, or at an error of these kinds."""
+    """Ends the process with a one-line message if peers disagree, or at an error of one of these kinds."""
     try:
         yield
     except Disagreement as error:
@@ -65,7 +65,7 @@ def write_report(path: Path | None, command: str, arguments: Sequence[str] | Non
     Args:
         path: the file to write, or None.
         command: the module that was run.
-        arguments: its arguments; None: those of the process.
+        arguments: its arguments; None for those of the process.
         results: what was measured.
     """
     if path is None:

@@ -21,7 +21,7 @@ COPY_BYTES = 256 * MIB
 
 
 def measure(case: Case, timer: Timer, bandwidth: float) -> list[dict[str, Any]]:
-    """One row per peer, once all results have been compared.
+    """Compares all results, then times every peer. Returns one row per peer.
 
     Args:
         case: the operation and its peers.
@@ -55,7 +55,7 @@ def measure(case: Case, timer: Timer, bandwidth: float) -> list[dict[str, Any]]:
 
 
 def _remove_peers_that_cannot_compile(case: Case) -> list[dict[str, Any]]:
-    """Removes from the case what needs a compiler that is missing here. Returns a row for each removed peer."""
+    """Removes the peers that cannot be compiled on this machine. Returns a row for each of them."""
     rows = []
     for name, peer in case.timed().items():
         try:

@@ -1,11 +1,11 @@
-"""A training step as T2VUnlearning-style loops are published, written plainly: what our step is compared with.
+"""The training step of published T2VUnlearning-style loops, written plainly: what our step is compared with.
 
 Two copies of the model are in memory: the original one, and the one that is trained. A step
 
 1. samples a trajectory with classifier-free guidance, to a random sampling step (as Receler does, which is halfway on
    average) or to its end;
-2. runs one pass to read the concept's mask from attention maps of tokens x tokens, and one to capture the erasers'
-   outputs, as the usage notes of the losses have it;
+2. runs one pass to compute the concept's mask from attention maps of tokens x tokens, and one to capture the erasers'
+   outputs, as the usage notes of T2VUnlearning's losses say;
 3. runs the original model three times and the trained one twice, one prompt at a time.
 """
 
@@ -88,7 +88,7 @@ class PublishedStep:
         erasers: the erasers, by layer.
         parameters: the parameters of all erasers.
         weights: the losses' weights.
-        phase: what the step is doing: after an out-of-memory error, where it happened.
+        phase: what the step is doing; after an out-of-memory error, what it was doing then.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class PublishedStep:
 
     @torch.no_grad()
     def sample(self, noise: Tensor, stop_after: int) -> tuple[Tensor, Tensor]:
-        """Samples part of a trajectory, or all of it; a whole one is noised again to the middle timestep.
+        """Samples part of a trajectory, or all of it, in which case noise is added up to the middle timestep.
 
         Args:
             noise: (1, F, C, H, W), where sampling starts.

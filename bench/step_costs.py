@@ -1,4 +1,4 @@
-"""What training steps cost: the measurements, and how ours compare with the published ones."""
+"""Measures what training steps cost, and compares ours with the published ones."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def measure(peers: Mapping[str, Callable[[int], StepCost]], meter: Meter) -> lis
     """Calls every peer `meter.runs` times, all taking turns.
 
     Args:
-        peers: by name, functions of the number of the call, from 0.
+        peers: by name, functions that take the number of the call, counted from 0.
         meter: measures memory, and says how many calls there are.
 
     Returns:
@@ -155,7 +155,7 @@ def measure_cache(runner: StepRunner, folder: Path, trajectories: int, meter: Me
 
 
 def with_cache(rows: Sequence[Row], cache: CacheCost) -> list[dict[str, Any]]:
-    """Our rows with each step's share of the cache, and compared with the published rows.
+    """Our rows, with each step's share of the cache added, compared with the published rows.
 
     A comparison is None where the published step ran out of memory. Memory is compared with sampling to a random step.
     """

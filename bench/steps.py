@@ -36,7 +36,7 @@ from fastunlearn.training.train import train
 TARGET, KEPT, UNCOND = "a circle", "a square", ""
 WORDS = [1]  # the position of "circle" in the target prompt
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-# Measured training steps in a call of ours, after a first one.
+# How many of our training steps a call measures, after a first one that is not measured.
 OUR_STEPS = 3
 
 
@@ -135,11 +135,11 @@ class StepRunner:
     def run_published(
         self, call: int, calls: int, *, to_the_end: bool = False, checkpointing: bool = False
     ) -> StepCost:
-        """Builds both models, takes a first published step, and measures the second.
+        """Builds both models, takes a published step to warm up, and measures the next one.
 
         Args:
             call: the number of this call, from 0.
-            calls: the number of all calls. Their random sampling steps are spread evenly over the trajectory.
+            calls: how many calls there are. The steps that they sample to are spread evenly over the trajectory.
             to_the_end: whether to sample the whole trajectory instead.
             checkpointing: whether to use gradient checkpointing.
 
@@ -162,7 +162,7 @@ class StepRunner:
         return StepCost(passes.count, time.perf_counter() - start)
 
     def run_ours(self, cache: TeacherCache, *, low_rank: bool = True, **options: Any) -> StepCost:
-        """Builds the model, takes a first step of ours, and measures `OUR_STEPS` more.
+        """Builds the model, takes one of our steps to warm up, and measures the next `OUR_STEPS`.
 
         Args:
             cache: made by `make_cache`.

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# Triton reads the first when a kernel is decorated, which happens at its first call.
+# Set before any kernel is imported: Triton reads TRITON_INTERPRET when a kernel is decorated.
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["FASTUNLEARN_BACKEND"] = "triton"
 
@@ -79,7 +79,7 @@ class EagerTraffic(TorchDispatchMode):
 
 
 def _stored_bytes(x: Tensor) -> int:
-    """Bytes of a tensor's elements; an expanded dimension counts once."""
+    """Bytes that a tensor's elements take in memory: an expanded dimension counts once."""
     elements = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         elements *= size if stride else 1
@@ -93,7 +93,7 @@ class Row:
         name: the operation.
         floor: the fewest bytes possible.
         run: calls the operation, forward and backward.
-        eager: does the same in plain PyTorch; None: not compared.
+        eager: does the same in plain PyTorch; None for no comparison.
     """
 
     def __init__(self, name: str, floor: int, run: Callable[[], Any], eager: Callable[[], Any] | None) -> None:
@@ -131,7 +131,7 @@ def _case_row(case: Case, dtype: torch.dtype) -> Row:
 
 
 def _low_rank_row(tokens: int, features: int, rank: int, layers: int, dtype: torch.dtype) -> Row:
-    """Low-rank localization against the dense loss. The dense outputs are there anyway: making them is not counted."""
+    """Low-rank localization against the dense loss of outputs that exist already: computing them is not counted."""
     outputs = low_rank_outputs(layers, (1, tokens), features, rank, dtype, weight_dtype=torch.float32)
     mask = random_mask("bool", (1, tokens))
     for x in (x for output in outputs for x in output if x is not None):

@@ -51,7 +51,7 @@ def print_cache(cache: CacheCost) -> None:
 
 
 def print_tables(rows: Sequence[Row], compared: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the costs per step, without the cache and with its share, and which goals are reached."""
+    """Prints the costs per step, without the cache and with the step's share of it, and which goals are reached."""
     print(f"\n{'per step':<46} {'passes':>7} {'s':>9} {'peak MiB':>9}")
     for row in rows:
         if row.ran_out is not None:

@@ -1,4 +1,4 @@
-"""What captures and low-rank outputs cost or save in a pass through a whole model."""
+"""Measures what captures and low-rank outputs cost or save in a pass through a whole model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def captured_forward(meter: Meter, *, layers: int = 4, heads: int = 8, side: int
         side: height and width of the four latent frames; a token covers 2 x 2 latent pixels.
 
     Raises:
-        Disagreement: the captured pass gives other bits, or not a map of every layer.
+        Disagreement: the captured pass gives other bits, or a map of some layers is missing.
     """
     size = Size(layers, heads, 64, 8 * side, 8 * side, 13, text_tokens=226, text_features=64, time_features=512, rank=0)
     model = as_velocity_model(random_transformer(size, meter.device, torch.float32))
