@@ -41,7 +41,7 @@ def softmax_denominator(
 ):
     """Return the largest logit `scale * query . key`, and the sum over all keys of exp(logit - largest), in one pass.
 
-    They stay apart because the log-sum-exp of both would be rounded to the precision of the largest logit.
+    They are returned apart because a log-sum-exp of both would be rounded to the precision of the largest logit.
     """
     channels = tl.arange(0, BLOCK_CHANNELS)
     largest = tl.full((BLOCK_QUERIES,), -float("inf"), scale.dtype)
@@ -168,7 +168,7 @@ def _launch(
     if 0 in (batch, queries, tokens):
         return torch.zeros(batch, queries, device=query.device)
     query, key = (x if x.stride(3) == 1 or channels == 1 else x.contiguous() for x in (query, key))
-    # Half-precision tiles are multiplied on tensor cores; others take many registers.
+    # Tiles that are not in half precision, or are wide, take many registers and must be smaller.
     block, warps = (64, 4) if factor_dtype.itemsize == 2 and channels <= 128 else (32, 8)
     query_blocks = triton.cdiv(queries, block)
     heads_per_group = triton.cdiv(heads, min(heads, triton.cdiv(ENOUGH_PROGRAMS, query_blocks * batch)))

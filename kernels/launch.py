@@ -21,8 +21,8 @@ from torch import Tensor
 WARPS = 4
 MAX_REGISTERS = 255
 BLOCK_ELEMENTS = 2048
-# Beyond this many tiles, a program processes several. The limit gives enough waves to load any GPU evenly, and few
-# enough partial sums that one program can add them in a fixed order: the same bits every time, without atomics.
+# Beyond this many tiles, a program processes several. This is enough programs to load any GPU evenly, and few enough
+# that one program can add up their partial sums in a fixed order: the same bits every time, without atomics.
 MAX_PROGRAMS = 4096
 FINISH_BLOCK = 2048
 
@@ -35,7 +35,7 @@ def tile_start(tile, BLOCK: tl.constexpr):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """Convert `x` to DTYPE, to half precision by way of float32: no hardware rounds float64 to bfloat16."""
+    """Convert `x` to DTYPE; to half precision by way of float32, because no hardware rounds float64 to bfloat16."""
     if DTYPE.primitive_bitwidth == 16:
         return x.to(tl.float32).to(DTYPE)
     return x.to(DTYPE)
@@ -102,7 +102,7 @@ def broadcast_index(
     operand_shape: tuple[int, ...],
     operand_strides: tuple[int, ...],
 ) -> BroadcastIndex:
-    """The index of an operand over a dense tensor with as many dims; operand dims of size 1 broadcast."""
+    """The `BroadcastIndex` of an operand over a dense tensor with as many dims; operand dims of size 1 broadcast."""
     merged: list[tuple[int, int, int]] = []
     for dim in sorted(range(len(shape)), key=lambda i: (strides[i], shape[i])):
         size, operand_size, stride = shape[dim], operand_shape[dim], operand_strides[dim]
@@ -124,7 +124,7 @@ def broadcast_index(
         merged.append((1, 0, 0))
     outer_size, outer_operand_size, outer_stride = merged[-1]
     if outer_operand_size in (0, outer_size):
-        # Nothing is divided by the outermost size. Left out, it cannot make another batch size recompile the kernel.
+        # The outermost size is never divided by. Leaving it out lets other batch sizes reuse the compiled kernel.
         merged[-1] = (1, min(outer_operand_size, 1), outer_stride)
     elements, operand_span = 1, 1
     for size in shape:
@@ -205,7 +205,7 @@ def programs_for(elements: int, block: int, most: int = MAX_PROGRAMS) -> int:
 
 
 def launch_options(x: Tensor, warps: int = WARPS) -> dict[str, int]:
-    """The number of warps and, on NVIDIA, a register limit: with one, ptxas does not spill to fit one more block."""
+    """The number of warps and, on NVIDIA, a register limit: without it, ptxas may spill to fit one more block."""
     options = {"num_warps": warps}
     if x.device.type != "xpu" and torch.version.hip is None:
         options["maxnreg"] = MAX_REGISTERS

@@ -1,17 +1,17 @@
 """The localization loss: weights, loss, every layer's term and the gradients in one pass over the background.
 
-    term_l = normalizer_l * sum over elements of rho(w * o_l)         w = 1 - mask, one per token or position
-    loss = weight / L * sum_l term_l          d loss / d o_l = weight / L * normalizer_l * w * rho'(w * o_l)
+    term_l = sum over elements of rho(w * o_l) / divisor_l            w = 1 - mask, one per token or position
+    loss = weight / L * sum_l term_l          d loss / d o_l = weight / L / divisor_l * w * rho'(w * o_l)
 
-normalizer: 1 / B under "sum", 1 / (number of elements) under "mean", 1 / (sum of w over all elements) under
-"background_mean". Floor: the rows with w != 0 read once and every gradient written once.
+divisor: B under "sum", the number of elements under "mean", the sum of w over all elements under "background_mean".
+Floor: the rows with w != 0 read once and every gradient written once.
 
 Layers of one shape, layout and dtype share a launch, up to `LAYERS_PER_LAUNCH` of them. Their addresses are a tuple of
 pointer arguments, not a table in memory: nothing is copied to the device, and a CUDA graph may replay the launch.
 
 The backward pass touches nothing if the upstream gradient is 1 (`fastunlearn.kernels.upstream`). In two cases the
-forward pass leaves a factor to it: float16 gradients, which the factor might make underflow, and "background_mean",
-whose sum is known only when the pass is over.
+forward pass leaves a factor for it to apply: float16 gradients, which the factor might make underflow, and
+"background_mean", whose divisor is known only when the pass is over.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def localization_finish_kernel(
             inverse = tl.where(total == 0, 0, 1 / total)
             tl.store(inverse_ptr + layer, inverse)
             term *= inverse
-        # A sum of squares or magnitudes. As a sum over a matrix product, rounding can make it negative.
+        # Squares and magnitudes cannot add up to less than 0, but rounding can make the low-rank form negative.
         term = tl.where(term < 0, 0, term)
         tl.store(per_layer_ptr + layer, term)
         loss += term
@@ -170,7 +170,7 @@ class _Run(NamedTuple):
 
 
 def equal_stretches(keys: Sequence[object]) -> list[slice]:
-    """The stretches of consecutive equal keys."""
+    """The slices of `keys` in which all are equal, each as long as possible."""
     starts = [i for i in range(len(keys)) if i == 0 or keys[i] != keys[i - 1]]
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(keys)], strict=True)]
 
@@ -187,12 +187,12 @@ def _runs(outputs: Sequence[Tensor], masks: Sequence[Tensor], needs_gradient: Se
     ]
 
 
-def normalizer(shape: Sequence[int], normalization: str) -> int:
-    """The part of the denominator of a layer's sum that is known before the launch; at least 1.
+def known_divisor(shape: Sequence[int], normalization: str) -> int:
+    """The divisor of a layer's sum as far as it is known before the launch; at least 1.
 
     Args:
         shape: of the layer's output.
-        normalization: "sum", "mean" or "background_mean", whose denominator is known only at the end.
+        normalization: "sum", "mean" or "background_mean", whose divisor is known only at the end and counts as 1.
     """
     if normalization == "background_mean":
         return 1
@@ -209,8 +209,8 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Return the loss, the layers' terms, the gradients, and the layers' 1 / (sum of w) if they are used.
 
-    The gradients of a run that needs them are one tensor, (layers, elements): the backward pass of any number of like
-    layers is one launch.
+    The gradients of a run that needs them are one tensor, (layers, elements), so that the backward pass takes one
+    launch per run, however many layers it has.
     """
     device, layers = outputs[0].device, len(outputs)
     dtype = compute_dtype(*outputs, *masks)
@@ -230,8 +230,8 @@ def _launch_forward(
             run_outputs, run_masks, run_partial = outputs[run.layers], masks[run.layers], partial[:, run.layers]
             x = run_outputs[0]
             index = mask_index(x, run_masks[0], _channel_dim(x))
-            denominator = normalizer(x.shape, normalization)
-            scale = weight / layers / denominator
+            divisor = known_divisor(x.shape, normalization)
+            scale = weight / layers / divisor
             run_gradients: list[Tensor] = []
             if run.needs_gradient:
                 gradients.append(torch.empty(len(run_outputs), x.numel(), dtype=x.dtype, device=device))
@@ -251,7 +251,7 @@ def _launch_forward(
                     tuple(run_outputs[chunk]),
                     tuple(chunk_masks),
                     index.strides,
-                    1 / denominator,
+                    1 / divisor,
                     1.0 if _defers_scale(x.dtype, normalization) else scale,
                     x.numel(),
                     MASK_DIM_SIZES=index.DIM_SIZES,
@@ -292,7 +292,7 @@ def localization_loss_op(
     normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """What compilers see of the forward pass."""
+    """The forward pass as torch.compile sees it."""
     runs = _runs(outputs, masks, needs_gradient)
     return _launch_forward(outputs, masks, runs, loss_type, normalization, weight)
 
@@ -347,7 +347,7 @@ class _LocalizationLoss(torch.autograd.Function):
         for written, run in zip(saved, ctx.runs, strict=True):
             scale = 1.0
             if _defers_scale(written.dtype, ctx.normalization):
-                scale = ctx.weight / ctx.layers / normalizer(run.shape, ctx.normalization)
+                scale = ctx.weight / ctx.layers / known_divisor(run.shape, ctx.normalization)
             layer_weight = None if inverse is None else inverse[run.layers]
             (scaled,) = scale_gradients([written], upstream, scale, weight=layer_weight)
             gradients[run.layers] = [x.as_strided(run.shape, run.strides) for x in scaled.unbind()]
@@ -357,7 +357,7 @@ class _LocalizationLoss(torch.autograd.Function):
 def localization_loss(
     outputs: Sequence[Tensor], masks: Sequence[Tensor], *, loss_type: str, normalization: str, weight: float
 ) -> tuple[Tensor, Tensor]:
-    """The Triton counterpart of the `torch_backend` function: a launch per `LAYERS_PER_LAUNCH` like layers, and one."""
+    """The Triton counterpart of the `torch_backend` function: 1 launch per `LAYERS_PER_LAUNCH` like layers, plus 1."""
     masks, options = [readable(m) for m in masks], (loss_type, normalization, weight)
     # Inside an autograd function, `ctx.needs_input_grad` is True even under `torch.no_grad`.
     if torch.is_grad_enabled() and any(x.requires_grad for x in outputs):

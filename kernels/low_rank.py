@@ -2,16 +2,17 @@
 
 With a = 1 - mask per token, h = [hidden, 1] and W = [weight, bias], both one column wider than the rank:
 
-    moments = sum over tokens of a^2 h^T h        gram = W^T W        term = normalizer * sum(moments * gram)
-    d term / d h = 2 * normalizer * a^2 * h gram                      d term / d W = 2 * normalizer * W moments
+    moments = sum over tokens of a^2 h^T h        gram = W^T W        term = sum(moments * gram) / divisor
+    d term / d h = 2 / divisor * a^2 * h gram                         d term / d W = 2 / divisor * W moments
 
-One kernel computes both matrices, from tokens weighted by a with a last column of ones, or from rows of the weight with
-the bias as last column. One kernel computes both gradients: rows times a matrix. Floor: the background's hidden rows
-read once forward and once backward and their gradient written once; the same for the parameters.
+The divisor is that of `localization.py`. Both matrices come from one kernel, `moments_kernel`, which sums the outer
+products of rows with themselves: rows a * [hidden, 1] give the moments, rows [weight, bias] the gram. Both gradients
+come from `gradient_rows_kernel`, as rows times a matrix. Floor: the background's hidden rows read once forward and once
+backward and their gradient written once; the same for the parameters.
 
 Matrix products run on tensor cores in bfloat16. A value is split into bfloat16 pieces that add up to it exactly: one
-piece for a bfloat16, two for a float16, three for a float32. Float32 hidden states use ordinary arithmetic instead.
-Float64 runs in the interpreter only.
+piece for a bfloat16, two for a float16, three for a float32. Products of two float32 factors are not split: they are
+computed in float32. Float64 runs in the interpreter only.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from fastunlearn.kernels.launch import FINISH_BLOCK, distinct, launch_options, o
 from fastunlearn.kernels.localization import (
     LAYERS_PER_LAUNCH,
     equal_stretches,
+    known_divisor,
     localization_finish_kernel,
-    normalizer,
     select,
 )
 from fastunlearn.ops.once_differentiable import once_differentiable
@@ -43,24 +44,24 @@ BLOCK_RANK = 128  # larger ranks take several blocks
 BLOCK_ENTRIES = 1024
 SMALLEST_DOT = 16
 WARPS = 8
-# A program's partial sums are as large as a few hundred rows, so it should process many more: this many, unless fewer
-# than `ENOUGH_PROGRAMS` programs would then be left to fill a GPU.
+# The partial sums that a program writes are as large as a few hundred rows, so it should process many more than that:
+# this many, unless fewer than `ENOUGH_PROGRAMS` programs would then be left to fill a GPU.
 ROWS_PER_PROGRAM = 2048
 ENOUGH_PROGRAMS = 256
-PIECES = {torch.bfloat16: 1, torch.float16: 2}  # that a dtype is split into; otherwise 3
+PIECES = {torch.bfloat16: 1, torch.float16: 2}  # how many bfloat16 pieces a value is split into; 3 for other dtypes
 
 
 @triton.jit
 def add_product(result, a, b, A_PIECES: tl.constexpr, B_PIECES: tl.constexpr):
-    """Return result + a @ b to float32 precision, with `a` and `b` split into that many bfloat16 pieces.
+    """Return result + a @ b to float32 precision, with `a` and `b` split into so many bfloat16 pieces.
 
-    Three pieces times three would take six products and more tensor memory than sm_100 has, and Triton 3.7 then
-    compiles the kernel to nothing. That case uses ordinary arithmetic.
+    Three pieces times three are multiplied in float32 instead: they would take six products and more tensor memory than
+    sm_100 has, in which case Triton 3.7 compiles the kernel to nothing.
     """
     if A_PIECES == 3 and B_PIECES == 3:
         return result + tl.dot(a, b, input_precision="ieee")
     a0, b0 = a.to(tl.bfloat16), b.to(tl.bfloat16)
-    # Smallest products first. Products of two pieces that are both beyond the second are below float32's precision.
+    # Smallest products first. Piece i times piece j is left out if i + j > 2: it is below float32's precision.
     if A_PIECES > 1:
         a_rest = a - a0.to(tl.float32)
         a1 = a_rest.to(tl.bfloat16)
@@ -83,7 +84,7 @@ def add_product(result, a, b, A_PIECES: tl.constexpr, B_PIECES: tl.constexpr):
 def row_factors(
     row, rows, column_ptr, sample_stride, token_stride, tokens, IS_HIDDEN: tl.constexpr, dtype: tl.constexpr
 ):
-    """Return each row's factor and its last column: 1 - mask for both, or 1 and the bias."""
+    """Return each row's factor and the entry in its last column: 1 - mask for both, or 1 and the bias."""
     in_bounds = row < rows
     factor = in_bounds.to(dtype)
     last = tl.zeros_like(factor)
@@ -111,7 +112,7 @@ def moments_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
 ):
-    """Sum over rows for layer `program_id(1)` and block `program_id(2)` of the matrix.
+    """Sum outer products over rows, for layer `program_id(1)` and block `program_id(2)` of the matrix.
 
     Each program takes every `num_programs(0)`-th tile of rows.
     """
@@ -146,7 +147,7 @@ def moments_kernel(
         border += tl.sum(x * (factor * last)[:, None], axis=0)
         x = tl.trans(x * (factor * factor)[:, None])
         if IS_HIDDEN and PIECES < 3:
-            # Where a hard mask lets rows through, they are unchanged, so their own number of pieces suffices.
+            # Rows of factor 1, as under a hard mask, are unchanged and need no more pieces than their dtype does.
             if tl.sum((is_read & (factor != 1)).to(tl.int32)) == 0:
                 moments = add_product(moments, x, x_right, PIECES, PIECES)
             else:
@@ -286,7 +287,7 @@ def _layers(tensors: Sequence[Any], masks: Sequence[Tensor]) -> list[_Layer]:
 
 
 def _runs(layers: Sequence[_Layer]) -> list[slice]:
-    """Consecutive layers that share a launch: alike in everything, at most `LAYERS_PER_LAUNCH`, not empty."""
+    """Runs of at most `LAYERS_PER_LAUNCH` consecutive layers of one dtype, shape and layout, without empty layers."""
     keys = [[x if x is None else (x.dtype, x.shape, x.stride()) for x in layer] for layer in layers]
     return [
         slice(start, min(start + LAYERS_PER_LAUNCH, run.stop))
@@ -337,9 +338,9 @@ def _weight_rows(layers: Sequence[_Layer]) -> _Rows:
     return _Rows(x, biases or None, 0, biases[0].stride(0) if biases else 0, 1, x[0].shape[0])
 
 
-def _normalizer(layer: _Layer, normalization: str) -> int:
-    """That of the output, which is not computed."""
-    return normalizer((*layer.hidden.shape[:2], layer.weight.shape[0]), normalization)
+def _known_divisor(layer: _Layer, normalization: str) -> int:
+    """`known_divisor` for the shape that the layer's output would have; the output itself is never computed."""
+    return known_divisor((*layer.hidden.shape[:2], layer.weight.shape[0]), normalization)
 
 
 def _partial_moments(rows: _Rows, dtype: torch.dtype) -> Tensor:
@@ -383,7 +384,7 @@ def _launch_forward(
                 partial_gram,
                 partial_moments.shape[0],
                 partial_gram.shape[0],
-                1 / _normalizer(run_layers[0], normalization),
+                1 / _known_divisor(run_layers[0], normalization),
                 float(run_layers[0].weight.shape[0]),
                 SIZE=size,
                 BLOCK=BLOCK_ENTRIES,
@@ -427,7 +428,7 @@ def _launch_backward(
     with on_device(upstream):
         for i, run in enumerate(_runs(layers)):
             run_layers, moments, gram = layers[run], matrices[2 * i], matrices[2 * i + 1]
-            scale = 2 * weight / len(layers) / _normalizer(run_layers[0], normalization)
+            scale = 2 * weight / len(layers) / _known_divisor(run_layers[0], normalization)
             run_inverse = None if inverse is None else inverse[run]
             hidden_gradients, weight_gradients, bias_gradients = (
                 _destinations(
@@ -445,7 +446,7 @@ def _launch_backward(
 def _destinations(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
     """Where a launch writes the gradients of a run's layers, or None if no layer needs one.
 
-    If only some do, the others' are written to memory that nobody reads.
+    If only some layers need one, those of the others are written to memory that is thrown away.
     """
     if all(x is None for x in gradients):
         return None
@@ -555,7 +556,7 @@ def low_rank_localization_loss(
     normalization: str,
     weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The Triton counterpart of the `torch_backend` function: 3 launches per `LAYERS_PER_LAUNCH` layers, and one."""
+    """The Triton counterpart of the `torch_backend` function: 3 launches per `LAYERS_PER_LAUNCH` layers, plus 1."""
     tensors = [x for layer in zip(hiddens, weights, biases, strict=True) for x in layer]
     return _LowRankLocalizationLoss.apply(  # type: ignore[no-untyped-call]
         normalization, weight, len(masks), *distinct([*tensors, *masks])

@@ -2,8 +2,9 @@
 
     result = gradient * upstream * scale * inverse * (weight of the element's sample or layer)
 
-Floor: nothing, where the gradients may be overwritten and the product is 1, which the kernel finds out on the device.
-Otherwise one read and one write. A gradient of 0 stays 0 whatever multiplies it, because its element may have weight 0.
+Floor: no bytes if the gradients may be overwritten and the product of the factors is 1, which the kernel checks on the
+device; otherwise one read and one write. A gradient of 0 stays 0 even if a factor is NaN or infinite, because its
+element may have weight 0.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def scale_gradients_kernel(
         common_factor *= tl.load(inverse_ptr)
     tiles = tl.cdiv(elements, BLOCK)
     if IN_PLACE and not PER_ELEMENT and weight_ptr is None:
-        # A kernel cannot return early, so it runs over no tiles instead.
+        # A kernel cannot return early, so it loops over no tiles instead.
         tiles = tl.where(common_factor == 1, 0, tiles)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         offsets = tile_start(tile, BLOCK) + tl.arange(0, BLOCK)
@@ -121,7 +122,7 @@ def _launch(
 def scale_gradients_op(
     gradients: list[Tensor], upstream: Tensor, scale: float, inverse: Tensor | None, weight: Tensor | None
 ) -> list[Tensor]:
-    """What compilers see: `scale_gradients`, never in place."""
+    """`scale_gradients` as torch.compile sees it: never in place."""
     return _launch(gradients, upstream, scale, inverse, weight, in_place=False)
 
 
