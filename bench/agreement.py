@@ -15,7 +15,7 @@ def check_relative_difference(what: str, actual: Tensor, expected: Tensor, toler
     Args:
         what: what is compared, for the message.
         actual: one peer's result.
-        expected: the other's.
+        expected: the other peer's result.
         tolerance: the largest norm of the difference allowed, relative to the norm of `expected`.
 
     Returns:

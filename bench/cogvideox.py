@@ -19,9 +19,9 @@ class Size:
         layers: transformer blocks.
         heads: attention heads.
         channels: channels per head.
-        height: of a video, in pixels.
-        width: of a video, in pixels.
-        num_frames: of a video.
+        height: height of a video, in pixels.
+        width: width of a video, in pixels.
+        num_frames: frames of a video.
         text_tokens: tokens of a prompt, padding included.
         text_features: features of a text embedding.
         time_features: features of the timestep embedding.

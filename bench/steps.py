@@ -167,7 +167,7 @@ class StepRunner:
         Args:
             cache: made by `make_cache`.
             low_rank: whether the localization loss is the low-rank one.
-            options: of `TrainingOptions`.
+            options: further fields of `TrainingOptions`.
 
         Raises:
             RanOut: memory was not enough.

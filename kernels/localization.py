@@ -191,7 +191,7 @@ def known_divisor(shape: Sequence[int], normalization: str) -> int:
     """The divisor of a layer's sum as far as it is known before the launch; at least 1.
 
     Args:
-        shape: of the layer's output.
+        shape: the shape of the layer's output.
         normalization: "sum", "mean" or "background_mean", whose divisor is known only at the end and counts as 1.
     """
     if normalization == "background_mean":

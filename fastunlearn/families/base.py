@@ -37,15 +37,15 @@ class PublishedModel(NamedTuple):
     """A published model at its usual video size: what its cost is computed from.
 
     Attributes:
-        name: of the model.
-        video: height x width x frames of its videos.
-        parameters: of one transformer.
-        transformers: 2 where one transformer is for high noise and one for low noise.
-        text_encoder_parameters: of all its text encoders.
+        name: the name of the model.
+        video: the size of its videos, height x width x frames.
+        parameters: the parameters of one transformer.
+        transformers: 2 if it has one transformer for high noise and one for low noise.
+        text_encoder_parameters: the parameters of all its text encoders.
         blocks: attention blocks of a transformer, all of which have an eraser.
         features: D, features per token.
         video_tokens: N, video tokens of a sample.
-        text_tokens: text tokens in the same attentions; 0 where the text enters by cross-attention.
+        text_tokens: text tokens in the same attentions; 0 if the text enters by cross-attention.
         latent_elements: numbers in one sample's latents.
     """
 

@@ -61,7 +61,7 @@ def choose_backend(
         backend: "torch", "compile" or "triton". None means the environment variable FASTUNLEARN_BACKEND if it is set,
             else "triton" if the operation has a kernel for the device, else "torch". Unlike this argument, the variable
             does not raise for an operation without a kernel: that runs on "torch".
-        dtype: of the arithmetic, float32 or float64.
+        dtype: the dtype of the arithmetic, float32 or float64.
 
     Raises:
         ValueError: unknown operation or backend, or a backend that cannot run the operation.

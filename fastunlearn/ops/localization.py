@@ -119,11 +119,11 @@ def loss_of_layers(
 
     Args:
         layers: at least one, unified.
-        loss_type: as in `fastunlearn.localization_loss`, like what follows.
-        normalization: as there.
-        weight: as there.
-        backend: as there.
-        group: as there.
+        loss_type: as in `fastunlearn.localization_loss`.
+        normalization: as in `fastunlearn.localization_loss`.
+        weight: as in `fastunlearn.localization_loss`.
+        backend: as in `fastunlearn.localization_loss`.
+        group: as in `fastunlearn.localization_loss`.
         one_mask: whether all layers were given the same mask, on every process.
     """
     needs_one_divisor = group is not None and normalization != "sum"

@@ -14,7 +14,7 @@ from fastunlearn.ops.dispatch import OPS
 from fastunlearn.testing import checks
 from fastunlearn.testing.error_bound import Comparison
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = FLOATING
 
 
 class Case(NamedTuple):
@@ -52,7 +52,7 @@ def cases(ops: Sequence[str] = OPS, dtypes: Sequence[torch.dtype] = DTYPES) -> l
 
     Args:
         ops: names of operations, from `fastunlearn.ops.dispatch.OPS`.
-        dtypes: of the tensors. In cases that mix dtypes, of the first tensor.
+        dtypes: the dtypes of the tensors. In cases that mix dtypes, those of the first tensor.
 
     Raises:
         ValueError: an operation is unknown.
@@ -227,8 +227,8 @@ def low_rank_outputs(
         tokens: (B, N).
         features: D.
         rank: r.
-        dtype: of `hidden`.
-        weight_dtype: of `weight` and `bias`, if it differs from that of `hidden`.
+        dtype: the dtype of `hidden`.
+        weight_dtype: the dtype of `weight` and `bias`, if it differs from that of `hidden`.
         kind: "random"; "fresh", with parameters of 0; "biased", with a large bias; "cancelling", with a bias of about
             minus hidden @ weight.T.
         with_bias: whether there is a bias.

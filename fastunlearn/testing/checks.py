@@ -40,7 +40,7 @@ def velocity_loss_of(inputs: Sequence[Tensor], module: ModuleType = functional, 
     Args:
         inputs: two for `velocity_loss`, three for `negatively_guided_velocity_loss`.
         module: where these functions are: `fastunlearn.functional` or `fastunlearn.ops.definition`.
-        options: of the function.
+        options: keyword arguments of the function.
     """
     name = "velocity_loss" if len(inputs) == 2 else "negatively_guided_velocity_loss"
     return getattr(module, name)(*inputs, **options)
@@ -55,7 +55,7 @@ def check_velocity_loss(
         inputs: prediction and target, or prediction, uncond and cond.
         upstream: the gradient of the loss; ones if None.
         backend: the backend under test.
-        options: of `fastunlearn.velocity_loss`. The mask has no channel dim.
+        options: keyword arguments of `fastunlearn.velocity_loss`. The mask has no channel dim.
 
     Raises:
         AssertionError: an error is larger than the bound of `compare`, or an input has changed.
@@ -102,7 +102,7 @@ def check_localization_loss(
         mask: (B or 1, *spatial).
         upstream: the gradient of the loss.
         backend: the backend under test.
-        options: of `fastunlearn.localization_loss`.
+        options: keyword arguments of `fastunlearn.localization_loss`.
 
     Raises:
         AssertionError: an error is larger than the bound of `compare`, or an input has changed.
@@ -147,7 +147,7 @@ def check_low_rank_localization_loss(
         mask: (B or 1, *grid).
         upstream: the gradient of the loss.
         backend: the backend under test.
-        options: of `fastunlearn.localization_loss`.
+        options: keyword arguments of `fastunlearn.localization_loss`.
 
     Raises:
         AssertionError: an error is larger than the bound of `compare`, or an input has changed.
@@ -199,9 +199,9 @@ def check_concept_attention(
 
     Args:
         query: as in `fastunlearn.concept_attention`.
-        key: as there.
-        token_indices: as there.
-        key_mask: as there.
+        key: as in `fastunlearn.concept_attention`.
+        token_indices: as in `fastunlearn.concept_attention`.
+        key_mask: as in `fastunlearn.concept_attention`.
         with_lse: whether to pass the log-sum-exp too, in the dtype of the arithmetic.
         backend: the backend under test.
 

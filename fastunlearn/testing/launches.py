@@ -76,7 +76,7 @@ def velocity_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -
     """The launches of a velocity loss and its backward pass.
 
     Args:
-        dtypes: of prediction, uncond and cond.
+        dtypes: the dtypes of prediction, uncond and cond.
         choice: a value for each of `VELOCITY_CHOICES`.
     """
     from fastunlearn.kernels.velocity import negatively_guided_velocity_loss
@@ -111,7 +111,7 @@ def localization_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any
     """The launches of the localization loss and its backward pass.
 
     Args:
-        dtypes: the first is of the outputs.
+        dtypes: only the first is used, for the outputs.
         choice: a value for each of `LOCALIZATION_CHOICES`.
     """
     from fastunlearn.kernels.localization import localization_loss
@@ -136,7 +136,7 @@ def low_rank_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -
     """The launches of the localization loss of low-rank outputs and its backward pass.
 
     Args:
-        dtypes: the first is of the hidden states, and of the parameters if `choice` gives them none.
+        dtypes: only the first is used, for the hidden states, and for the parameters unless `choice` gives them another.
         choice: a value for each of `LOW_RANK_CHOICES`.
     """
     from fastunlearn.kernels.low_rank import low_rank_localization_loss
@@ -166,7 +166,7 @@ def attention_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) 
     """The launches of concept attention.
 
     Args:
-        dtypes: the first is of queries and keys.
+        dtypes: only the first is used, for queries and keys.
         choice: a value for each of `ATTENTION_CHOICES`.
     """
     from fastunlearn.kernels.concept_attention import concept_attention

@@ -82,10 +82,10 @@ def video(
     """Samples one video: (F, 3, H, W) in [0, 1], on the CPU.
 
     Args:
-        model: loaded with its VAE.
-        conditions: of the "prompt" and of the "negative" prompt, without a batch dimension.
+        model: a model loaded with its VAE.
+        conditions: the conditions of the "prompt" and of the "negative" prompt, without a batch dimension.
         size: one that the model's `latent_shape` accepts.
-        seed: of the initial noise, which is drawn in float32 on the CPU, so that it is the same on every device.
+        seed: the seed of the initial noise, which is drawn in float32 on the CPU to be the same on every device.
         num_inference_steps: number of sampling steps.
         guidance_scale: classifier-free guidance scale; 1 samples without guidance, from the prompt alone.
         bar: a progress bar to advance by 1 per step.

@@ -54,10 +54,10 @@ class Measurement:
         """Adds a batch of points.
 
         Args:
-            group: of the points.
-            prompts: of each point.
+            group: the group of the points.
+            prompts: the prompt of each point.
             points: the batch.
-            velocity: of the model with erasers, at these points.
+            velocity: the velocity of the model with erasers, at these points.
             channel_dim: the channel dimension of the velocities.
 
         Raises:
@@ -116,8 +116,8 @@ def measure(model: VideoModel, cache: TeacherCache, batch_size: int, bar: tqdm |
     """Runs the model with its erasers at every point of a cache made with the same model.
 
     Args:
-        model: with erasers attached.
-        cache: made with the model without erasers. Its group "kept" must not change; the other groups are targets.
+        model: a model with erasers attached.
+        cache: a cache made with the model without erasers. Its group "kept" must not change; all others are targets.
         batch_size: points per forward pass.
         bar: a progress bar to advance by 1 per point.
 

@@ -64,7 +64,7 @@ def draw(report: Report, path: Path) -> None:
 
     Args:
         report: the evaluation.
-        path: of the PNG file to write.
+        path: the PNG file to write.
     """
     matplotlib.rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(14, 4.2), layout=ConstrainedLayoutEngine(wspace=0.05))

@@ -26,8 +26,8 @@ def load_model(
 
     Args:
         path: a folder that `save_pretrained` wrote, or a Hub id.
-        dtype: of the transformers, except for modules that diffusers keeps in float32. The VAE has it too, unless its
-            family needs another (Wan's VAE is always float32).
+        dtype: the dtype of the transformers, except for modules that diffusers keeps in float32. The VAE has it too,
+            unless its family needs another (Wan's VAE is always float32).
         device: where to load the model.
         vae: load the VAE as well. Only `decode` and `encode_video` need it.
 

@@ -118,6 +118,7 @@ def denoise(
     guidance_scale: float = 1.0,
     num_inference_steps: int = 50,
     generators: Sequence[torch.Generator] | None = None,
+    one_at_a_time: bool = False,
     watch: Callable[[int], Watch | None] | None = None,
 ) -> Iterator[Step]:
     """Samples with classifier-free guidance. The last step's `x_next` equals the latents that the pipeline would give.
@@ -127,7 +128,7 @@ def denoise(
     the model's dtype (CogVideoX).
 
     Args:
-        model: to sample from.
+        model: the model to sample from.
         noise: (B, ...) standard normal.
         conditions: by name, each with a batch of B. The model computes a velocity for all of them at every step.
         follow: the name of the condition to guide towards.
@@ -136,6 +137,7 @@ def denoise(
         num_inference_steps: number of sampling steps.
         generators: one per sample, for schedulers that add noise at every step (CogVideoX's DPM). By default sample i
             has a generator seeded with i.
+        one_at_a_time: as in `velocities`.
         watch: number of a step -> the `watch` argument of `velocities` at that step.
 
     Raises:
@@ -149,7 +151,8 @@ def denoise(
     advance = _advance(scheduler, generators or [random_generator(sample) for sample in range(len(noise))])
     x_t = noise.to(model.device, torch.float32 if model.family.float32_latents else model.dtype)
     for index, t in enumerate(scheduler.timesteps):
-        by_name = velocities(model, x_t, t, conditions, watch=watch(index) if watch else None)
+        watched = watch(index) if watch else None
+        by_name = velocities(model, x_t, t, conditions, one_at_a_time=one_at_a_time, watch=watched)
         velocity = by_name[follow].float()
         if guidance_scale != 1 and guide_from is not None:
             start = by_name[guide_from].float()

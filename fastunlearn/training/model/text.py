@@ -45,7 +45,7 @@ def encode_prompts(
         path: a folder that `save_pretrained` wrote, or a Hub id.
         prompts: each distinct prompt is encoded once.
         concept: the words whose tokens to find; whole words, case-insensitive. None finds nothing.
-        dtype: of the text encoders and the embeddings.
+        dtype: the dtype of the text encoders and the embeddings.
         device: where to encode; the conditions stay there.
         must_contain: prompts that must contain the concept.
 

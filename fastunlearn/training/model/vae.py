@@ -36,9 +36,9 @@ def encode_videos(
     """Encodes videos (B, F, 3, H, W) in [0, 1] to normalised latents (B, C, F', h, w), float32, on the VAE's device.
 
     Args:
-        vae: with `encode(videos).latent_dist`.
-        videos: to encode.
-        latent_space: of the VAE.
+        vae: a VAE with `encode(videos).latent_dist`.
+        videos: the videos to encode.
+        latent_space: the VAE's latent space.
         sample: draw from the VAE's distribution instead of taking its mode.
         generator: draws the samples; on the VAE's device.
     """
