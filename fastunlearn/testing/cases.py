@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastunlearn.dtypes import FLOATING
 from fastunlearn.functional import LowRankOutput, localization_loss
 from fastunlearn.ops.arguments import check_choice
 from fastunlearn.ops.dispatch import OPS

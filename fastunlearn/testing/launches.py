@@ -136,7 +136,7 @@ def low_rank_launches(dtypes: tuple[torch.dtype, ...], choice: dict[str, Any]) -
     """The launches of the localization loss of low-rank outputs and its backward pass.
 
     Args:
-        dtypes: only the first is used, for the hidden states, and for the parameters unless `choice` gives them another.
+        dtypes: only the first is used, for the hidden states, and for the parameters unless `choice` names another.
         choice: a value for each of `LOW_RANK_CHOICES`.
     """
     from fastunlearn.kernels.low_rank import low_rank_localization_loss
