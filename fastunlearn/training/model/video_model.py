@@ -81,11 +81,11 @@ class VideoModel:
 
         Args:
             transformers: one or two of one supported family.
-            scheduler: of the pipeline.
-            latent_space: of the VAE.
-            defaults: of the pipeline.
-            vae: with `encode(videos).latent_dist` and `decode(latents, return_dict=False)[0]`; videos and latents are
-                (B, C, F, H, W), videos in [-1, 1].
+            scheduler: the pipeline's scheduler.
+            latent_space: the VAE's latent space.
+            defaults: the pipeline's defaults.
+            vae: a VAE with `encode(videos).latent_dist` and `decode(latents, return_dict=False)[0]`; videos and
+                latents are (B, C, F, H, W), videos in [-1, 1].
             boundary: the timestep that divides two transformers.
             path: where the model comes from; only reported.
 
