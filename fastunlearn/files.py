@@ -58,15 +58,19 @@ def shown(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, allow_nan: bool = True) -> dict[str, Any]:
     """Reads a JSON object from a file.
+
+    Args:
+        path: the file.
+        allow_nan: whether NaN and infinity, which are not JSON but which Python writes, are read.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not valid JSON (NaN and infinity are not), or holds something other than an object.
+        ValueError: the file is not valid JSON, or holds something other than an object.
     """
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        content = json.loads(path.read_bytes(), parse_constant=None if allow_nan else _refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
@@ -78,7 +82,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_versioned_json(path: Path, *, format: str, version: int, what: str) -> dict[str, Any]:
+def read_versioned_json(path: Path, *, format: str, version: int, what: str, allow_nan: bool = True) -> dict[str, Any]:
     """Reads a JSON object from one of this library's own files, which name their format and its version.
 
     Args:
@@ -86,12 +90,13 @@ def read_versioned_json(path: Path, *, format: str, version: int, what: str) -> 
         format: the required value of the key "format".
         version: the required value of the key "format_version".
         what: what the file should be, for the error message, for example "the index of a teacher cache".
+        allow_nan: as in `read_json`.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not valid JSON, or has another format or another version.
     """
-    content = read_json(path)
+    content = read_json(path, allow_nan=allow_nan)
     if content.get("format") != format:
         raise ValueError(f"{path}: expected {what}, got another JSON file")
     got = content.get("format_version")

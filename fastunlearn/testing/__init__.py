@@ -5,7 +5,6 @@ in float32 on the same inputs (`fastunlearn.ops.definition`), plus what rounding
 are no flat tolerances.
 """
 
-from fastunlearn.ops import definition as eager
 from fastunlearn.testing import oracle
 from fastunlearn.testing.cases import DTYPES, Case, cases, low_rank_outputs, random_mask, random_tensors
 from fastunlearn.testing.checks import (
@@ -31,7 +30,6 @@ __all__ = [
     "check_negatively_guided_velocity",
     "check_velocity_loss",
     "compare",
-    "eager",
     "low_rank_outputs",
     "oracle",
     "poisoned_memory",

@@ -190,20 +190,65 @@ class Operation(NamedTuple):
 
     Attributes:
         choices: the values of everything that a launch depends on, besides dtypes.
+        heaviest: a value for each of the choices, such that everything is switched on: most registers are needed.
         record: (dtypes, a value for each of the choices) -> the launches.
         multiplies_matrices: whether it does: then it has no float64 on a GPU, where the torch backend computes it.
     """
 
     choices: dict[str, tuple[Any, ...]]
+    heaviest: dict[str, Any]
     record: Callable[[tuple[torch.dtype, ...], dict[str, Any]], list[Launch]]
     multiplies_matrices: bool
 
 
 OPERATIONS = (
-    Operation(VELOCITY_CHOICES, velocity_launches, multiplies_matrices=False),
-    Operation(LOCALIZATION_CHOICES, localization_launches, multiplies_matrices=False),
-    Operation(LOW_RANK_CHOICES, low_rank_launches, multiplies_matrices=True),
-    Operation(ATTENTION_CHOICES, attention_launches, multiplies_matrices=True),
+    Operation(
+        VELOCITY_CHOICES,
+        {
+            "inputs": 3,
+            "gradients": "all",
+            "mask": "of another resolution",
+            "sample_weight": True,
+            "loss_type": "l1",
+            "reduction": "none",
+            "mask_normalization": "mask",
+            "upstream": "kept",
+        },
+        velocity_launches,
+        multiplies_matrices=False,
+    ),
+    Operation(
+        LOCALIZATION_CHOICES,
+        {
+            "outputs": "feature maps, mask of another resolution",
+            "layers": 16,
+            "gradients": True,
+            "loss_type": "l1",
+            "normalization": "background_mean",
+            "masks": "one per layer",
+        },
+        localization_launches,
+        multiplies_matrices=False,
+    ),
+    Operation(
+        LOW_RANK_CHOICES,
+        {
+            "rank": 160,
+            "gradients": "all",
+            "weight_dtype": torch.float32,
+            "with_bias": True,
+            "normalization": "background_mean",
+            "layers": 16,
+        },
+        low_rank_launches,
+        multiplies_matrices=True,
+    ),
+    Operation(
+        ATTENTION_CHOICES,
+        {"channels": 128, "lse": False, "key_mask": True},
+        attention_launches,
+        multiplies_matrices=True,
+    ),
 )
 
 

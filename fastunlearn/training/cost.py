@@ -25,12 +25,11 @@ from typing import NamedTuple
 
 from fastunlearn.families import FAMILIES
 from fastunlearn.families.base import PublishedModel
+from fastunlearn.training.cache.estimate import ACTIVATIONS_PER_FEATURE
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 
 # An assumption: 40% of the 989 TFLOP/s that an H100 has in dense bfloat16.
 H100_OPERATIONS_PER_SECOND = 400e12
-# Numbers held at a time for each feature of every token, in a forward pass without gradients: see `prepare --estimate`.
-_WIDTHS_AT_WORK = 17
 _BFLOAT16, _FLOAT32 = 2, 4  # bytes
 
 
@@ -39,7 +38,6 @@ class Cost(NamedTuple):
 
     weights: float
     forward: float
-    prepare_passes: int
     prepare_memory: float
     prepare_hours: float
     train_memory: float
@@ -59,7 +57,7 @@ def cost_of(model: PublishedModel, *, has_guidance: bool) -> Cost:
     tokens = model.video_tokens + model.text_tokens
     forward = 2 * model.parameters * tokens + 4 * model.blocks * model.features * tokens**2
     weights = _BFLOAT16 * model.transformers * model.parameters
-    at_work = _BFLOAT16 * tokens * model.features * _WIDTHS_AT_WORK
+    at_work = _BFLOAT16 * tokens * model.features * ACTIVATIONS_PER_FEATURE
 
     passes_per_trajectory = PrepareOptions.num_inference_steps
     passes_per_trajectory += passes_per_trajectory if has_guidance else PrepareOptions.timesteps_per_trajectory
@@ -74,7 +72,6 @@ def cost_of(model: PublishedModel, *, has_guidance: bool) -> Cost:
     return Cost(
         weights=weights,
         forward=forward,
-        prepare_passes=passes,
         prepare_memory=max(encoders, weights + (2 if has_guidance else 1) * at_work),
         prepare_hours=passes * forward / H100_OPERATIONS_PER_SECOND / 3600,
         train_memory=held + 2 * kept,
@@ -88,8 +85,8 @@ def cost_of(model: PublishedModel, *, has_guidance: bool) -> Cost:
 def table() -> str:
     """The costs of every published model, as text: memory, hours on one H100, and sizes of what is stored and sent."""
     lines = [
-        "model, size of a video       prepare            train                         a point in  erasers'",
-        "                             memory    time     memory  sequential*  time     the cache   gradients",
+        "model, size of a video       prepare            train                         disk per  gradients",
+        "                             memory    time     memory  sequential*  time     point     per step",
     ]
     for family in FAMILIES:
         for model in family.published:
@@ -97,7 +94,7 @@ def table() -> str:
             lines.append(
                 f"{f'{model.name}, {model.video}':<29}{_gb(cost.prepare_memory):<8}{cost.prepare_hours:>5.1f} h   "
                 f"{_gb(cost.train_memory):<8}{_gb(cost.sequential_memory):<11}{cost.train_hours:>5.1f} h   "
-                f"{cost.cached_point / 1e6:>5.1f} MB     {cost.gradients / 1e6:>4.0f} MB"
+                f"{cost.cached_point / 1e6:>4.1f} MB   {cost.gradients / 1e6:>4.0f} MB"
             )
     lines.append("* with --sequential-terms")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ def test_a_seed_determines_the_weights_and_the_global_generator_is_left_alone(tm
 
 
 def test_an_unknown_variant_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="variant: expected one of 'cogvideox', .*, got 'mochi'"):
+    with pytest.raises(ValueError, match="family: expected one of 'cogvideox', .*, got 'mochi'"):
         save_tiny_pipeline("mochi", tmp_path)
 
 

@@ -424,3 +424,9 @@ def test_opening_a_cache_runs_no_code(folder, tmp_path, file):
     assert not (tmp_path / "exploded").exists()
     pickle.loads(bomb)
     assert (tmp_path / "exploded").exists()
+
+
+def test_a_dtype_that_no_cache_can_hold_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="facts: expected one of float32, bfloat16, float16 as 'dtype', got 'float64'"):
+        CacheWriter(tmp_path / "cache", FACTS | {"dtype": "float64"}, {}, [])
+    assert not (tmp_path / "cache").exists()

@@ -18,7 +18,7 @@ from fastunlearn.training.options import PrepareOptions
 
 # The peak number of activations in a forward pass without gradients, per token and feature: measured as 12 for
 # CogVideoX, 17 for HunyuanVideo and 10 for Wan.
-_ACTIVATIONS_PER_FEATURE = 17
+ACTIVATIONS_PER_FEATURE = 17
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -92,7 +92,7 @@ def estimate(options: PrepareOptions) -> Estimate:
         disk=plan.num_points * point_bytes + mask_bytes + condition_bytes,
         text_encoders=outline.text_encoder_parameters * itemsize,
         transformers=sum(p.numel() for expert in model.experts for p in expert.parameters()) * itemsize,
-        activations=rows * (tokens + outline.text_length) * width * _ACTIVATIONS_PER_FEATURE * itemsize,
+        activations=rows * (tokens + outline.text_length) * width * ACTIVATIONS_PER_FEATURE * itemsize,
     )
 
 

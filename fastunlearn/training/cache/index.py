@@ -41,7 +41,9 @@ def read_index(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, is not the index of a cache, has another version, or was edited.
     """
-    index = read_versioned_json(path, format=FORMAT, version=FORMAT_VERSION, what="the index of a teacher cache")
+    index = read_versioned_json(
+        path, format=FORMAT, version=FORMAT_VERSION, what="the index of a teacher cache", allow_nan=False
+    )
     for key in ("facts", "origin", "conditions"):
         if not isinstance(index.get(key), dict):
             raise ValueError(f"{path}: expected an object as {key!r}, got {shown(index.get(key))}")

@@ -25,6 +25,7 @@ from fastunlearn.training.cache.index import (
     FORMAT_VERSION,
     INDEX,
     PROMPTS,
+    SAFETENSORS_DTYPES,
     cache_fingerprint,
     file_entry,
     read_index,
@@ -72,8 +73,9 @@ class CacheWriter:
         self._groups = list(groups)
         self._prompt_indices = {prompt: index for index, prompt in enumerate(conditions)}
         dtype = dtype_named(self._facts["dtype"])
-        if dtype is None:
-            raise ValueError(f"facts: expected the name of a dtype as 'dtype', got {self._facts['dtype']!r}")
+        if dtype is None or self._facts["dtype"] not in SAFETENSORS_DTYPES:
+            expected = ", ".join(SAFETENSORS_DTYPES)
+            raise ValueError(f"facts: expected one of {expected} as 'dtype', got {self._facts['dtype']!r}")
         self._dtype = dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         content = _serialized(conditions)

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fastunlearn.files import replace_file
 
-FORMATS = ("mp4", "gif")
-
 # H.264 with the colour matrix that players assume for high definition; the file names it as well.
 _MP4 = (
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"),

@@ -19,6 +19,9 @@ from fastunlearn.velocity_model import as_velocity_model
 Erasers = dict[str, AdapterEraser]  # by layer
 
 
+EXPERT_FOLDERS = ("transformer", "transformer_2")  # of saved erasers, if there are two experts
+
+
 class VideoSize(NamedTuple):
     """The size of a video: height and width in pixels, and how many frames."""
 
@@ -91,15 +94,15 @@ class VideoModel:
 
         Raises:
             TypeError: a transformer is of no supported family.
-            ValueError: the transformers are of different families or more than their pipeline has, or there is a
-                boundary for one transformer or none for two.
+            ValueError: the transformers are of different families or more than two, or there is a boundary for one
+                transformer or none for two.
         """
         self.experts = tuple(as_velocity_model(transformer) for transformer in transformers)
         families = {family.name: family for family in map(family_of, self.experts)}
         family = next(iter(families.values()), None)
-        if family is None or len(families) > 1 or len(self.experts) > len(family.denoisers):
+        if family is None or len(families) > 1 or len(self.experts) > len(EXPERT_FOLDERS):
             raise ValueError(
-                "transformers: expected one, or two of a family whose pipeline has two, "
+                "transformers: expected one or two of one family, "
                 f"got {[type(transformer).__name__ for transformer in transformers]}"
             )
         if (boundary is None) != (len(self.experts) == 1):
@@ -296,7 +299,7 @@ class VideoModel:
         """Where in `folder` each expert's erasers belong."""
         if len(self.experts) == 1:
             return [Path(folder)]
-        return [Path(folder) / name for name in self.family.denoisers]
+        return [Path(folder) / name for name in EXPERT_FOLDERS]
 
     def _check_folders(self, folders: Sequence[str | os.PathLike[str]]) -> None:
         for folder in folders:
