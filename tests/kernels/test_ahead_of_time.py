@@ -73,19 +73,21 @@ def recorded(operation: Operation, dtypes: tuple[torch.dtype, ...], grid: list[d
 def jobs() -> list[tuple[Launch, str]]:
     """What to compile for which target, each once.
 
-    Every pair of choices meets in every dtype on every target. The full product of the choices is compiled in bfloat16
-    for sm_90 alone: from one dtype or target to another, a kernel differs in its conversions, its accesses and its
-    number of registers, which the pairs show, but not in how its choices combine. So do mixed dtypes, which differ
-    from uniform ones only in conversions: their pairs are compiled for sm_90. Products of matrices in float64 do not
-    compile; they run on the torch backend.
+    Every pair of choices meets in every dtype on every target, and so do all choices that need registers. The full
+    product of the choices is compiled in bfloat16 for sm_90 alone: from one dtype or target to another, a kernel
+    differs in its conversions, its accesses and its number of registers, which the pairs and the heaviest choice show,
+    but not in how its choices combine. So do mixed dtypes, which differ from uniform ones only in conversions: theirs
+    are compiled for sm_90. Products of matrices in float64 do not compile; they run on the torch backend.
     """
     grids: list[tuple[Iterator[Launch], list[str]]] = []
     for operation in OPERATIONS:
-        pairs = pairwise(operation.choices)
+        everything = combinations(operation.choices)
+        # The pairs, and all choices switched on at once; or everything, where that is no more.
+        pairs = everything if len(everything) <= 12 else [*pairwise(operation.choices), operation.heaviest]
         dtypes = (HALF, BRAIN, SINGLE) if operation.multiplies_matrices else (HALF, BRAIN, SINGLE, DOUBLE)
         grids += [(recorded(operation, (dtype,) * 3, pairs), list(TARGETS)) for dtype in dtypes]
         if not operation.multiplies_matrices:
-            grids.append((recorded(operation, (BRAIN,) * 3, combinations(operation.choices)), ["sm_90"]))
+            grids.append((recorded(operation, (BRAIN,) * 3, everything), ["sm_90"]))
             grids += [(recorded(operation, mixed, pairs), ["sm_90"]) for mixed in MIXED]
     distinct = {
         (launch.key, target): (launch, target)

@@ -148,7 +148,14 @@ def test_a_family_has_the_sampling_defaults_of_its_pipeline(family):
     assert family.guidance_scale == defaults.get("true_cfg_scale", defaults["guidance_scale"])
     if family.embedded_guidance_scale is not None:
         assert family.embedded_guidance_scale == defaults["guidance_scale"]
-    assert family.flow_matching == (family.name != "cogvideox")
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_a_family_matches_flow_if_its_scheduler_has_no_schedule_of_alphas(family):
+    for make_pipeline in family.tiny_pipelines.values():
+        scheduler = make_pipeline().scheduler
+        predicts_flow = getattr(scheduler.config, "prediction_type", "flow_prediction") == "flow_prediction"
+        assert family.flow_matching == predicts_flow
 
 
 def test_every_family_is_tested():
