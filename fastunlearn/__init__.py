@@ -2,14 +2,18 @@
 
     losses          modules that call the models and return a loss and a dict of its parts
     functional      the same losses on tensors, and concept attention, with fused kernels
-    erasers         small adapters on a frozen transformer's attentions
-    capture         the erasers' outputs and attention maps of a forward pass
+    erasers         small adapters on a frozen transformer's attentions (eraser_files: their files)
+    capture         the erasers' outputs and attention maps of a forward pass (interception: where attention runs)
     masks           masks from attention maps
+    schedule        noise schedules: adding noise, and weights for models that do not predict v
     velocity_model  a diffusers transformer as the callable (x_t, t, cond) -> velocity
     families        what the library knows of each family of models
+    ops, kernels    the operations: their definition, their backends in torch and in Triton
     training        the commands prepare, train, evaluate and sample
-    ops             the operations' definition and backends
+    demo, bench     a concept erased from a tiny trained model in minutes; benchmarks
     testing         what proves the operations correct
+    cli             the command line
+    environment, files, devices, dtypes   what all of them share
 
 Importing fastunlearn needs torch alone.
 """

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 BACKENDS = ("torch", "compile", "triton")
 
 # Command -> the class of its options in `fastunlearn.training.options`, the module whose `run` takes them, and the
@@ -207,6 +206,9 @@ def _add_demo(commands: Any, shapes: Sequence[str]) -> None:
 
 
 def _add_verify(commands: Any, ops: Sequence[str]) -> None:
+    from fastunlearn.dtypes import FLOATING, dtype_name
+
+    dtypes = [dtype_name(dtype) for dtype in FLOATING]
     verify = _add_command(
         commands,
         "verify",
@@ -227,10 +229,10 @@ def _add_verify(commands: Any, ops: Sequence[str]) -> None:
     verify.add_argument(
         "--dtype",
         nargs="+",
-        choices=DTYPES,
-        default=DTYPES,
+        choices=dtypes,
+        default=dtypes,
         metavar="NAME",
-        help=f"one or more dtypes of the inputs: {', '.join(DTYPES)}; all if left out",
+        help=f"one or more dtypes of the inputs: {', '.join(dtypes)}; all if left out",
     )
     verify.add_argument(
         "--backend",

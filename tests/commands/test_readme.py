@@ -118,6 +118,11 @@ def test_links_lead_to_files_and_headings(page: str) -> None:
             assert heading in {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}, heading
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`|\[[^]]*\]\([^)]*\)", "", README, flags=re.DOTALL)
+    assert re.findall(r"\b[A-Z]+_[A-Z]+\b|TODO|XXX", prose) == []
+
+
 def test_the_costs_are_those_that_are_computed() -> None:
     assert f"```\n{cost.table()}\n```" in README
 
