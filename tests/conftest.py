@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock  # torch requires it
 
 from fastunlearn.testing.interpreter import exact_bfloat16, is_interpreted
 
@@ -47,6 +48,25 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return folder
 
     return saved
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`made_once(name, make)`: a folder that `make` fills, once for all of xdist's workers. Tests only read it."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # every worker's own folder is in it
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, partial = root / name, root / f"{name}.partial"
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                partial.mkdir()
+                make(partial)
+                partial.rename(folder)
+        return folder
+
+    return made
 
 
 # Whether Triton interprets a kernel is settled when the kernel is decorated: these tests need a process of their own.

@@ -53,21 +53,23 @@ def find_transformer(model: nn.Module) -> tuple[nn.Module, Family]:
 
 def _wrapped_module(wrapper: nn.Module) -> nn.Module | None:
     """The module that a known wrapper holds; None if this is not such a wrapper."""
-    from fastunlearn.velocity_model import VelocityModel  # imports this module
-
-    if isinstance(wrapper, VelocityModel):
-        return wrapper.transformer
     children = wrapper._modules
+    if "VelocityModel" in _class_names(type(wrapper)):
+        return children["transformer"]
     return children.get("_orig_mod", children.get("module"))  # of torch.compile; of data parallelism
 
 
 def _family_of_class(cls: type) -> Family | None:
-    """The family of a class, by the names of the class and its bases.
-
-    Names, so that diffusers need not be imported. Bases, because FSDP and users subclass transformers.
-    """
-    names = {base.__name__ for base in cls.__mro__}
+    names = _class_names(cls)
     return next((family for family in FAMILIES if family.transformer in names), None)
+
+
+def _class_names(cls: type) -> set[str]:
+    """The names of a class and its bases, to tell it by.
+
+    By name, so that nothing need be imported for it. With the bases, because FSDP and users subclass transformers.
+    """
+    return {base.__name__ for base in cls.__mro__}
 
 
 def _check_variant(transformer: nn.Module, family: Family) -> None:

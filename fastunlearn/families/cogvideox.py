@@ -139,6 +139,18 @@ def _tiny_pipeline(rotary: bool = False) -> Any:
 
 _ATTENTIONS = (("transformer_blocks", "attn1"),)
 
+_COGVIDEOX_5B = PublishedModel(
+    name="CogVideoX-5B",
+    video="480x720x49",
+    parameters=5.57e9,
+    text_encoder_parameters=4.76e9,
+    blocks=42,
+    features=3072,
+    video_tokens=13 * 30 * 45,
+    text_tokens=226,
+    latent_elements=13 * 16 * 60 * 90,
+)
+
 COGVIDEOX = Family(
     name="cogvideox",
     transformer="CogVideoXTransformer3DModel",
@@ -164,28 +176,8 @@ COGVIDEOX = Family(
     default_size=_default_size,
     float32_latents=False,
     published=(
-        PublishedModel(
-            name="CogVideoX-2B",
-            video="480x720x49",
-            parameters=1.69e9,
-            blocks=30,
-            features=1920,
-            text_encoder_parameters=4.76e9,
-            video_tokens=13 * 30 * 45,
-            text_tokens=226,
-            latent_elements=13 * 16 * 60 * 90,
-        ),
-        PublishedModel(
-            name="CogVideoX-5B",
-            video="480x720x49",
-            parameters=5.57e9,
-            blocks=42,
-            features=3072,
-            text_encoder_parameters=4.76e9,
-            video_tokens=13 * 30 * 45,
-            text_tokens=226,
-            latent_elements=13 * 16 * 60 * 90,
-        ),
+        _COGVIDEOX_5B._replace(name="CogVideoX-2B", parameters=1.69e9, blocks=30, features=1920),
+        _COGVIDEOX_5B,
     ),
     tiny_transformer=_tiny_transformer,
     tiny_pipelines={

@@ -69,6 +69,18 @@ def _tiny_pipeline(experts: int = 1) -> Any:
 
 _CROSS_ATTENTIONS = (("blocks", "attn2"),)  # attn1 is self-attention over video tokens
 
+_WAN_14B = PublishedModel(
+    name="Wan2.1-14B",
+    video="480x832x81",
+    parameters=14.29e9,
+    text_encoder_parameters=5.68e9,
+    blocks=40,
+    features=5120,
+    video_tokens=21 * 30 * 52,
+    text_tokens=0,
+    latent_elements=16 * 21 * 60 * 104,
+)
+
 WAN = Family(
     name="wan",
     transformer="WanTransformer3DModel",
@@ -97,40 +109,9 @@ WAN = Family(
     fps=16,
     unsupported_options={"expand_timesteps": "one timestep per token, as in Wan2.2-TI2V-5B"},
     published=(
-        PublishedModel(
-            name="Wan2.1-1.3B",
-            video="480x832x81",
-            parameters=1.42e9,
-            blocks=30,
-            features=1536,
-            text_encoder_parameters=5.68e9,
-            video_tokens=21 * 30 * 52,
-            text_tokens=0,
-            latent_elements=16 * 21 * 60 * 104,
-        ),
-        PublishedModel(
-            name="Wan2.1-14B",
-            video="480x832x81",
-            parameters=14.29e9,
-            blocks=40,
-            features=5120,
-            text_encoder_parameters=5.68e9,
-            video_tokens=21 * 30 * 52,
-            text_tokens=0,
-            latent_elements=16 * 21 * 60 * 104,
-        ),
-        PublishedModel(
-            name="Wan2.2-A14B",
-            video="480x832x81",
-            parameters=14.29e9,
-            transformers=2,
-            blocks=40,
-            features=5120,
-            text_encoder_parameters=5.68e9,
-            video_tokens=21 * 30 * 52,
-            text_tokens=0,
-            latent_elements=16 * 21 * 60 * 104,
-        ),
+        _WAN_14B._replace(name="Wan2.1-1.3B", parameters=1.42e9, blocks=30, features=1536),
+        _WAN_14B,
+        _WAN_14B._replace(name="Wan2.2-A14B", transformers=2),
     ),
     tiny_transformer=_tiny_transformer,
     tiny_pipelines={

@@ -199,23 +199,23 @@ def test_resuming_needs_no_text_encoder(tiny_pipeline, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def processes(tiny_pipeline, tmp_path_factory):
+def processes(tiny_pipeline, made_once):
     """A folder with three caches: by one process, by processes that were killed, and by two launched processes."""
-    folder = tmp_path_factory.mktemp("processes")
-    write_prompts(folder, target_prompts="\n".join(TARGETS), kept_prompts="\n".join(KEPT))
-    script = Path(__file__).parents[1] / "workers/prepare_worker.py"
-    command = [sys.executable, str(script), str(tiny_pipeline("cogvideox")), str(folder)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder):
+        write_prompts(folder, target_prompts="\n".join(TARGETS), kept_prompts="\n".join(KEPT))
+        script = Path(__file__).parents[1] / "workers/prepare_worker.py"
+        command = [sys.executable, str(script), str(tiny_pipeline("cogvideox")), str(folder)]
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return made_once("prepare-processes", make)
 
 
-@pytest.mark.xdist_group("prepare processes")
 def test_a_killed_and_resumed_cache_is_the_same(processes):
     assert contents(processes / "killed") == contents(processes / "undisturbed")
     assert TeacherCache.open(processes / "killed", verify=True).groups.keys() == {"target", "kept"}
 
 
-@pytest.mark.xdist_group("prepare processes")
 def test_two_launched_processes_write_the_same_cache(processes):
     assert contents(processes / "launched") == contents(processes / "undisturbed")

@@ -37,11 +37,9 @@ def launch(arguments: Sequence[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("torchrun")
+def under_torchrun(made_once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch([*launcher, str(WORKER), str(output), *CASES])
-    return output
+    return made_once("torchrun", lambda output: launch([*launcher, str(WORKER), str(output), *CASES]))
 
 
 def erasers(folder: Path) -> dict[str, torch.Tensor]:
@@ -63,14 +61,12 @@ def check_same(two: Path, one: Path, tolerance: float = 1e-4) -> None:
         assert (got[name] - value).abs().max().item() < tolerance * largest, name
 
 
-@pytest.mark.xdist_group("torchrun")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "not-finite"])
 def test_two_processes_equal_one_with_twice_the_batch_size(case: str, under_torchrun: Path, tmp_path: Path) -> None:
     train_case(tmp_path, case, batch=2, fsdp=False, gradient_checkpointing=False)
     check_same(under_torchrun / case / "erasers", tmp_path / "erasers")
 
 
-@pytest.mark.xdist_group("torchrun")
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(under_torchrun: Path) -> None:
     folder = under_torchrun / "not-finite"
     messages = [(folder / f"stopped-{rank}").read_text() for rank in (0, 1)]
