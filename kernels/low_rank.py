@@ -271,7 +271,8 @@ def gradient_rows_kernel(
     if last_ptrs is not None:
         last_ptr = select(last_ptrs, layer)
         last_result = rounded(last_result * row_scales, last_ptr.dtype.element_ty)
-        tl.store(last_ptr + row, last_result, (row < rows) & (tl.program_id(2) == 0))
+        if tl.program_id(2) == 0:  # the programs of other columns compute the same
+            tl.store(last_ptr + row, last_result, row < rows)
 
 
 class _Layer(NamedTuple):
