@@ -73,9 +73,8 @@ class _DenseTerms(Terms):
         without = Terms(replace(self._options, localization_weight=0.0), device=self._device, dtype=self._dtype)
         with EraserOutputsCapture(student, erasers, outputs):
             unlearning, _ = without.target_losses(student, erasers, points, guidance_scale)
-        elements = next(iter(outputs.values()))[0].numel()
-        weight = self._options.localization_weight / elements
-        return unlearning, localization_loss(outputs, points.mask.to(self._device), weight=weight).loss
+        mask, weight = points.mask.to(self._device), self._options.localization_weight
+        return unlearning, localization_loss(outputs, mask, normalization="mean", weight=weight).loss
 
 
 class StepRunner:

@@ -7,7 +7,6 @@ velocities with and without the concept; the model with erasers is run once at e
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +72,9 @@ def _model_and_cache(options: EvaluateOptions) -> tuple[VideoModel, TeacherCache
     encoded = prepare.encoded_prompts(preparing, requests, dtype, device)
     # Erasers that do not fit the model fail here, before hours of sampling.
     model = erased.load_erased_model(options, dtype=dtype, device=device)
-    with tqdm(desc="sampling held-out trajectories", unit="batch") as bar:
-        prepare.prepare(
-            model, encoded, requests, preparing.output_dir, preparing, progress=partial(_show_progress, bar)
-        )
+    with prepare.progress_bar("sampling held-out trajectories") as progress:
+        prepare.prepare(model, encoded, requests, preparing.output_dir, preparing, progress=progress)
     return model, TeacherCache.open(preparing.output_dir)
-
-
-def _show_progress(bar: tqdm, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 def _provenance(options: EvaluateOptions, cache: TeacherCache) -> dict[str, Any]:

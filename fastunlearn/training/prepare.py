@@ -154,7 +154,7 @@ def run(options: PrepareOptions) -> None:
     encoded = _broadcast_from_main_process(state, check_and_encode)
     needs_vae = any(request.needs_vae for request in requests)
     model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=needs_vae)
-    with _progress_bar(is_visible=state.is_main_process) as progress:
+    with progress_bar("prepare", is_visible=state.is_main_process) as progress:
         prepare(
             model,
             encoded,
@@ -203,10 +203,11 @@ def _broadcast_from_main_process(
 
 
 @contextmanager
-def _progress_bar(is_visible: bool) -> Iterator[Progress]:
+def progress_bar(description: str, *, is_visible: bool = True) -> Iterator[Progress]:
+    """The `progress` of `prepare` as a bar on the terminal."""
     from tqdm import tqdm
 
-    with tqdm(desc="prepare", unit="batch", disable=not is_visible) as bar:
+    with tqdm(desc=description, unit="batch", disable=not is_visible) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
