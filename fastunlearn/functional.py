@@ -131,11 +131,13 @@ def negatively_guided_velocity_loss(
         cond: the teacher's velocity for a prompt with the concept, of `prediction`'s shape. Usually detached.
         guidance_scale: eta, how far to lead away from the concept.
         mask: (B or 1, *spatial), or the same with a channel dim of size 1. Its dtype may be bool, integer or floating,
-            and its values soft. If its resolution differs from the velocity's, it is resized as by
+            and its values soft, but not NaN or infinite: that would be the loss's. It may be coarser than the velocity
+            by a whole number in each dim, as a grid of tokens is, and is then read as by
             `torch.nn.functional.interpolate(mode="nearest")`. It gets no gradient.
         sample_weight: (B,), multiplies rho. It gets no gradient. An element contributes nothing, even if it is NaN,
             where its sample weight or its mask is 0.
-        channel_dim: the channel's dim in the velocities: 1, or 2 in CogVideoX's (B, F, C, H, W).
+        channel_dim: the channel's dim in the velocities: 1, or 2 in CogVideoX's (B, F, C, H, W). It says which dims the
+            mask lacks; without a mask it changes nothing.
         loss_type: rho: "l2" is the square, "l1" the absolute value.
         reduction: "mean" over all elements, "sum", or "none" for the loss of each element.
         mask_normalization: what "mean" divides by: the number of "all" elements, or the sum of the "mask" over them.
@@ -190,7 +192,7 @@ def velocity_loss(
     Args:
         prediction: the student's velocity, (B, C, *spatial) or with another `channel_dim`.
         target: the teacher's velocity, of `prediction`'s shape. Usually detached.
-        mask: (B or 1, *spatial), of any resolution.
+        mask: (B or 1, *spatial), as fine as the velocities or coarser by whole numbers.
         sample_weight: (B,).
         channel_dim: the channel's dim in the velocities.
         loss_type: "l2" or "l1".

@@ -71,7 +71,7 @@ class ConceptPreservationLoss(VelocityErrorLoss):
         Returns:
             The loss, and a dict with preservation_loss, v_orig_norm and v_unlearn_norm.
         """
-        self._check_mask(mask, model_unlearned)
+        self._check_mask(mask, model_unlearned, x_t)
         teacher = self._choose_teacher(model_original, model_unlearned)
         v_original = frozen_velocity(teacher, x_t, t, cond_preserve)
         prediction = call_model(model_unlearned, x_t, t, cond_preserve, "model_unlearned")

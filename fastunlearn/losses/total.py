@@ -159,7 +159,7 @@ class T2VUnlearningLoss(nn.Module):
             TypeError: a model, the mask or a velocity is of the wrong type.
         """
         unlearning = self.unlearning_loss
-        unlearning._check_mask(mask, model_unlearned)
+        unlearning._check_mask(mask, model_unlearned, x_t)
         _check_localization(eraser_outputs, mask, localization_mask)
         _check_preservation(cond_preserve, v_preserve, x_t_preserve, t_preserve)
         _check_velocities(v_uncond, v_cond, v_preserve)

@@ -33,7 +33,8 @@ class NegativelyGuidedVelocityLoss(VelocityErrorLoss):
         guidance_scale: eta, how far the target lies beyond the unconditional velocity.
         loss_type: rho, "l2" (squared error) or "l1" (absolute error).
         reduction: "mean", "sum" or "none".
-        channel_dim: the channel dimension of a velocity: 1 in (B, C, ...), 2 in CogVideoX's (B, F, C, H, W).
+        channel_dim: the channel dimension of a velocity: 1 in (B, C, ...), 2 in CogVideoX's (B, F, C, H, W). It says
+            which dimensions a mask goes along; without a mask it changes nothing.
         mask_normalization: what "mean" divides by: the number of "all" elements, or the sum of the "mask".
         prediction_type: "v_prediction", "epsilon" or "sample" (x0). Flow matching counts as "v_prediction".
         backend: "torch", "compile", "triton", or None for the best one available.
@@ -84,13 +85,14 @@ class NegativelyGuidedVelocityLoss(VelocityErrorLoss):
             cond_neg: the condition to use as the empty one if `uncond` is not given.
             uncond: the empty condition. If neither is given, the model is called with None, and if it refuses None,
                 with zeros in the shape of `cond_c`.
-            mask: (B, *spatial), 1 on the concept, at the latents' resolution or coarser.
+            mask: (B, *spatial), 1 on the concept, at the latents' resolution or coarser by whole numbers, such as on
+                the token grid.
             model_original: the frozen model. None means `model` itself with its erasers off.
 
         Returns:
             The loss, and a dict with unlearning_loss, v_pred_norm and v_neg_norm.
         """
-        self._check_mask(mask, model)
+        self._check_mask(mask, model, x_t)
         teacher = self._choose_teacher(model_original, model)
         v_uncond = self._unconditional_velocity(teacher, x_t, t, cond_c, cond_neg, uncond)
         v_cond = frozen_velocity(teacher, x_t, t, cond_c)

@@ -81,10 +81,11 @@ class VelocityErrorLoss(nn.Module):
             )
         return model_erased
 
-    def _check_mask(self, mask: Tensor | None, model: VelocityModelLike) -> None:
+    def _check_mask(self, mask: Tensor | None, model: VelocityModelLike, x_t: Tensor) -> None:
         """Raises if `mask` is not a tensor, or if `channel_dim` is not that of the model. Called before any model is.
 
-        With the wrong `channel_dim` a mask would be read along the wrong dimensions, where it may well fit.
+        With the wrong `channel_dim` a mask is read along the wrong dimensions. Where it fits there too, only a warning
+        is possible, because a plain function does not know its `channel_dim`.
         """
         if mask is None:
             return
@@ -95,6 +96,16 @@ class VelocityErrorLoss(nn.Module):
         if isinstance(model, VelocityModel) and model.channel_dim != self.channel_dim:
             raise ValueError(
                 f"channel_dim: expected {model.channel_dim} for this model's masks, got {self.channel_dim}"
+            )
+        if isinstance(model, VelocityModel) or (x_t.dim(), mask.dim()) != (5, 4) or self.channel_dim not in (1, 2):
+            return
+        other_dim = 3 - self.channel_dim
+        mask_frames, frames, other_frames = mask.shape[1], x_t.shape[other_dim], x_t.shape[self.channel_dim]
+        if mask_frames > 1 and other_frames % mask_frames == 0 and other_frames <= frames:
+            self._warn_once(
+                f"mask: {tuple(mask.shape)} fits x_t of {tuple(x_t.shape)} with channel_dim={other_dim} as well as "
+                f"with channel_dim={self.channel_dim}, which is used; pass the dimension of the channels: 2 if x_t is "
+                "(B, F, C, H, W), as in CogVideoX, 1 if it is (B, C, F, H, W)"
             )
 
     def _loss_options(self, prediction: Tensor, t: Tensor, mask: Tensor | None, weight: float) -> dict[str, Any]:

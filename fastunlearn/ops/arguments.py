@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.dtypes import FLOATING, INTEGER, MASK, dtype_name
-from fastunlearn.ops.spatial_masks import drop_channel
+from fastunlearn.ops.spatial_masks import check_whole_steps, drop_channel
 
 
 def check_tensor(
@@ -85,6 +85,7 @@ def velocity_arguments(
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int) or not 1 <= channel_dim < prediction.dim():
             raise ValueError(f"channel_dim: expected an integer from 1 to {prediction.dim() - 1}, got {channel_dim!r}")
         mask = drop_channel(mask.detach(), prediction.shape, channel_dim)
+        check_whole_steps(mask, prediction.shape, channel_dim)
     if sample_weight is not None:
         check_tensor("sample_weight", sample_weight, MASK, like=prediction)
         check_shape("sample_weight", sample_weight, prediction.shape[:1], "one weight per sample")

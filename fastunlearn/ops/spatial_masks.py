@@ -26,7 +26,7 @@ def drop_channel(mask: Tensor, shape: Sequence[int], channel_dim: int, name: str
     Raises:
         ValueError: the number of dims, the batch size or the channel size does not fit.
     """
-    expected = list(shape[:channel_dim]) + list(shape[channel_dim + 1 :])
+    expected = [shape[0], *_spatial(shape, channel_dim)]
     if mask.dim() == len(shape) and mask.shape[channel_dim] == 1:
         mask = mask.squeeze(channel_dim)
     if mask.dim() != len(expected) or mask.shape[0] not in (1, shape[0]) or _lacks_positions(mask.shape, expected):
@@ -40,6 +40,43 @@ def drop_channel(mask: Tensor, shape: Sequence[int], channel_dim: int, name: str
 def _lacks_positions(mask_shape: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether the mask is empty in a spatial dim where the tensor is not."""
     return any(mask_size == 0 != size for mask_size, size in zip(mask_shape[1:], expected[1:], strict=True))
+
+
+def check_whole_steps(mask: Tensor, shape: Sequence[int], channel_dim: int) -> None:
+    """Check that a mask without channel dim could come from the token grid of latents of `shape`.
+
+    Every token covers a whole number of latent positions in each dim. A mask on the wrong axes rarely fits in this way,
+    while `read_nearest` would read any mask without a word.
+
+    Raises:
+        ValueError: a size of the mask does not divide that of the tensor, or height and width are exchanged.
+    """
+    if _covers(mask, shape, channel_dim):
+        return
+    others = [dim for dim in range(1, len(shape)) if dim != channel_dim and _covers(mask, shape, dim)]
+    hint = f" ({others[0]} would fit)" if others else ""
+    raise ValueError(
+        f"mask: expected sizes that divide {tuple(_spatial(shape, channel_dim))}, those of {tuple(shape)} without the "
+        f"batch and channel_dim={channel_dim}, in equal steps along height and width, got {tuple(mask.shape)}; check "
+        f"channel_dim{hint}, and the height, width and patch_size that the mask was made with"
+    )
+
+
+def _spatial(shape: Sequence[int], channel_dim: int) -> list[int]:
+    return [*shape[1:channel_dim], *shape[channel_dim + 1 :]]
+
+
+def _covers(mask: Tensor, shape: Sequence[int], channel_dim: int) -> bool:
+    """Whether mask positions cover whole numbers of positions, and height and width are not exchanged."""
+    sizes = _spatial(shape, channel_dim)
+    # A dim without positions fits any mask.
+    if any(size and size % mask_size for mask_size, size in zip(mask.shape[1:], sizes, strict=True)):
+        return False
+    if len(sizes) < 2 or 1 in mask.shape[-2:] or 0 in sizes:
+        return True
+    (rows, columns), (height, width) = mask.shape[-2:], sizes[-2:]
+    exchanged = height * columns != width * rows and height * rows == width * columns
+    return not exchanged
 
 
 def read_nearest(mask: Tensor, spatial: Sequence[int]) -> Tensor:
@@ -57,7 +94,7 @@ def read_nearest(mask: Tensor, spatial: Sequence[int]) -> Tensor:
 
 def match_resolution(mask: Tensor, shape: Sequence[int], channel_dim: int) -> Tensor:
     """The mask at the resolution of a tensor of `shape`, with size 1 at `channel_dim`, ready to broadcast over it."""
-    return read_nearest(mask, [*shape[1:channel_dim], *shape[channel_dim + 1 :]]).unsqueeze(channel_dim)
+    return read_nearest(mask, _spatial(shape, channel_dim)).unsqueeze(channel_dim)
 
 
 def expanded_sum(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

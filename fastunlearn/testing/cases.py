@@ -102,6 +102,7 @@ def _velocity_cases(dtype: torch.dtype, op: str, count: int) -> Iterator[Case]:
             for normalization in ("all", "mask"):
                 yield case(
                     f"{loss_type}, {kind} mask of another resolution, over {normalization}",
+                    shape=(2, 3, 4, 6, 8),
                     loss_type=loss_type,
                     mask=random_mask(kind, (1 if kind == "soft" else 2, 2, 3, 4)),
                     mask_normalization=normalization,
@@ -137,7 +138,7 @@ def _velocity_cases(dtype: torch.dtype, op: str, count: int) -> Iterator[Case]:
 
 def _velocity_gradcheck(count: int, loss_type: str) -> Callable[[torch.device, str | None], list[Comparison]]:
     def run(device: torch.device, backend: str | None) -> list[Comparison]:
-        inputs = [x.to(device) for x in random_tensors((2, 2, 3), [torch.float64] * count)]
+        inputs = [x.to(device) for x in random_tensors((2, 2, 4), [torch.float64] * count)]
         # At least one apart, so that no finite difference crosses the kink of l1.
         inputs[0] = inputs[0] + 10
         options: dict[str, Any] = {

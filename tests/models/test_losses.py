@@ -19,7 +19,7 @@ from fastunlearn import (
     T2VUnlearningLoss,
 )
 from fastunlearn.ops import definition
-from fastunlearn.testing import oracle
+from fastunlearn.testing import oracle, random_mask
 from fastunlearn.testing.checks import velocity_loss_of
 from fastunlearn.testing.error_bound import compare
 
@@ -112,6 +112,47 @@ def test_channel_dim_and_mask_normalization(student: Table, teacher: Table, mask
     check_velocity_term(entries[key], student, "concept", velocities, guidance_scale=2.0, mask=mask, **options)
     key, kept = "preservation_loss_weighted", [teacher.velocities["kept"]]
     check_velocity_term(entries[key], student, "kept", kept, mask=mask, weight=0.5, **options)
+
+
+def test_a_mask_read_along_other_axes_is_refused() -> None:
+    """CogVideoX's latents with the default `channel_dim`, and models that are plain functions, which know no better."""
+    shape, mask = (2, 5, 4, 6, 8), random_mask("bool", (2, 5, 3, 4))
+    student, teacher = Table(0, shape), Table(10, shape)
+    models = [(lambda *given, table=table: table(*given)) for table in (teacher, student)]
+
+    def loss_of(channel_dim: int) -> Tensor:
+        loss_fn = ConceptPreservationLoss(channel_dim=channel_dim, mask_normalization="mask")
+        return loss_fn(*models, random(*shape, seed=1), T, "kept", mask)[0]
+
+    with pytest.raises(
+        ValueError, match=r"mask: expected sizes that divide \(4, 6, 8\).* \(2 would fit\).* patch_size"
+    ):
+        loss_of(1)
+    error = (student.velocities["kept"] - teacher.velocities["kept"]).detach().double().square()
+    weights = mask.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, None].double().expand(shape)
+    torch.testing.assert_close(loss_of(2).double(), (error * weights).sum() / weights.sum())
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask_frames", "channel_dim"),
+    [
+        ((2, 2, 4, 6, 8), 2, 1),  # two frames, taken for half of the channels
+        ((2, 4, 2, 6, 8), 2, 2),
+        ((2, 4, 4, 6, 8), 4, 1),  # as many frames as channels
+        ((2, 4, 4, 6, 8), 2, 2),
+    ],
+)
+def test_a_mask_that_fits_other_axes_as_well_warns_once(
+    shape: tuple[int, ...], mask_frames: int, channel_dim: int
+) -> None:
+    loss_fn = ConceptPreservationLoss(channel_dim=channel_dim)
+    call = lambda: loss_fn(  # noqa: E731
+        Table(0, shape), Table(10, shape), random(*shape, seed=1), T, "kept", torch.ones(2, mask_frames, 3, 4)
+    )
+    with pytest.warns(UserWarning, match=rf"mask: .* with channel_dim={3 - channel_dim} as well as") as caught:
+        call()
+        call()
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -143,9 +143,9 @@ def velocity_cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield (
         "shards of the batch",
         {
-            "shape": (LENGTH, 3, 4, 5),
+            "shape": (LENGTH, 3, 4, 6),
             "dim": 0,
-            "mask": random_mask("soft", (LENGTH, 2, 2)),
+            "mask": random_mask("soft", (LENGTH, 2, 3)),
             "mask_normalization": "mask",
             "sample_weight": torch.arange(LENGTH) / 4,
         },
