@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastunlearn.files import shown
+
 Condition = Mapping[str, Tensor]
 AttentionPlaces = tuple[tuple[str, str], ...]
 
@@ -80,10 +82,30 @@ def no_extra_inputs(transformer: nn.Module, x_t: Tensor, embedded_guidance_scale
     return {}
 
 
+def no_largest_grid(config: Any) -> tuple[None, None, None]:
+    """`Family.largest_grid` of a transformer that computes the positions of any size."""
+    return None, None, None
+
+
+# An entry of a transformer's configuration. diffusers keeps entries with an underscore, and passes them to no class.
+DEFAULT_SIZE = "_default_size"
+
+
 def size_of_pipeline_call(pipeline_class: Any, config: Any, latent_space: LatentSpace) -> tuple[int, int, int]:
-    """`Family.default_size` of a pipeline that has its default size in the signature of `__call__`."""
+    """`Family.default_size` of a pipeline that has its default size in the signature of `__call__`.
+
+    The tiny pipelines' transformers have a smaller one in their configuration, as `DEFAULT_SIZE`.
+
+    Raises:
+        ValueError: the one in the configuration is not three positive numbers.
+    """
     import inspect
 
+    if (size := config.get(DEFAULT_SIZE)) is not None:
+        is_size = isinstance(size, list | tuple) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
+        if not is_size:
+            raise ValueError(f"{DEFAULT_SIZE}: expected height, width and number of frames, got {shown(size)}")
+        return size[0], size[1], size[2]
     parameters = inspect.signature(pipeline_class.__call__).parameters
     height, width, num_frames = (parameters[name].default for name in ("height", "width", "num_frames"))
     return height, width, num_frames
@@ -178,6 +200,8 @@ class Family(TransformerSpec):
         fps: frames per second of the videos.
         default_size: (pipeline class, the transformer's configuration, latent space) -> the default height, width and
             number of frames of a video.
+        largest_grid: (the transformer's configuration) -> the most frames, rows and columns of video tokens that it
+            has positions for, each None if it has them for any number.
         float32_latents: whether the pipeline keeps latents in float32 between sampling steps, or in the model's dtype.
         set_timesteps: (scheduler, number of sampling steps, device); sets the timesteps as the pipeline does.
         unsupported_options: options in model_index.json that must not be set, each with what it means.
@@ -200,6 +224,7 @@ class Family(TransformerSpec):
     guidance_scale: float
     fps: int
     default_size: Callable[[Any, Any, LatentSpace], tuple[int, int, int]] = size_of_pipeline_call
+    largest_grid: Callable[[Any], tuple[int | None, int | None, int | None]] = no_largest_grid
     float32_latents: bool = True
     set_timesteps: Callable[[Any, int, torch.device], None] = set_step_count
     unsupported_options: Mapping[str, str] = field(default_factory=dict)

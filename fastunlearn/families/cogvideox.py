@@ -77,6 +77,13 @@ def _default_size(pipeline_class: Any, config: Any, latent_space: LatentSpace) -
     return latent_space.pixels * config.sample_height, latent_space.pixels * config.sample_width, config.sample_frames
 
 
+def _largest_grid(config: Any) -> tuple[None, int | None, int | None]:
+    """CogVideoX 1.5 cuts its rotary embeddings out of those of the size that it was trained with."""
+    if not config.use_rotary_positional_embeddings or config.patch_size_t is None:
+        return None, None, None
+    return None, config.sample_height // config.patch_size, config.sample_width // config.patch_size
+
+
 def _text_length(pipeline_class: Any, path: Any) -> int:
     """Read from the transformer's configuration."""
     from diffusers import CogVideoXTransformer3DModel
@@ -174,6 +181,7 @@ COGVIDEOX = Family(
     guidance_scale=6.0,
     fps=8,
     default_size=_default_size,
+    largest_grid=_largest_grid,
     float32_latents=False,
     published=(
         _COGVIDEOX_5B._replace(name="CogVideoX-2B", parameters=1.69e9, blocks=30, features=1920),

@@ -54,7 +54,7 @@ def _tiny_transformer(**configuration: Any) -> Any:
         "pooled_projection_dim": tiny.TEXT_DIM,
         "rope_axes_dim": (4, 6, 6),
     }
-    return HunyuanVideoTransformer3DModel(**defaults | configuration)
+    return tiny.with_default_size(HunyuanVideoTransformer3DModel(**defaults | configuration))
 
 
 def _tiny_pipeline() -> Any:

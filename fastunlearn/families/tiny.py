@@ -1,7 +1,8 @@
 """Building blocks of the tiny random pipelines: sizes, tokenizers, and weights that make attention sharp.
 
 Everything but the sizes is as in the published pipelines: the classes, the schedulers, the number of text tokens, the
-prompt template, the VAE's compression. A call with `height=64, width=64, num_frames=9` takes well under a second.
+prompt template, the VAE's compression. The commands' default size is `HEIGHT` x `WIDTH` x `FRAMES`, whose videos take
+well under a second; diffusers' own default, where a pipeline has it in its signature, stays large.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from fastunlearn.families.base import DEFAULT_SIZE
 
 HEIGHT, WIDTH, FRAMES = 64, 64, 9
 HEADS, HEAD_DIM, CHANNELS, TEXT_DIM = 4, 16, 4, 32
@@ -39,6 +42,12 @@ def sharpen(transformer: Any, value_gain: float = 1.0) -> Any:
                     norm.weight.normal_(1.5, 0.3)
                 attention.to_v.weight.mul_(value_gain)
     return transformer.eval()
+
+
+def with_default_size(transformer: Any) -> Any:
+    """Gives the transformer the tiny default size, where the published pipeline's would take hours."""
+    transformer.register_to_config(**{DEFAULT_SIZE: [HEIGHT, WIDTH, FRAMES]})
+    return transformer
 
 
 def t5_config(name: str, vocabulary: int) -> Any:

@@ -40,7 +40,7 @@ def _tiny_transformer(**configuration: Any) -> Any:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 32,
     }
-    return WanTransformer3DModel(**defaults | configuration)
+    return tiny.with_default_size(WanTransformer3DModel(**defaults | configuration))
 
 
 def _tiny_pipeline(experts: int = 1) -> Any:
@@ -107,6 +107,7 @@ WAN = Family(
     flow_matching=True,
     guidance_scale=5.0,
     fps=16,
+    largest_grid=lambda config: (config.rope_max_seq_len,) * 3,
     unsupported_options={"expand_timesteps": "one timestep per token, as in Wan2.2-TI2V-5B"},
     published=(
         _WAN_14B._replace(name="Wan2.1-1.3B", parameters=1.42e9, blocks=30, features=1536),

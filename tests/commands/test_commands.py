@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fastunlearn.cli import main
 from fastunlearn.testing.tiny_pipelines import FRAMES, HEIGHT, VARIANTS, WIDTH
+from fastunlearn.training.data.videos import read_video
 
 
 @pytest.mark.parametrize("family", VARIANTS)
@@ -22,7 +23,7 @@ def test_the_commands_lead_from_prompts_to_videos(
     model = ["--pretrained-model-name-or-path", str(tiny_pipeline(family)), "--mixed-precision", "no"]
     prompts = ["--concept", "circle", "--target-prompts", tmp_path / "target.txt"]
     prompts += ["--kept-prompts", tmp_path / "kept.txt"]
-    sampling = ["--num-inference-steps", "4", "--height", HEIGHT, "--width", WIDTH, "--num-frames", FRAMES]
+    sampling = ["--num-inference-steps", "4"]  # the size is the pipeline's default
     cache, trained = tmp_path / "cache", tmp_path / "trained"
 
     def run(command: str, *arguments: object) -> str:
@@ -46,6 +47,7 @@ def test_the_commands_lead_from_prompts_to_videos(
     run("sample", *sampling, "--erasers", erasers, "--prompt", "a red circle", "--output-dir", tmp_path / "videos")
     suffixes = sorted(path.suffix for path in (tmp_path / "videos").iterdir())
     assert ".mp4" in suffixes and ".png" in suffixes
+    assert read_video(tmp_path / "videos/a-red-circle-after.mp4").shape == (FRAMES, 3, HEIGHT, WIDTH)
 
     folders = [erasers / "transformer", erasers / "transformer_2"] if family == "wan-2.2" else [erasers]
     for folder in folders:

@@ -65,6 +65,38 @@ def test_sizes_that_do_not_divide_into_tokens_are_refused(loaded_model, size, me
         loaded_model("wan").latent_shape(**SIZE | size)
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"height": 528}, "height: expected at most 512, which this transformer has positions for; got 528"),
+        ({"width": 1024}, "width: expected at most 512, .*; got 1024"),
+        ({"num_frames": 129}, "num_frames: expected at most 125, .*; got 129"),
+    ],
+)
+def test_sizes_beyond_wan_s_positions_are_refused(loaded_model, size, message):
+    model = loaded_model("wan")  # rope_max_seq_len 32
+    with pytest.raises(ValueError, match=message):
+        model.latent_shape(**SIZE | size)
+    model.latent_shape(512, 512, 125)
+    latents = torch.zeros(1, *model.latent_shape(512, 16, 1))
+    assert model.experts[0](latents, 500, torch.zeros(1, 16, 32)).shape == latents.shape
+
+
+def test_sizes_beyond_the_trained_one_are_refused_for_cogvideox_1_5_alone(loaded_model):
+    loaded = loaded_model("cogvideox")
+    loaded.latent_shape(80, 96, 9)
+    model = VideoModel(
+        [cogvideox(patch_size_t=2, patch_bias=False, rope=True)],
+        loaded.scheduler,
+        latent_space=loaded.latent_space,
+        defaults=DEFAULTS,
+    )
+    for name, size in (("height", 80), ("width", 96)):
+        with pytest.raises(ValueError, match=f"{name}: expected at most 64, .*; got {size}"):
+            model.latent_shape(**SIZE | {name: size})
+    model.latent_shape(48, 64, 97)
+
+
 @every_family
 def test_decoding_equals_the_pipelines(loaded_model, diffusers_pipeline, family):
     model = loaded_model(family, vae=True)

@@ -144,7 +144,7 @@ class VideoModel:
         pipeline does.
 
         Raises:
-            ValueError: a size does not divide into whole tokens.
+            ValueError: a size does not divide into whole tokens, or the transformer has no positions for so many.
         """
         patch_frames, *patch = patch_size(self.experts[0])
         for name, size, unit in (
@@ -158,10 +158,26 @@ class VideoModel:
             raise ValueError(f"num_frames: expected 1 more than a multiple of {unit}, got {num_frames}")
         frames = self._latent_frames(num_frames)
         frames += -frames % patch_frames
+        self._check_positions(height, width, num_frames)
         shape = [frames, height // self.latent_space.pixels, width // self.latent_space.pixels]
         transformer: Any = self.experts[0].transformer
         shape.insert(self.family.channel_dim - 1, transformer.config.in_channels)
         return tuple(shape)
+
+    def _check_positions(self, height: int, width: int, num_frames: int) -> None:
+        patch_frames, *patch = patch_size(self.experts[0])
+        transformer: Any = self.experts[0].transformer
+        most_frames, *most = self.family.largest_grid(transformer.config)
+        limits = [
+            None if count is None else count * unit * self.latent_space.pixels
+            for count, unit in zip(most, patch, strict=True)
+        ]
+        limits.append(None if most_frames is None else (most_frames * patch_frames - 1) * self.latent_space.frames + 1)
+        for name, size, limit in zip(VideoSize._fields, (height, width, num_frames), limits, strict=True):
+            if limit is not None and size > limit:
+                raise ValueError(
+                    f"{name}: expected at most {limit}, which this transformer has positions for; got {size}"
+                )
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """The (frames, rows, columns) of video tokens in a latent of `latent_shape`, which has no batch dimension."""
