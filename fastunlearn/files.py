@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,20 @@ def replace_file(path: Path, content: bytes, *, beside: str = ".partial") -> Non
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder and all that is in it.
+
+    The folder is renamed first. If the process dies on the way, the folder is still whole or it is called
+    NAME.removed.partial, so that nobody takes what is left for the whole.
+
+    Raises:
+        OSError: the folder cannot be renamed. What cannot be deleted after that stays under the new name.
+    """
+    removed = folder.with_name(folder.name + ".removed.partial")
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def writable(folder: str | os.PathLike[str]) -> Path:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from training_cases import options_for, tiny_cache, tiny_model, weights
 
 from fastunlearn import eraser_files, load_erasers
+from fastunlearn.files import remove_folder
 from fastunlearn.training.loop import checkpoints
 from fastunlearn.training.loop.terms import Terms
 from fastunlearn.training.loop.trainer import TrainingSummary
@@ -174,16 +178,117 @@ def test_later_checkpoints_do_not_count_when_going_back(tmp_path: Path) -> None:
     assert names(tmp_path) == {"checkpoint-6", "erasers"}
 
 
+def write_checkpoint(folder: Path, step: int, limit: int | None = None) -> Path:
+    """Writes a checkpoint of erasers for a model with two experts, whatever the model may be."""
+
+    def save_erasers(erasers: Path) -> None:
+        for expert in ("transformer", "transformer_2"):
+            states = {"layer": {name: torch.full((1,), float(step)) for name in eraser_files.PARAMETERS}}
+            eraser_files.write(erasers / expert, states, {"rank": 1, "backbone": "wan"})
+
+    return checkpoints.write(folder, step, save_erasers, {"step": step}, {}, limit)
+
+
 def test_find_latest(tmp_path: Path) -> None:
     assert checkpoints.find(tmp_path / "nowhere", "latest") is None
+    for step in (9, 10):
+        write_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-12").write_text("a file")
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-x", "old-checkpoint-12"):
+    for name in ("checkpoint-11.partial", "checkpoint-x", "old-checkpoint-12"):
         (tmp_path / name).mkdir()
     assert checkpoints.find(tmp_path, "latest") == tmp_path / "checkpoint-10"
     assert checkpoints.find(tmp_path, "checkpoint-9") == tmp_path / "checkpoint-9"
     assert checkpoints.find(Path("elsewhere"), str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
-    with pytest.raises(FileNotFoundError, match="the name of a checkpoint in .*, got checkpoint-12"):
+    with pytest.raises(FileNotFoundError, match="the name of a checkpoint in .*, got 'checkpoint-12'"):
         checkpoints.find(tmp_path, "checkpoint-12")
+
+
+@pytest.mark.parametrize(
+    ("removed", "lacks"),
+    [
+        (checkpoints.METADATA, "checkpoint.json"),
+        (checkpoints.STATE, "training_state.pt"),
+        ("erasers/transformer/config.json", "erasers/transformer"),
+        ("erasers/transformer_2/erasers-*.safetensors", "erasers/transformer_2"),
+    ],
+)
+def test_latest_skips_incomplete_checkpoints_with_a_warning(removed: str, lacks: str, tmp_path: Path) -> None:
+    first, second = write_checkpoint(tmp_path, 8), write_checkpoint(tmp_path, 10)
+    for folder in (second, first):
+        (file,) = folder.glob(removed)
+        file.unlink()
+        if folder == second:
+            with pytest.warns(UserWarning, match=f"going on from .*checkpoint-8, because checkpoint-10 lacks {lacks}$"):
+                assert checkpoints.find(tmp_path, "latest") == first
+    with pytest.raises(FileNotFoundError, match=f"got none: checkpoint-10 lacks {lacks}; checkpoint-8 lacks {lacks}"):
+        checkpoints.find(tmp_path, "latest")
+
+
+def test_a_checkpoint_whose_folder_was_emptied_is_skipped(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoint-4" / "erasers").mkdir(parents=True)
+    match = "checkpoint-4 lacks checkpoint.json, training_state.pt, erasers$"
+    with pytest.warns(UserWarning, match=match):
+        assert checkpoints.find(tmp_path, "latest") == path
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("situation", ["oldest", "replaced", "stale"])
+def test_a_kill_at_any_call_to_the_system_leaves_only_complete_checkpoints(situation: str, tmp_path: Path) -> None:
+    """Each run is killed one call later, while it writes a checkpoint and removes the oldest or a former one."""
+    functions = ("rename", "replace", "rmdir", "unlink", "mkdir")  # all that change a folder
+    kills = 0
+    while True:
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        for step in (1, 2):
+            write_checkpoint(folder, step)
+        if situation == "stale":
+            write_checkpoint(folder, 3).rename(folder / "checkpoint-3.partial")
+
+        def work(folder: Path = folder, last: int = kills) -> None:
+            calls = 0
+
+            def kill_at_last(original: Callable[..., Any]) -> Callable[..., Any]:
+                def call(*args: Any, **keywords: Any) -> Any:
+                    nonlocal calls
+                    calls += 1
+                    if calls > last:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*args, **keywords)
+
+                return call
+
+            for name in functions:
+                setattr(os, name, kill_at_last(getattr(os, name)))
+            write_checkpoint(folder, 2 if situation == "replaced" else 3, 1)
+
+        status = _forked(work)
+        latest = checkpoints.find(folder, "latest")
+        assert latest is not None
+        for path in checkpoints.existing(folder):
+            assert checkpoints.read(path).state["step"] == int(path.name.removeprefix("checkpoint-"))
+            for expert in ("transformer", "transformer_2"):
+                assert eraser_files.read(path / "erasers" / expert).rank == 1
+        write_checkpoint(folder, 4, 1)
+        assert names(folder) == {"checkpoint-4"}
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        kills += 1
+    assert kills > 15
+
+
+def test_a_folder_is_renamed_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        remove_folder(tmp_path / "folder")
+    assert names(tmp_path) == {"folder.removed.partial"}
+    shutil.rmtree(tmp_path / "folder.removed.partial")
+    with pytest.raises(FileNotFoundError):
+        remove_folder(tmp_path / "folder")
 
 
 def test_latest_without_checkpoints_starts_a_new_run(tmp_path: Path) -> None:
@@ -280,6 +385,7 @@ def test_a_schedule_may_change_only_for_future_steps(tmp_path: Path) -> None:
         (checkpoints.METADATA, "remove", FileNotFoundError, "is incomplete: checkpoint.json is missing"),
         ("erasers/config.json", "remove", FileNotFoundError, "is damaged: .*config.json"),
         ("erasers/*.safetensors", "truncate", ValueError, "is damaged: .*safetensors: expected the checksum"),
+        ("erasers/*.safetensors", "remove", FileNotFoundError, "is damaged: .*safetensors is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_an_error(
@@ -292,7 +398,7 @@ def test_a_damaged_checkpoint_is_an_error(
     else:
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(error, match=f"checkpoint .*checkpoint-6 {match}"):
-        trained(tmp_path, resume_from_checkpoint="latest")
+        trained(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 def test_other_formats_and_versions_are_refused(tmp_path: Path) -> None:
@@ -302,6 +408,9 @@ def test_other_formats_and_versions_are_refused(tmp_path: Path) -> None:
         ({"format": "x"}, "expected the metadata of a checkpoint"),
         ({"format_version": 2}, "expected format_version 1, got 2"),
         ({"step": -1}, "expected a number of steps"),
+        ({"step": True}, "expected a number of steps.*got True"),
+        ({"step": 3.0}, "expected a number of steps"),
+        ({"step": None}, "expected a number of steps"),
         ({"settings": []}, "an object as 'settings'"),
     ):
         (path / checkpoints.METADATA).write_text(json.dumps(metadata | change))
@@ -333,16 +442,106 @@ def test_the_state_of_other_optimizers_is_refused(tmp_path: Path) -> None:
             trained(tmp_path, resume_from_checkpoint="latest")
 
 
-def test_a_state_of_other_shapes_is_refused(tmp_path: Path) -> None:
-    trained(tmp_path)
-    checkpoint = checkpoints.read(tmp_path / "checkpoint-6")
-    moments = checkpoint.state["optimizers"][0]["state"][0]
-    moments["exp_avg"] = moments["exp_avg"][:1]
+def _with_moment(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
+    def change_state(state: dict[str, Any]) -> None:
+        moments = state["optimizers"][0]["state"][0]
+        moments[name] = change(moments.get(name))
+
+    return change_state
+
+
+HOSTILE_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "shape": (_with_moment("exp_avg", lambda x: x[:1]), r"exp_avg: expected shape \(4, \d+\) of .*float32, got \(1,"),
+    "huge": (
+        _with_moment("exp_avg", lambda x: x[0, 0].expand(2**31, 2**31)),
+        r"exp_avg: expected shape .*, got \(2147",
+    ),
+    "dtype": (_with_moment("exp_avg", lambda x: x.double()), "exp_avg: expected .*float32, got .*float64"),
+    "no tensor": (_with_moment("step", lambda x: 6), r"step: expected shape \(\) .*, got 6"),
+    "NaN": (_with_moment("exp_avg", lambda x: x * float("nan")), "exp_avg: expected finite values"),
+    "negative": (_with_moment("exp_avg_sq", lambda x: -1 - x), "exp_avg_sq: expected finite values that an optimizer"),
+    "steps below 0": (_with_moment("step", lambda x: -x), "step: expected finite values"),
+    "more": (_with_moment("extra", lambda x: 1), "state: expected step, exp_avg, exp_avg_sq of parameter 0, got"),
+    "other number": (
+        lambda state: state["optimizers"][0]["state"].update({99: {}}),
+        "state: expected a parameter.s number, got 99",
+    ),
+    "no state": (lambda state: state["optimizers"][0].pop("state"), "optimizers: expected the state of an optimizer"),
+    "groups": (lambda state: state["optimizers"][0]["param_groups"].pop(), "optimizers: expected the state of an opti"),
+    "group of text": (lambda state: state["optimizers"][0].update(param_groups="ab"), "optimizers: expected the state"),
+    "no optimizers": (lambda state: state.pop("optimizers"), "optimizers: expected the states of 1, got another"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished")
+    trained(output, checkpointing_steps=6)
+    return output / "checkpoint-6"
+
+
+@pytest.mark.parametrize("case", HOSTILE_STATES)
+def test_a_hostile_state_is_refused(case: str, finished: Path, tmp_path: Path) -> None:
+    change, match = HOSTILE_STATES[case]
+    checkpoint = checkpoints.read(finished)
+    change(checkpoint.state)
     checkpoints.write(
         tmp_path, 6, lambda folder: tiny_erasers().save_erasers(folder), checkpoint.state, checkpoint.settings
     )
-    with pytest.raises(ValueError, match=r"training_state.pt: exp_avg: expected shape \(4, \d+\), got \(1,"):
+    with pytest.raises(ValueError, match=f"checkpoint-6/training_state.pt: {match}"):
         trained(tmp_path, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize(
+    "scaler", [None, {}, {"scale": 0.0, "_growth_tracker": 1}, {"scale": float("inf"), "_growth_tracker": 1}]
+)
+def test_a_hostile_loss_scale_is_refused(scaler: Any, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"dtype": torch.float16, "max_train_steps": 1, "checkpointing_steps": 1}
+    trained(tmp_path, **changes)
+    checkpoint = checkpoints.read(tmp_path / "checkpoint-1")
+    state = checkpoint.state | {"scaler": scaler}
+    checkpoints.write(tmp_path, 1, lambda folder: tiny_erasers().save_erasers(folder), state, checkpoint.settings)
+    with pytest.raises(ValueError, match="checkpoint-1/training_state.pt: scaler: expected a loss scale and a number"):
+        trained(tmp_path, resume_from_checkpoint="latest", **changes)
+
+
+def test_hyperparameters_in_a_state_are_not_used(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", max_train_steps=7)
+    path = tmp_path / "whole" / "checkpoint-6"
+    checkpoint = checkpoints.read(path)
+    checkpoint.state["optimizers"][0]["param_groups"][0].update(betas=(0.0, "x"), eps=-1.0, weight_decay=9e9)
+    changed = checkpoints.write(
+        tmp_path,
+        6,
+        lambda folder: shutil.copytree(path / "erasers", folder) and None,
+        checkpoint.state,
+        checkpoint.settings,
+    )
+    resumed = trained(tmp_path / "resumed", max_train_steps=7, resume_from_checkpoint=str(changed))
+    expected = weights(whole.model)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.model).items())
+
+
+@pytest.mark.parametrize("kind", ["pickle", "compressed"])
+def test_a_state_that_may_state_any_size_is_not_loaded(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """An old-style file of torch, or a compressed archive, allocates what it states before that can be checked."""
+    path = write_checkpoint(tmp_path, 1)
+    state = path / checkpoints.STATE
+    if kind == "pickle":
+        torch.save({"x": torch.zeros(1)}, state, _use_new_zipfile_serialization=False)
+    else:
+        torch.save({"x": torch.zeros(100_000)}, state)
+        with zipfile.ZipFile(state) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(state, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
+    metadata = json.loads((path / checkpoints.METADATA).read_text())
+    metadata["sha256"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    (path / checkpoints.METADATA).write_text(json.dumps(metadata))
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match="training_state.pt: expected an archive that"):
+        checkpoints.read(path)
 
 
 def test_a_huge_step_is_refused_before_learning_rates_are_computed(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@
     training_state.pt   the optimizers' states, and the loss scale if there is one
     checkpoint.json     the step, the run's settings, and the checksum of training_state.pt
 
-The folder is written as `checkpoint-N.partial` and then renamed, so that a checkpoint is complete or absent. Loading it
-cannot run code, because training_state.pt is loaded with `weights_only=True`.
+The folder is written as `checkpoint-N.partial` and then renamed, and it is renamed again before it is deleted, so that
+a checkpoint is complete or absent. Loading it cannot run code, because training_state.pt is loaded with
+`weights_only=True`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import json
 import os
 import re
 import shutil
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fastunlearn.files import read_versioned_json, replace_file, shown
+from fastunlearn import eraser_files
+from fastunlearn.files import read_versioned_json, remove_folder, replace_file, shown
 
 ERASERS, STATE, METADATA = "erasers", "training_state.pt", "checkpoint.json"
 FORMAT, FORMAT_VERSION = "fastunlearn-checkpoint", 1
@@ -43,7 +47,7 @@ class Checkpoint(NamedTuple):
 
 
 def existing(folder: Path) -> list[Path]:
-    """Returns the complete checkpoints in `folder`, in the order of their steps."""
+    """Returns the checkpoints in `folder`, in the order of their steps."""
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted((path for path in entries if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()), key=_step)
 
@@ -55,21 +59,56 @@ def _step(path: Path) -> int:
 def find(folder: Path, wanted: str) -> Path | None:
     """Returns the checkpoint that `resume_from_checkpoint` names; None if that is "latest" and there is none yet.
 
+    "latest" skips checkpoints that lack a file, with a warning.
+
     Args:
         folder: the folder of the run.
         wanted: "latest", a path, or the name of a checkpoint in `folder`.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: there is no such checkpoint, or "latest" finds none that is complete.
     """
     if wanted == "latest":
-        return next(reversed(existing(folder)), None)
+        return _latest(folder)
     for path in (Path(wanted), folder / wanted):
         if path.is_dir():
             return path
     raise FileNotFoundError(
-        f"resume_from_checkpoint: expected latest, a path, or the name of a checkpoint in {folder}, got {wanted}"
+        f"resume_from_checkpoint: expected latest, a path, or the name of a checkpoint in {folder}, got {shown(wanted)}"
     )
+
+
+def _latest(folder: Path) -> Path | None:
+    incomplete = []
+    for path in reversed(existing(folder)):
+        if missing := _missing(path):
+            incomplete.append(f"{path.name} lacks {', '.join(missing)}")
+            continue
+        if incomplete:
+            warnings.warn(
+                f"resume_from_checkpoint: going on from {path}, because {'; '.join(incomplete)}", stacklevel=2
+            )
+        return path
+    if incomplete:
+        raise FileNotFoundError(
+            f"resume_from_checkpoint: expected a complete checkpoint in {folder}, got none: {'; '.join(incomplete)}; "
+            "delete them to start anew, or choose another output_dir"
+        )
+    return None
+
+
+def _missing(path: Path) -> list[str]:
+    """What a checkpoint's folder lacks. Damaged files are not missing."""
+    missing = [name for name in (METADATA, STATE) if not (path / name).is_file()]
+    erasers = path / ERASERS
+    for folder in [entry for entry in erasers.glob("*") if entry.is_dir()] or [erasers]:
+        try:
+            eraser_files.read(folder)
+        except FileNotFoundError:
+            missing.append(folder.relative_to(path).as_posix())
+        except ValueError:
+            continue
+    return missing
 
 
 def write(
@@ -116,7 +155,7 @@ def write(
     shutil.rmtree(replaced, ignore_errors=True)
     if limit is not None:
         for oldest in [path for path in existing(folder) if _step(path) <= step][:-limit]:
-            shutil.rmtree(oldest)
+            remove_folder(oldest)
     return path
 
 
@@ -155,11 +194,12 @@ def read(path: Path) -> Checkpoint:
     if hashlib.sha256(content).hexdigest() != metadata.get("sha256"):
         raise ValueError(f"checkpoint {path} is damaged: {STATE} does not have the checksum that {METADATA} records")
     step, settings = metadata.get("step"), metadata.get("settings")
-    if not isinstance(step, int) or step < 0 or not isinstance(settings, dict):
+    if type(step) is not int or step < 0 or not isinstance(settings, dict):
         raise ValueError(
             f"{path / METADATA}: expected a number of steps as 'step' and an object as 'settings', "
             f"got {shown(step)} and {shown(settings)}"
         )
+    _check_archive(path / STATE, content)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a matching checksum does not rule out a malicious file
@@ -170,6 +210,17 @@ def read(path: Path) -> Checkpoint:
     if not isinstance(state, dict):
         raise ValueError(f"{path / STATE}: expected a dict, got {type(state).__name__}")
     return Checkpoint(path, step, settings, state)
+
+
+def _check_archive(path: Path, content: bytes) -> None:
+    """Raises ValueError unless torch will allocate no more than the size of the file to load it."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile as error:  # torch would read it as a pickle, which may state any size
+        raise ValueError(f"{path}: expected an archive that torch.save wrote, got another file ({error})") from error
+    if size > len(content):
+        raise ValueError(f"{path}: expected an archive that is not compressed, got {size} bytes in {len(content)}")
 
 
 def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:

@@ -21,12 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastunlearn.files import shown
 from fastunlearn.training.options import TrainingOptions
 
 LearningRateFactor = Callable[[int], float]
 
 # Below this scale, gradients of a loss near 1 no longer overflow float16. If they are still not finite, there is a NaN.
 _LEAST_LOSS_SCALE = 2.0**-10
+
+# What the optimizers keep for each parameter: tensors of its shape, and the number of steps, a scalar.
+_MOMENTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 def learning_rate_factor(options: TrainingOptions) -> LearningRateFactor:
@@ -162,19 +169,20 @@ class ErasersOptimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that `state_dict` returned.
 
+        Hyperparameters are those of the options, whatever the state says.
+
         Raises:
-            ValueError: the state belongs to other optimizers.
+            ValueError: the state belongs to other optimizers, or has a value that no optimizer would have written.
         """
-        try:
-            for optimizer, stored in zip(self._optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(stored)
-                _check_shapes(optimizer)
-            if self._scaler.is_enabled():
-                self._scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(
-                f"state: expected that of these optimizers, got another ({type(error).__name__}: {error})"
-            ) from error
+        stored = state.get("optimizers")
+        if not isinstance(stored, list) or len(stored) != len(self._optimizers):
+            raise ValueError(f"optimizers: expected the states of {len(self._optimizers)}, got another state")
+        for optimizer, entry in zip(self._optimizers, stored, strict=True):
+            own_groups = optimizer.state_dict()["param_groups"]
+            moments = _checked_moments(optimizer, entry, [group["params"] for group in own_groups])
+            optimizer.load_state_dict({"state": moments, "param_groups": own_groups})
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(self._scaler.state_dict() | _checked_scale(state.get("scaler")))
 
 
 def _build_optimizers(parameters: Sequence[nn.Parameter], options: TrainingOptions) -> list[torch.optim.Optimizer]:
@@ -196,9 +204,39 @@ def _build_optimizers(parameters: Sequence[nn.Parameter], options: TrainingOptio
     return [torch.optim.AdamW([{"params": matrices, "lr": rate}, bias_group], **adam)]
 
 
-def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError if a parameter's state has another shape than the parameter."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
+def _checked_moments(optimizer: torch.optim.Optimizer, entry: Any, groups: list[list[int]]) -> dict[int, Any]:
+    """The state of every parameter that has one, from an optimizer's stored state, by the parameter's number."""
+    moments, stored_groups = (
+        (entry.get("state"), entry.get("param_groups")) if isinstance(entry, dict) else (None, None)
+    )
+    if (
+        not isinstance(moments, dict)
+        or not isinstance(stored_groups, list)
+        or [group.get("params") if isinstance(group, dict) else None for group in stored_groups] != groups
+    ):
+        raise ValueError("optimizers: expected the state of an optimizer of these erasers, got another state")
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    names = _MOMENTS[type(optimizer)]
+    for number, values in moments.items():
+        parameter = parameters.get(number)
+        if parameter is None:
+            raise ValueError(f"state: expected a parameter's number, got {shown(number)}")
+        if not isinstance(values, dict) or set(values) != set(names):
+            raise ValueError(f"state: expected {', '.join(names)} of parameter {number}, got others")
+        for name, value in values.items():
+            shape = () if name == "step" else tuple(parameter.shape)
+            if not isinstance(value, Tensor) or value.dtype != torch.float32 or tuple(value.shape) != shape:
+                got = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+                raise ValueError(f"{name}: expected shape {shape} of torch.float32, got {got}")
+            if not bool(value.isfinite().all()) or (name in ("step", "exp_avg_sq") and bool((value < 0).any())):
+                raise ValueError(f"{name}: expected finite values that an optimizer can have, got others")
+    return moments
+
+
+def _checked_scale(scaler: Any) -> dict[str, float]:
+    """The loss scale, and the number of steps since it last changed, from a stored state of the scaler."""
+    state = scaler if isinstance(scaler, dict) else {}
+    scale, steps = state.get("scale"), state.get("_growth_tracker")
+    if not isinstance(scale, float) or not 0 < scale < math.inf or type(steps) is not int or not 0 <= steps < 2**31:
+        raise ValueError("scaler: expected a loss scale and a number of steps, got another state")
+    return {"scale": scale, "_growth_tracker": steps}

@@ -129,7 +129,8 @@ class Trainer:
         try:
             (loaded,) = self._model.load_erasers(self._resumed.erasers).values()
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"checkpoint {self._resumed.path} is damaged: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"checkpoint {self._resumed.path} is damaged: {error}") from error
         return loaded
 
     def _restore_optimizer(self) -> None:
