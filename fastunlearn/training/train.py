@@ -92,7 +92,7 @@ def train(
         FloatingPointError: a loss or gradient is not finite. The erasers have not been updated with it.
         MemoryError: memory ran out; the message says what would help.
     """
-    check_cache_fits(cache.facts, model)
+    check_cache_fits(cache.facts, model, cache.condition_shapes)
     if targets is None:
         targets = (TargetGroup(guidance_scale=options.negative_guidance_scale),)
     output_dir = writable(Path(output_dir))

@@ -5,16 +5,18 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
+from random import Random
 
 import pytest
 import safetensors.torch
 import torch
 
-from fastunlearn.training.cache import TeacherCache, shards
-from fastunlearn.training.cache.index import cache_fingerprint
+from fastunlearn.training.cache import TeacherCache, shards, validation
+from fastunlearn.training.cache.index import cache_fingerprint, file_entry, sealed
 from fastunlearn.training.cache.writer import CacheWriter
 
 LATENT, GRID = (3, 4, 8, 8), (3, 4, 4)
@@ -74,12 +76,12 @@ def folder(tmp_path):
 
 
 def rewrite_index(folder, change, keep_fingerprint=False):
-    """Changes the index as an attacker would: with a fingerprint that matches the new facts."""
+    """Changes the index as an attacker would: with a fingerprint and a checksum that match the new entries."""
     index = json.loads((folder / "index.json").read_text())
     change(index)
     if not keep_fingerprint:
         index["fingerprint"] = cache_fingerprint(index["facts"], index["conditions"]["sha256"])
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "index.json").write_text(json.dumps(sealed(index)))
 
 
 def test_reading_gives_what_was_written(folder):
@@ -289,11 +291,200 @@ def test_points_that_are_not_finite_or_do_not_fit_are_not_written(tmp_path):
     assert not (tmp_path / "shard-00000.safetensors").exists()
 
 
-def test_verifying_checksums_finds_changed_bytes(folder):
-    one_bit_changed(folder / "shard-00001.safetensors")
-    TeacherCache.open(folder)
+def flip(path, position, bit=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def header_size(path):
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_a_shard_is_verified_when_it_is_first_read(folder, monkeypatch):
+    flip(folder / "shard-00001.safetensors", -1)
+    points = TeacherCache.open(folder).groups["target"]
+    points.rows([0, 2])  # the other shard
+    for _ in range(2):
+        with pytest.raises(ValueError, match="shard-00001.*: expected the checksum that index.json lists, got another"):
+            points.rows([3, 0])
     with pytest.raises(ValueError, match="shard-00001.*checksum"):
         TeacherCache.open(folder, verify=True)
+    assert len(TeacherCache.open(folder, verify=False).groups["target"].rows([3]).t) == 1
+
+
+def test_every_file_is_hashed_once(folder, monkeypatch):
+    hashed = []
+
+    def count(path):
+        hashed.append(path.name)
+        return file_entry(path)
+
+    monkeypatch.setattr(validation, "file_entry", count)
+    for verify, at_first, later in ((None, 1, 2), (True, 4, 0), (False, 0, 0)):
+        cache = TeacherCache.open(folder, verify=verify)
+        assert len(hashed) == len(set(hashed)) == at_first, verify
+        hashed.clear()
+        for _ in range(3):
+            cache.groups["target"].rows([0, 3])
+        assert len(hashed) == len(set(hashed)) == later, verify
+        hashed.clear()
+
+
+def test_any_byte_that_is_changed_is_noticed(folder, tmp_path):
+    """Every file is changed at random: reading all points raises, or gives what was written."""
+    random = Random(0)
+    names = sorted(contents(folder))
+    before = {name: points.rows(range(len(points))) for name, points in TeacherCache.open(folder).groups.items()}
+    harmless = 0
+    for number in range(250):
+        changed = tmp_path / "changed"
+        shutil.copytree(folder, changed, dirs_exist_ok=True)
+        path = changed / names[number % len(names)]
+        size = len(path.read_bytes())
+        end = header_size(path) if path.suffix == ".safetensors" and random.random() < 0.5 else size
+        flip(path, random.randrange(end), random.randrange(8))
+        try:
+            cache = TeacherCache.open(changed)
+            after = {name: points.rows(range(len(points))) for name, points in cache.groups.items()}
+        except ValueError as error:
+            assert "changed" in str(error)  # the folder's name, too
+            continue
+        harmless += 1
+        assert path.name == "index.json" and after.keys() == before.keys()
+        assert cache.facts == TeacherCache.open(folder).facts
+        for name, rows in before.items():
+            for field in ("x_t", "t", "v_uncond", "v_cond", "mask"):
+                a, b = getattr(rows, field), getattr(after[name], field)
+                assert (a is None and b is None) or torch.equal(a, b)
+    assert harmless < 5  # white space, for example
+
+
+def dropped_shard(index):
+    index["shards"].pop()
+
+
+def other_model(index):
+    index["origin"]["model"] = "elsewhere"
+
+
+def shards_in_another_order(index):
+    index["shards"].reverse()
+
+
+@pytest.mark.parametrize("change", [dropped_shard, other_model, shards_in_another_order])
+def test_an_edited_list_of_shards_is_noticed(folder, change):
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    match = "index.json: expected entries that match its checksum, got others; .*run prepare again"
+    with pytest.raises(ValueError, match=match):
+        TeacherCache.open(folder)
+    with pytest.raises(ValueError, match=match):
+        write(folder)
+
+
+def test_timesteps_are_verified_before_the_points_are_read(folder):
+    """They decide which points a step draws, even if it draws none of this shard."""
+    path = folder / "shard-00001.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    position = path.read_bytes().index(tensors["t"].numpy().tobytes())
+    flip(path, position + 2, 3)
+    with pytest.raises(ValueError, match="shard-00001.*: expected the timesteps and prompts that index.json lists"):
+        TeacherCache.open(folder)
+
+
+def test_a_cache_of_an_earlier_version_can_be_read_and_resumed(folder):
+    before = contents(folder)
+    index = json.loads((folder / "index.json").read_text())
+    del index["sha256"]
+    for entry in index["shards"]:
+        del entry["steps_sha256"]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert len(TeacherCache.open(folder, verify=True).groups["target"].rows([0, 3]).t) == 2
+    write(folder)
+    assert contents(folder) == before
+
+
+def test_resuming_refuses_a_shard_that_differs_from_the_one_listed(folder):
+    """Even if its own label fits: as if it had been computed by a run with the same arguments elsewhere."""
+    path = folder / "shard-00001.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    index = json.loads((folder / "index.json").read_text())
+    path.write_bytes(
+        shards.serialize(tensors | {"x_t": 2 * tensors["x_t"]}, shards.Label(index["fingerprint"], 1, "target"))
+    )
+    before = contents(folder)
+    match = "shard-00001.*: expected the checksum that index.json lists, got another; .*delete the file to compute it"
+    with pytest.raises(ValueError, match=match):
+        write(folder)
+    with pytest.raises(ValueError, match=match):
+        begin(folder, process_index=1).finish()  # a process that did not look at the shard before
+    assert contents(folder) == before
+    path.unlink()
+    write(folder)
+    TeacherCache.open(folder, verify=True)
+
+
+def test_finishing_checks_the_shards_of_other_processes(tmp_path):
+    write(tmp_path, [0, 1], finish=False)
+    writer = begin(tmp_path, process_index=1)
+    writer.write(2, **unit(2))
+    flip(tmp_path / "shard-00000.safetensors", -1)
+    with pytest.raises(ValueError, match="shard-00000.*: expected tensors that match its digest"):
+        writer.finish()
+    assert json.loads((tmp_path / "index.json").read_text())["finished"] is False
+
+
+@pytest.mark.parametrize(
+    "change", [{"x_t": torch.zeros(1, *LATENT)}, {"t": torch.zeros(1, 1)}, {"extra": torch.zeros(1)}, {"t": None}]
+)
+def test_resuming_refuses_tensors_that_do_not_fit_under_a_fitting_label(tmp_path, change):
+    writer = begin(write(tmp_path, [0, 1], finish=False))
+    path = tmp_path / "shard-00001.safetensors"
+    tensors = {name: x for name, x in (safetensors.torch.load_file(path) | change).items() if x is not None}
+    path.write_bytes(shards.serialize(tensors, shards.Label(writer.fingerprint, 1, "target")))
+    with pytest.raises(
+        ValueError, match="shard-00001.*: expected .* points with .*delete the file to compute it again"
+    ):
+        write(tmp_path)
+
+
+FAMILY = {"backbone": "hunyuan_video", "dtype": "bfloat16"}
+HUNYUAN = {
+    "encoder_hidden_states": torch.zeros(5, 6, dtype=torch.bfloat16),
+    "encoder_attention_mask": torch.ones(5, dtype=torch.int64),
+    "pooled_projections": torch.zeros(4, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({}, None),
+        ({"encoder_hidden_states": torch.zeros(5, 6)}, r"\(L, D\) of BF16 as '0.encoder_hidden_states', got .* of F32"),
+        ({"encoder_hidden_states": torch.zeros(5, 6, dtype=torch.int64)}, "got .* of I64"),
+        (
+            {"encoder_attention_mask": torch.ones(5)},
+            r"\(L\) of I64 or BOOL as '0.encoder_attention_mask', got .* of F32",
+        ),
+        ({"encoder_hidden_states": torch.zeros(0, 6, dtype=torch.bfloat16)}, r"got \(0, 6\)"),
+        ({"pooled_projections": torch.zeros(1, 4, dtype=torch.bfloat16)}, r"\(P\) of BF16 .*, got \(1, 4\)"),
+        ({"pooled_projections": None}, "pooled_projections for each of 1 prompts, got"),
+        ({"other": torch.zeros(1)}, "for each of 1 prompts, got"),
+    ],
+)
+def test_conditions_are_those_of_the_family(tmp_path, change, match):
+    condition = {name: x for name, x in (HUNYUAN | change).items() if x is not None}
+    writer = CacheWriter(tmp_path, FACTS | FAMILY, {"a circle": condition}, ["target"], origin=ORIGIN)
+    writer.write(0, **unit(0) | {"prompts": ["a circle"] * 3})
+    writer.finish()
+    if match is None:
+        cache = TeacherCache.open(tmp_path)
+        assert cache.condition_shapes == {name: tuple(x.shape) for name, x in HUNYUAN.items()}
+    else:
+        with pytest.raises(ValueError, match=f"prompts.safetensors: expected .*{match}"):
+            TeacherCache.open(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["shard-00001.safetensors", "prompts.safetensors"])
@@ -384,12 +575,13 @@ HOSTILE_TENSORS = {
 def test_hostile_tensors_are_refused(folder, case):
     change, message = HOSTILE_TENSORS[case]
     path = folder / "shard-00001.safetensors"
-    tensors = safetensors.torch.load_file(path) | change
+    tensors = safetensors.torch.load(path.read_bytes()) | change
     index = json.loads((folder / "index.json").read_text())
     label = shards.Label(index["fingerprint"], 1, "target")
     content = shards.serialize({name: x for name, x in tensors.items() if x is not None}, label)
     path.write_bytes(content)
     sums = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    sums["steps_sha256"] = shards.steps_digest(tensors["t"], tensors["prompt"])
     rewrite_index(folder, lambda index: index["shards"][1].update(sums))
     with pytest.raises(ValueError, match=message):
         TeacherCache.open(folder, verify=True)

@@ -175,7 +175,9 @@ def test_erasers_and_caches_of_another_model_are_refused(
         with pytest.raises(ValueError, match="^[^\n]*expected erasers for cogvideox, got erasers for wan$"):
             run(options(cogvideox, tmp_path, wan_erasers))
     erasers = save_erasers(cogvideox, tmp_path / "cog", 0.1)
-    with pytest.raises(ValueError, match="expected a teacher cache of cogvideox, got one of wan$"):
+    with pytest.raises(
+        ValueError, match="cache: expected one made with a cogvideox model, got one made with a wan model$"
+    ):
         run(options(cogvideox, tmp_path, erasers, cache_dir=cache))
     from fastunlearn.testing.tiny_pipelines import save_tiny_pipeline
 

@@ -418,6 +418,16 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     check_refused("divided at timestep 875.0", {"boundary": 875.0})
     check_refused(r"latents with 4 channels.*got shape \(16, 3, 8, 8\)", {"latent_shape": [16, 3, 8, 8]})
     check_refused(
+        r"expected masks of shape \(\d, \d, \d\) for latents of shape .*, got \[7, 7, 7\]", {"token_grid": [7, 7, 7]}
+    )
+    check_refused("got one made with a None model", {"backbone": None})
+    fitting = tiny_cache(model)
+    for shape in ((5, 99), (99,)):
+        with pytest.raises(ValueError, match=rf"expected encoder_hidden_states of shape \('L', \d+\), .*\({shape[0]},"):
+            check_cache_fits(fitting.facts, model, {"encoder_hidden_states": shape})
+    with pytest.raises(ValueError, match=r"expected other of shape \(\), as this model takes, got \(1,\)"):
+        check_cache_fits(fitting.facts, model, {"other": (1,)})
+    check_refused(
         r"expected one of the cache's groups \('target', 'other', 'kept'\), got 'else'", targets=[TargetGroup("else")]
     )
     check_refused("at least one group", targets=[])

@@ -26,6 +26,13 @@ def cache_fingerprint(facts: Mapping[str, Any], conditions_sha256: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def sealed(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The index with a checksum of its own entries, so that a shard that was dropped from its list is noticed too."""
+    entries = {key: value for key, value in index.items() if key != "sha256"}
+    content = json.dumps(entries, sort_keys=True, allow_nan=False)
+    return entries | {"sha256": hashlib.sha256(content.encode()).hexdigest()}
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """The index entry of a file: its name, its size in bytes and its SHA-256."""
     digest = hashlib.sha256()
@@ -36,7 +43,7 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Reads an index and checks that its facts match its fingerprint.
+    """Reads an index and checks that its facts match its fingerprint, and its entries the checksum that it states.
 
     Raises:
         ValueError: the file is damaged, is not the index of a cache, has another version, or was edited.
@@ -52,5 +59,10 @@ def read_index(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected a fingerprint that matches its facts, got {shown(index.get('fingerprint'))}; the file "
             "was edited or is damaged: delete it and run prepare again with the same arguments"
+        )
+    if "sha256" in index and index != sealed(index):  # those of earlier versions state none
+        raise ValueError(
+            f"{path}: expected entries that match its checksum, got others; the file was edited or is damaged: delete "
+            "it and run prepare again with the same arguments"
         )
     return index

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from fastunlearn.dtypes import dtype_name
@@ -76,29 +77,54 @@ def weights_digest(model: VideoModel) -> str:
     return digest.hexdigest()
 
 
-def check_cache_fits(facts: Mapping[str, Any], model: VideoModel) -> None:
+def check_cache_fits(
+    facts: Mapping[str, Any], model: VideoModel, condition_shapes: Mapping[str, Sequence[int]] = MappingProxyType({})
+) -> None:
     """Raises ValueError if a cache with these facts was made with another model than `model`.
 
     The model's path is not compared, because the model may have been moved. Its weights are compared only if it has the
     dtype that the cache was made in.
     """
-    if facts["backbone"] != model.family.name:
-        raise ValueError(
-            f"cache: expected one made with a {model.family.name} model, got one made with a {facts['backbone']} model"
-        )
-    if facts["boundary"] != model.boundary:
-        raise ValueError(
-            f"cache: expected one made with experts divided at timestep {model.boundary}, as this model's are; got "
-            f"one made with experts divided at timestep {facts['boundary']}"
-        )
-    transformer: Any = model.experts[0].transformer
-    channels = transformer.config.in_channels
-    shape = tuple(facts["latent_shape"])
-    if len(shape) != 4 or shape[model.family.channel_dim - 1] != channels:
-        raise ValueError(f"cache: expected latents with {channels} channels, as this model's have; got shape {shape}")
+    check_inputs_fit(facts, model, condition_shapes)
     has_same_dtype = facts.get("dtype") == dtype_name(model.dtype)
     if "weights" in facts and has_same_dtype and facts["weights"] != weights_digest(model):
         raise ValueError(
             f"cache: expected one made with the weights of {model.path}, got one made with the model "
             f"{facts.get('model')}, which has other weights; load that model, or run prepare with this one"
         )
+
+
+def check_inputs_fit(
+    facts: Mapping[str, Any], model: VideoModel, condition_shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises ValueError if `model` cannot take the latents and conditions of a cache, whatever its weights are."""
+    family, boundary = facts.get("backbone"), facts.get("boundary")
+    if family != model.family.name:
+        raise ValueError(
+            f"cache: expected one made with a {model.family.name} model, got one made with a {family} model"
+        )
+    if boundary != model.boundary:
+        raise ValueError(
+            f"cache: expected one made with experts divided at timestep {model.boundary}, as this model's are; got "
+            f"one made with experts divided at timestep {boundary}"
+        )
+    transformer: Any = model.experts[0].transformer
+    channels = transformer.config.in_channels
+    shape = tuple(facts["latent_shape"])
+    if len(shape) != 4 or shape[model.family.channel_dim - 1] != channels:
+        raise ValueError(f"cache: expected latents with {channels} channels, as this model's have; got shape {shape}")
+    grid = model.token_grid(shape)
+    if tuple(facts.get("token_grid", grid)) != grid:
+        raise ValueError(
+            f"cache: expected masks of shape {grid} for latents of shape {shape}, got {facts['token_grid']}"
+        )
+    sizes = model.family.condition_sizes(transformer.config)
+    for keyword, condition_shape in condition_shapes.items():
+        dims = model.family.conditions.get(keyword, ())
+        expected = tuple(sizes.get(dim, dim) for dim in dims)
+        if len(dims) != len(condition_shape) or any(
+            isinstance(size, int) and size != got for size, got in zip(expected, condition_shape, strict=True)
+        ):
+            raise ValueError(
+                f"cache: expected {keyword} of shape {expected}, as this model takes, got {condition_shape}"
+            )

@@ -16,7 +16,13 @@ from fastunlearn.dtypes import dtype_name
 from fastunlearn.files import open_safetensors, tensor_names
 from fastunlearn.ops.arguments import integer_tensor
 from fastunlearn.training.cache.index import INDEX, PROMPTS, file_entry, read_index
-from fastunlearn.training.cache.validation import CheckedShard, check_cache, is_list_of_strings
+from fastunlearn.training.cache.validation import (
+    CheckedShard,
+    check_cache,
+    check_conditions,
+    check_sha256,
+    is_list_of_strings,
+)
 from fastunlearn.training.model.text import EncodedPrompt
 
 
@@ -39,6 +45,8 @@ class Points(NamedTuple):
 class PointSet:
     """The K points of one group; `len()` is K. Only the requested rows are read from disk.
 
+    The first time that a shard is read, it is read as a whole to compare its checksum, unless `verified`.
+
     Attributes:
         t: (K,) float32.
         prompts: (K,) int64, each point's index in `TeacherCache.prompts`.
@@ -46,8 +54,11 @@ class PointSet:
         has_masks: whether the points have masks.
     """
 
-    def __init__(self, shards: Sequence[CheckedShard], conditions: Path, boundary: float | None) -> None:
+    def __init__(
+        self, shards: Sequence[CheckedShard], conditions: Path, boundary: float | None, *, verified: bool = False
+    ) -> None:
         self._files = [shard.path for shard in shards]
+        self._unverified = {} if verified else {number: shard.sha256 for number, shard in enumerate(shards)}
         self._starts = [0]
         for shard in shards:
             self._starts.append(self._starts[-1] + len(shard.t))
@@ -65,7 +76,8 @@ class PointSet:
 
         Raises:
             TypeError: `indices` are not integers.
-            ValueError: `indices` is empty or out of range, or the conditions of its prompts differ in shape.
+            ValueError: `indices` is empty or out of range, the conditions of its prompts differ in shape, or a shard
+                was changed.
             FileNotFoundError: a shard was deleted after the cache was opened.
         """
         index = integer_tensor("indices", indices).long().cpu()
@@ -80,6 +92,9 @@ class PointSet:
                 shard = bisect.bisect_right(self._starts, i) - 1
                 if shard not in open_files:
                     open_files[shard] = stack.enter_context(open_safetensors(self._files[shard]))
+                    if shard in self._unverified:
+                        check_sha256(self._files[shard], self._unverified[shard])
+                        del self._unverified[shard]
                 locations.append((open_files[shard], i - self._starts[shard]))
 
             def rows(name: str) -> Tensor:
@@ -120,21 +135,29 @@ class TeacherCache:
         fingerprint: a checksum of everything that determines its content.
         groups: the points, by the name of their group.
         prompts: every prompt whose condition is stored.
+        condition_shapes: the shapes of the first prompt's condition, by keyword of the transformer's forward method.
     """
 
     def __init__(
-        self, folder: Path, facts: dict[str, Any], fingerprint: str, groups: dict[str, PointSet], prompts: list[str]
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        fingerprint: str,
+        groups: dict[str, PointSet],
+        prompts: list[str],
+        condition_shapes: dict[str, tuple[int, ...]],
     ) -> None:
         self.folder, self.facts, self.fingerprint = folder, facts, fingerprint
-        self.groups, self.prompts = groups, prompts
+        self.groups, self.prompts, self.condition_shapes = groups, prompts, condition_shapes
 
     @staticmethod
-    def open(folder: str | os.PathLike[str], *, verify: bool = False) -> TeacherCache:
+    def open(folder: str | os.PathLike[str], *, verify: bool | None = None) -> TeacherCache:
         """Opens the cache in `folder` after checking that its files fit its index, by their sizes and headers.
 
         Args:
             folder: the output folder of `prepare`.
-            verify: whether to read every byte and compare checksums as well.
+            verify: when checksums are compared: by default (None) a shard's when it is first read, and those of all
+                else now; True: all of them now; False: never.
 
         Raises:
             FileNotFoundError: there is no cache, or one of its files is missing.
@@ -145,8 +168,12 @@ class TeacherCache:
             Path(folder),
             checked.origin | checked.facts,
             checked.fingerprint,
-            {name: PointSet(group, checked.conditions, checked.boundary) for name, group in checked.groups.items()},
+            {
+                name: PointSet(group, checked.conditions, checked.boundary, verified=verify is not None)
+                for name, group in checked.groups.items()
+            },
             checked.prompts,
+            checked.condition_shapes,
         )
 
 
@@ -175,13 +202,15 @@ def stored_prompts(folder: str | os.PathLike[str], concept: str, dtype: torch.dt
         or file_entry(path)["sha256"] != index["conditions"]["sha256"]
     ):
         return None
+    try:
+        check_conditions(path, prompts, facts)
+    except ValueError:
+        return None
     encoded = {
         prompt: EncodedPrompt(prompt, {}, list(indices)) for prompt, indices in zip(prompts, token_indices, strict=True)
     }
     with open_safetensors(path) as file:
         for name in tensor_names(file):
             number, _, keyword = name.partition(".")
-            if not number.isdecimal() or int(number) >= len(prompts):
-                return None
             encoded[prompts[int(number)]].condition[keyword] = file.get_tensor(name).clone()
     return encoded

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastunlearn.files import open_safetensors, tensor_names
+from fastunlearn.files import open_safetensors, shown, tensor_names
+from fastunlearn.training.cache.index import SAFETENSORS_DTYPES
 
 _METADATA_KEY = "fastunlearn-teacher-cache"
 
@@ -38,7 +39,7 @@ def file_name(unit: int) -> str:
 def serialize(tensors: Mapping[str, Tensor], label: Label) -> bytes:
     """The content of a shard's file. Equal arguments give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(label._asdict() | {"digest": _digest(tensors)}, sort_keys=True)
+    text = json.dumps(label._asdict() | {"digest": digest(tensors)}, sort_keys=True)
     return safetensors.torch.save(tensors, metadata={_METADATA_KEY: text})
 
 
@@ -51,25 +52,49 @@ def read_label(path: Path, file: Any) -> tuple[Label, str]:
     try:
         content = json.loads(file.metadata()[_METADATA_KEY])
         label = Label(*(content[name] for name in Label._fields))
-        digest = content["digest"]
+        expected = content["digest"]
     except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a shard of a teacher cache, got a file without a shard's label") from error
-    return label, digest
+    return label, expected
 
 
-def num_points(path: Path, label: Label) -> int:
-    """The number of points in the shard with this label. Reads only the header.
+def summary(path: Path) -> dict[str, Any]:
+    """What the index says of the points in a shard that was checked: how many there are, and their `steps_digest`."""
+    with open_safetensors(path) as file:
+        t, prompt = file.get_tensor("t"), file.get_tensor("prompt")
+        return {"points": len(t), "steps_sha256": steps_digest(t, prompt)}
+
+
+def steps_digest(t: Tensor, prompt: Tensor) -> str:
+    """The digest of what is read of a shard when its cache is opened: each point's timestep and index of its prompt."""
+    return digest({"t": t, "prompt": prompt})
+
+
+def check_tensors(path: Path, file: Any, points: Any, facts: Mapping[str, Any]) -> bool:
+    """Checks the names, dtypes and shapes of an open shard's tensors, by its header. Returns whether it has masks.
+
+    Args:
+        path: the file, for the message.
+        file: the open file.
+        points: the number of points that it should have.
+        facts: those of the cache: `latent_shape`, `token_grid` and `dtype` are used.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged or has another label.
+        ValueError: a tensor is missing, or does not fit.
     """
-    with open_safetensors(path) as file:
-        _check_label(path, label, read_label(path, file)[0])
-        return file.get_slice("t").get_shape()[0]
+    slices = {name: file.get_slice(name) for name in tensor_names(file)}
+    got = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
+    latents = (SAFETENSORS_DTYPES[facts["dtype"]], (points, *facts["latent_shape"]))
+    expected: dict[str, Any] = {"x_t": latents, "v_uncond": latents, "v_cond": latents}
+    expected |= {"t": ("F32", (points,)), "prompt": ("I32", (points,))}
+    if "mask" in got:
+        expected["mask"] = ("BOOL", (points, *facts["token_grid"]))
+    if got != expected:
+        raise ValueError(f"{path}: expected {shown(points)} points with {expected}, got {shown(got, 400)}")
+    return "mask" in got
 
 
-def check_shard(path: Path, label: Label) -> None:
+def check_shard(path: Path, label: Label, facts: Mapping[str, Any]) -> None:
     """Reads the whole shard and checks its label and its tensors.
 
     Raises:
@@ -77,10 +102,12 @@ def check_shard(path: Path, label: Label) -> None:
         ValueError: the file is damaged or has another label.
     """
     with open_safetensors(path) as file:
-        actual, digest = read_label(path, file)
+        actual, expected = read_label(path, file)
         _check_label(path, label, actual)
+        is_there = "t" in tensor_names(file) and len(file.get_slice("t").get_shape()) == 1
+        check_tensors(path, file, file.get_slice("t").get_shape()[0] if is_there else None, facts)
         # The file is memory-mapped, so its tensors take page cache and no memory of the process.
-        if _digest({name: file.get_tensor(name) for name in tensor_names(file)}) != digest:
+        if digest({name: file.get_tensor(name) for name in tensor_names(file)}) != expected:
             raise ValueError(
                 f"{path}: expected tensors that match its digest, got others; the file is damaged or was changed"
             )
@@ -95,7 +122,7 @@ def _check_label(path: Path, expected: Label, actual: Label) -> None:
             )
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the tensors' names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

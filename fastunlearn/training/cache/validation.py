@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastunlearn.families import FAMILIES
 from fastunlearn.files import open_safetensors, shown, tensor_names
 from fastunlearn.training.cache import shards
 from fastunlearn.training.cache.index import (
@@ -24,10 +25,12 @@ from fastunlearn.training.cache.index import (
 class CheckedShard(NamedTuple):
     """A shard with K points that fits the index.
 
-    t: (K,) float32. prompts: (K,) int64, each point's index in the list of prompts.
+    sha256: the checksum that the index lists. t: (K,) float32. prompts: (K,) int64, each point's index in the list of
+    prompts.
     """
 
     path: Path
+    sha256: str
     group: str
     t: Tensor
     prompts: Tensor
@@ -35,7 +38,7 @@ class CheckedShard(NamedTuple):
 
 
 class CheckedCache(NamedTuple):
-    """The content of a valid index, and the files that it lists."""
+    """The content of a valid index, and the files that it lists. condition_shapes: those of the first prompt."""
 
     facts: dict[str, Any]
     origin: dict[str, Any]
@@ -43,21 +46,68 @@ class CheckedCache(NamedTuple):
     prompts: list[str]
     boundary: float | None
     conditions: Path
+    condition_shapes: dict[str, tuple[int, ...]]
     groups: dict[str, list[CheckedShard]]
 
 
-def check_cache(folder: Path, *, verify: bool = False) -> CheckedCache:
+def check_cache(folder: Path, *, verify: bool | None = None) -> CheckedCache:
     """Checks that the files in `folder` are a finished cache and fit its index.
 
     Args:
         folder: the cache.
-        verify: whether to read every byte and compare checksums; else only sizes and headers are compared.
+        verify: True compares the checksums of all files; None those of all but the shards, of which sizes, headers,
+            timesteps and prompts are compared; False compares no checksum of a file.
 
     Raises:
         FileNotFoundError: there is no cache, or one of its files is missing.
         ValueError: the cache is not finished, or a file is damaged or does not fit the index.
     """
     return _Checker(folder, verify).check()
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    """Raises ValueError unless the file has the checksum that the index of its cache lists."""
+    if file_entry(path)["sha256"] != sha256:
+        raise ValueError(
+            f"{path}: expected the checksum that {INDEX} lists, got another; the file is damaged or was changed: "
+            "delete it and run prepare again with the same arguments"
+        )
+
+
+def check_conditions(path: Path, prompts: Sequence[str], facts: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Checks, by their header, that the conditions of all prompts are there and have the dtypes that training needs.
+
+    Args:
+        path: the file of the conditions.
+        prompts: the prompts of the cache.
+        facts: those of the cache: the name of the model family, if there is one, says what a condition consists of.
+
+    Returns:
+        The shapes of the first prompt's condition, by keyword.
+
+    Raises:
+        ValueError: a tensor is missing, or does not fit.
+    """
+    with open_safetensors(path) as file:
+        slices = {name: file.get_slice(name) for name in tensor_names(file)}
+        got = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
+    family = next((family for family in FAMILIES if family.name == facts.get("backbone")), None)
+    keywords = {name.partition(".")[2] for name in got} if family is None else set(family.conditions)
+    if set(got) != {f"{number}.{keyword}" for number in range(len(prompts)) for keyword in keywords}:
+        raise ValueError(
+            f"{path}: expected {', '.join(sorted(keywords))} for each of {len(prompts)} prompts, "
+            f"got {shown(sorted(got))}"
+        )
+    if family is not None:
+        latents = SAFETENSORS_DTYPES[facts["dtype"]]
+        for name, (dtype, shape) in got.items():
+            dims = family.conditions[name.partition(".")[2]]
+            dtypes = ("I64", "BOOL") if dims == ("L",) else (latents,)  # ("L",): a text mask
+            if dtype not in dtypes or len(shape) != len(dims) or 0 in shape:
+                raise ValueError(
+                    f"{path}: expected ({', '.join(dims)}) of {' or '.join(dtypes)} as {name!r}, got {shape} of {dtype}"
+                )
+    return {name.partition(".")[2]: shape for name, (_, shape) in got.items() if name.startswith("0.")}
 
 
 def is_list_of_strings(value: Any) -> bool:
@@ -83,7 +133,7 @@ def _is_finite_number(value: Any) -> bool:
 
 
 class _Checker:
-    def __init__(self, folder: Path, verify: bool) -> None:
+    def __init__(self, folder: Path, verify: bool | None) -> None:
         self.folder, self.verify, self.index_path = folder, verify, folder / INDEX
         if not self.index_path.is_file():
             raise FileNotFoundError(f"{folder}: expected a teacher cache, but {INDEX} is missing; run prepare first")
@@ -95,17 +145,16 @@ class _Checker:
             )
         facts = self.index["facts"]
         self.prompts: list[str] = self._get(facts, "prompts", is_list_of_strings, "a list of strings")
-        dtype = self._get(
-            facts, "dtype", lambda x: isinstance(x, str) and x in SAFETENSORS_DTYPES, "a dtype of latents"
-        )
-        self.stored_dtype = SAFETENSORS_DTYPES[dtype]
+        self._get(facts, "dtype", lambda x: isinstance(x, str) and x in SAFETENSORS_DTYPES, "a dtype of latents")
         self.boundary = self._get(facts, "boundary", lambda x: x is None or _is_finite_number(x), "a number or null")
-        self.latent_shape = tuple(self._get(facts, "latent_shape", _is_list_of_sizes, "a list of sizes"))
-        self.token_grid = tuple(self._get(facts, "token_grid", _is_list_of_sizes, "a list of sizes"))
+        for key in ("latent_shape", "token_grid"):
+            self._get(facts, key, _is_list_of_sizes, "a list of sizes")
 
     def check(self) -> CheckedCache:
         conditions = self._file(self.index["conditions"], PROMPTS.__eq__, f"the file name {PROMPTS!r}")
-        self._check_conditions(conditions)
+        if self.verify is not False:
+            check_sha256(conditions, self.index["conditions"]["sha256"])
+        condition_shapes = check_conditions(conditions, self.prompts, self.index["facts"])
         groups: dict[str, list[CheckedShard]] = {}
         for unit, entry in enumerate(self._get(self.index, "shards", _is_list_of_objects, "a list of objects")):
             shard = self._shard(entry, unit)
@@ -122,6 +171,7 @@ class _Checker:
             self.prompts,
             self.boundary,
             conditions,
+            condition_shapes,
             groups,
         )
 
@@ -142,47 +192,30 @@ class _Checker:
                 f"{path}: expected {shown(entry.get('bytes'))} bytes, got {size}; the file is truncated or was "
                 "changed: delete it and run prepare again with the same arguments"
             )
-        if self.verify and file_entry(path)["sha256"] != entry.get("sha256"):
-            raise ValueError(
-                f"{path}: expected the checksum that {INDEX} lists, got another; the file is damaged or was changed: "
-                "delete it and run prepare again with the same arguments"
-            )
         return path
-
-    def _check_conditions(self, path: Path) -> None:
-        with open_safetensors(path) as file:
-            names = set(tensor_names(file))
-        keywords = {name.partition(".")[2] for name in names}
-        if names != {f"{number}.{keyword}" for number in range(len(self.prompts)) for keyword in keywords}:
-            raise ValueError(
-                f"{path}: expected a condition for each of {len(self.prompts)} prompts, got {shown(sorted(names))}"
-            )
 
     def _shard(self, entry: Mapping[str, Any], unit: int) -> CheckedShard:
         path = self._file(entry, SHARD_FILE.fullmatch, "the file name of a shard")
+        sha256 = self._get(entry, "sha256", lambda x: isinstance(x, str), "a checksum")
+        if self.verify:
+            check_sha256(path, sha256)
         with open_safetensors(path) as file:
             label, _ = shards.read_label(path, file)
             if label != shards.Label(self.index["fingerprint"], unit, str(entry.get("group"))):
                 raise ValueError(f"{path}: expected the shard that {INDEX} lists, got one of another run or unit")
-            has_masks = self._check_tensors(path, file, entry.get("points"))
-            t, prompts = file.get_tensor("t").clone(), file.get_tensor("prompt").long()
+            has_masks = shards.check_tensors(path, file, entry.get("points"), self.index["facts"])
+            t, prompt = file.get_tensor("t").clone(), file.get_tensor("prompt")
+            prompts = prompt.long()
+            digest = None if self.verify is False else shards.steps_digest(t, prompt)
+        if digest is not None and entry.get("steps_sha256", digest) != digest:  # caches of earlier versions list none
+            raise ValueError(
+                f"{path}: expected the timesteps and prompts that {INDEX} lists, got others; the file is damaged or "
+                "was changed: delete it and run prepare again with the same arguments"
+            )
         if not bool(((t >= 0) & (t <= 1000)).all()):  # NaN fails too
             raise ValueError(f"{path}: expected timesteps from 0 to 1000, got {shown(t.tolist())}")
         if bool(((prompts < 0) | (prompts >= len(self.prompts))).any()):
             raise ValueError(
                 f"{path}: expected indices of the {len(self.prompts)} prompts, got {shown(prompts.tolist())}"
             )
-        return CheckedShard(path, label.group, t, prompts, has_masks)
-
-    def _check_tensors(self, path: Path, file: Any, points: Any) -> bool:
-        """Checks the names, dtypes and shapes of a shard's tensors. Returns whether masks are among them."""
-        slices = {name: file.get_slice(name) for name in tensor_names(file)}
-        got = {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
-        latents = (self.stored_dtype, (points, *self.latent_shape))
-        expected: dict[str, Any] = {"x_t": latents, "v_uncond": latents, "v_cond": latents}
-        expected |= {"t": ("F32", (points,)), "prompt": ("I32", (points,))}
-        if "mask" in got:
-            expected["mask"] = ("BOOL", (points, *self.token_grid))
-        if got != expected:
-            raise ValueError(f"{path}: expected {shown(points)} points, as {INDEX} lists: {expected}; got {got}")
-        return "mask" in got
+        return CheckedShard(path, sha256, label.group, t, prompts, has_masks)

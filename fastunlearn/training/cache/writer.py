@@ -29,6 +29,7 @@ from fastunlearn.training.cache.index import (
     cache_fingerprint,
     file_entry,
     read_index,
+    sealed,
 )
 
 _SHOWN_CHANGES = 20
@@ -92,6 +93,8 @@ class CacheWriter:
             "origin": dict(origin or {}) if begun is None else begun["origin"],
             "conditions": file_entry(self.folder / PROMPTS),
         }
+        self._listed = {} if begun is None else _listed_checksums(begun)
+        self._intact: set[int] = set()  # the units that were written or checked by this process
         if begun is None:
             self._store_index(self._index)
 
@@ -133,16 +136,22 @@ class CacheWriter:
         """Whether the unit's shard exists, after checking that it is intact and belongs to this run.
 
         Raises:
-            ValueError: the file is damaged or belongs to another run. It is left as it is.
+            ValueError: the file is damaged, was changed or belongs to another run. It is left as it is.
         """
         path = self.folder / shards.file_name(unit)
         if not path.exists():
             return False
+        self._check(unit, path)
+        return True
+
+    def _check(self, unit: int, path: Path) -> None:
         try:
-            shards.check_shard(path, self._label(unit))
+            shards.check_shard(path, self._label(unit), self._facts)
+            if path.name in self._listed and file_entry(path)["sha256"] != self._listed[path.name]:
+                raise ValueError(f"{path}: expected the checksum that {INDEX} lists, got another; the file was changed")
         except ValueError as error:
             raise ValueError(f"{error}; delete the file to compute it again, or choose another folder") from error
-        return True
+        self._intact.add(unit)
 
     def write(
         self,
@@ -185,6 +194,8 @@ class CacheWriter:
             check_shape("mask", mask, (len(prompts), *self._facts["token_grid"]), "points and token grid")
             tensors["mask"] = mask != 0
         self._store(shards.file_name(unit), shards.serialize(tensors, self._label(unit)))
+        self._listed.pop(shards.file_name(unit), None)  # an index may list the file that was missing
+        self._intact.add(unit)
 
     def is_complete(self) -> bool:
         """Whether the shards of all units exist."""
@@ -198,7 +209,7 @@ class CacheWriter:
         """Lists all shards in the index, marks it as finished, and deletes temporary files of interrupted processes.
 
         Raises:
-            ValueError: shards are missing or belong to another run.
+            ValueError: shards are missing, damaged or of another run.
         """
         missing = self._missing_units()
         if missing:
@@ -209,8 +220,9 @@ class CacheWriter:
         entries = []
         for unit, group in enumerate(self._groups):
             path = self.folder / shards.file_name(unit)
-            points = shards.num_points(path, self._label(unit))
-            entries.append(file_entry(path) | {"group": group, "points": points})
+            if unit not in self._intact:
+                self._check(unit, path)
+            entries.append(file_entry(path) | {"group": group} | shards.summary(path))
         self._store_index({**self._index, "finished": True, "shards": entries})
         for file in self.folder.iterdir():
             match = CACHE_FILE.fullmatch(file.name)
@@ -221,7 +233,7 @@ class CacheWriter:
         return shards.Label(self.fingerprint, unit, self._groups[unit])
 
     def _store_index(self, index: Mapping[str, Any]) -> None:
-        self._store(INDEX, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode())
+        self._store(INDEX, (json.dumps(sealed(index), indent=1, allow_nan=False) + "\n").encode())
 
     def _store(self, name: str, content: bytes) -> None:
         path = self.folder / name
@@ -236,6 +248,13 @@ class CacheWriter:
                 "same command again to continue",
                 str(path),
             ) from error
+
+
+def _listed_checksums(index: Mapping[str, Any]) -> dict[str, Any]:
+    """The checksums that an index lists, by file name; none if it is not finished."""
+    shard_entries = index.get("shards")
+    entries = shard_entries if isinstance(shard_entries, list) else []
+    return {str(entry.get("file")): entry.get("sha256") for entry in entries if isinstance(entry, dict)}
 
 
 def refuse_foreign_files(folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastunlearn.training.cache.provenance import check_inputs_fit
 from fastunlearn.training.cache.reader import Points, PointSet, TeacherCache
 from fastunlearn.training.evaluation.metrics import (
     Ratio,
@@ -124,9 +125,7 @@ def measure(model: VideoModel, cache: TeacherCache, batch_size: int, bar: tqdm |
     Raises:
         ValueError: the cache was made with another model, or a velocity is not finite.
     """
-    family = cache.facts.get("backbone")
-    if family != model.family.name:
-        raise ValueError(f"{cache.folder}: expected a teacher cache of {model.family.name}, got one of {family}")
+    check_inputs_fit(cache.facts, model, cache.condition_shapes)
     measurement = Measurement()
     for group, points in cache.groups.items():
         for number, rows in enumerate(batches(points, batch_size)):
