@@ -16,11 +16,12 @@ import torch
 from fastunlearn.bench.agreement import Disagreement
 from fastunlearn.environment import describe
 from fastunlearn.files import write_json
+from fastunlearn.option_parser import OptionParser
 
 
 def option_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for `python -m COMMAND` that knows `--device` and `--output`."""
-    parser = argparse.ArgumentParser(prog=f"python -m {command}", description=description)
+    parser = OptionParser(prog=f"python -m {command}", description=description)
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

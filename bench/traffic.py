@@ -6,7 +6,6 @@ T2VUnlearning-style training loops write it ("seed, eager").
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fastunlearn.bench.cases import Case, localization_case, plain_concept_maps, plain_localization_loss, velocity_case
 from fastunlearn.dtypes import dtype_name
 from fastunlearn.functional import concept_attention, localization_loss, negatively_guided_velocity_loss
+from fastunlearn.option_parser import OptionParser
 from fastunlearn.testing.cases import low_rank_outputs, random_mask, random_tensors
 from fastunlearn.testing.interpreter import exact_bfloat16, observed_kernels
 
@@ -190,7 +190,7 @@ def rows(sizes: Sizes = SIZES["full"]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table. Exits with an error if an operation does not move exactly its floor."""
-    parser = argparse.ArgumentParser(prog="python -m fastunlearn.bench.traffic", description=__doc__)
+    parser = OptionParser(prog="python -m fastunlearn.bench.traffic", description=__doc__)
     parser.add_argument(
         "--size",
         choices=SIZES,

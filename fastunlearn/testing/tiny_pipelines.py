@@ -5,13 +5,13 @@ python -m fastunlearn.testing.tiny_pipelines cogvideox FOLDER
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import torch
 
 from fastunlearn import families
 from fastunlearn.families.tiny import FRAMES, HEIGHT, WIDTH
+from fastunlearn.option_parser import OptionParser
 
 __all__ = ["FRAMES", "HEIGHT", "VARIANTS", "WIDTH", "save_tiny_pipeline"]
 
@@ -45,7 +45,7 @@ def save_tiny_pipeline(family: str, folder: str | os.PathLike[str], seed: int = 
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m fastunlearn.testing.tiny_pipelines",
         description="Save a tiny text-to-video pipeline with random weights, made without a network.",
     )

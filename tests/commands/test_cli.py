@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,12 @@ def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     text = code if isinstance(code, str) else capsys.readouterr().err
     assert len(text.strip().splitlines()) == 1
     return text
+
+
+def run_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own."""
+    command = [sys.executable, "-m", "fastunlearn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 def test_env_names_every_op_with_a_backend_and_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,8 +61,63 @@ def test_an_unknown_concept(capsys: pytest.CaptureFixture[str]) -> None:
     assert "banana" in text and "circle" in text
 
 
-def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "erase" in one_line_error(capsys, "erase")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prepare --num-trajectory 3", "prepare: unknown option --num-trajectory; did you mean --num-trajectories?"),
+        ("prepare --num_trajectory=3", "prepare: unknown option --num-trajectory; did you mean --num-trajectories?"),
+        ("train --steps 3", "train: unknown option --steps; --help lists the options"),
+        ("--vresion", ": unknown option --vresion; did you mean --version?"),
+        ("trian --rank 8", "got 'trian'; did you mean train?"),
+        ("erase", ": command: expected one of prepare, train, evaluate, sample, demo, verify, bench, env, got 'erase'"),
+        ("bench trafic", "bench: NAME: expected one of kernels, traffic, algorithms, training, got 'trafic'; did you"),
+        ("bench kernels --rnus 3", "python -m fastunlearn.bench.kernels: unknown option --rnus; did you mean --runs?"),
+        (
+            "demo --concept circel",
+            "--concept: expected one of circle, square, triangle, got 'circel'; did you mean circle",
+        ),
+        (
+            "verify --dtype float16 float23",
+            "--dtype: expected one of float16, bfloat16, float32, float64, got 'float23'",
+        ),
+        ("prepare --num 3", "--num could match --num-trajectories, --num-inference-steps, --num-frames"),
+        ("env x", "fastunlearn env: unexpected 'x'; a value that has spaces needs quotes"),
+        ("demo --seed 1 big", "fastunlearn demo: unexpected 'big'; a value that has spaces needs quotes"),
+        ("demo --seed one", "fastunlearn demo: --seed: invalid int value: 'one'"),
+    ],
+)
+def test_a_misspelt_command_is_one_line_with_what_may_be_meant(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in one_line_error(capsys, *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", "fastunlearn [-h] [--version] command"),
+        ("help", "fastunlearn [-h] [--version] command"),
+        ("help train", "fastunlearn train [option ...]"),
+        ("train help", "fastunlearn train [option ...]"),
+        ("bench", "fastunlearn bench NAME [option ...]"),
+        ("bench --help", "  traffic     bytes that the kernels move"),
+        ("bench help kernels", "python -m fastunlearn.bench.kernels"),
+        ("bench kernels help", "python -m fastunlearn.bench.kernels"),
+        ("help bench algorithms", "python -m fastunlearn.bench.algorithms"),
+        ("bench training --help", "python -m fastunlearn.bench.training"),
+        ("--version", "fastunlearn 0"),
+    ],
+)
+def test_help_and_version(arguments: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments.split())
+    assert exit_info.value.code == 0
+    output = capsys.readouterr()
+    assert expected in output.out and output.err == ""
+
+
+def test_a_word_that_is_help_is_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required: --pretrained-model-name-or-path" in one_line_error(capsys, "sample", "--prompt", "help")
 
 
 def test_a_device_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,8 +207,17 @@ def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path
     assert "expected a teacher cache" in one_line_error(capsys, *train, "--cache-dir", str(tmp_path))
 
 
-def test_bench_runs_a_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["bench", "kernels", "--help"])
-    assert exit_info.value.code == 0
-    assert "fastunlearn.bench.kernels" in capsys.readouterr().out
+def test_help_of_a_benchmark_that_runs_in_the_interpreter() -> None:
+    # In a process of its own: importing it chooses Triton's interpreter.
+    result = run_command("bench", "traffic", "--help")
+    assert result.returncode == 0
+    assert "--size" in result.stdout and "forward + backward" not in result.stdout
+
+
+def test_the_start_of_an_option_is_enough_where_only_one_starts_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastunlearn.training import train
+
+    seen: list[TrainingOptions] = []
+    monkeypatch.setattr(train, "run", seen.append)
+    main(["train", "--pretrained", "model", "--cache", "cache", "--output", "out", "--max_train", "7"])
+    assert seen == [TrainingOptions("model", Path("cache"), Path("out"), max_train_steps=7)]
