@@ -15,7 +15,7 @@ import torch
 
 from fastunlearn.bench.agreement import Disagreement
 from fastunlearn.environment import describe
-from fastunlearn.files import write_json
+from fastunlearn.files import expand_home, write_json
 from fastunlearn.option_parser import OptionParser
 
 
@@ -29,7 +29,10 @@ def option_parser(command: str, description: str | None) -> argparse.ArgumentPar
         help="run on this torch device, such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="also write the results to this JSON file (default: only print)"
+        "--output",
+        type=expand_home,
+        metavar="FILE",
+        help="also write the results to this JSON file (default: only print)",
     )
     return parser
 

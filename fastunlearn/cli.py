@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from fastunlearn.console import one_line_messages, quiet_libraries
 from fastunlearn.environment import installed_version
+from fastunlearn.files import expand_home
 from fastunlearn.option_parser import OptionParser
 
 BACKENDS = ("torch", "compile", "triton")
@@ -177,7 +178,7 @@ def _add_demo(commands: Any, shapes: Sequence[str]) -> None:
     )
     demo.add_argument(
         "--output",
-        type=Path,
+        type=expand_home,
         default=Path("fastunlearn-demo"),
         metavar="PATH",
         help="folder for the report, the picture and the erasers (%(default)s)",
@@ -256,7 +257,9 @@ def _parser() -> argparse.ArgumentParser:
         usage="fastunlearn bench NAME [option ...]",
     )
     bench.add_argument("name", choices=BENCHMARKS, metavar="NAME", help="the benchmark to run")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="option", help="as `bench NAME --help` lists them")
+    bench.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="option", help="as `bench NAME --help` lists them"
+    )
     bench.set_defaults(run=_bench)
     env = commands.add_parser("env", help="print versions, devices and backends, for bug reports")
     env.set_defaults(run=_env)

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """The path, with the user's home folder for a leading `~`, which shells leave in `--option=~/folder`."""
+    return Path(os.path.expanduser(path))
+
+
 def replace_file(path: Path, content: bytes, *, beside: str = ".partial") -> None:
     """Creates or replaces a file atomically: writes a temporary file next to it, syncs it to disk, and renames it.
 
@@ -55,7 +60,7 @@ def remove_folder(folder: Path) -> None:
 
 def writable(folder: str | os.PathLike[str]) -> Path:
     """Creates `folder` and checks that files can be written into it: better an OSError now than after hours of work."""
-    path = Path(folder)
+    path = expand_home(folder)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
         pass

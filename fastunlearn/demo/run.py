@@ -58,7 +58,7 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
     if concept not in SHAPES:
         raise ValueError(f"concept: expected one of {', '.join(SHAPES)}, got {concept!r}")
     torch_device = usable_device(device)
-    writable(output)
+    output = writable(output)
     if earlier := checkpoints.existing(output):
         raise FileExistsError(
             f"output: expected a folder without checkpoints, got {output} with {earlier[-1].name}; choose another one"

@@ -11,6 +11,7 @@ import torch
 
 from fastunlearn import families
 from fastunlearn.families.tiny import FRAMES, HEIGHT, WIDTH
+from fastunlearn.files import expand_home
 from fastunlearn.option_parser import OptionParser
 
 __all__ = ["FRAMES", "HEIGHT", "VARIANTS", "WIDTH", "save_tiny_pipeline"]
@@ -41,7 +42,7 @@ def save_tiny_pipeline(family: str, folder: str | os.PathLike[str], seed: int = 
         raise ValueError(f"family: expected one of {', '.join(map(repr, VARIANTS))}, got {family!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        VARIANTS[family]().save_pretrained(folder)
+        VARIANTS[family]().save_pretrained(expand_home(folder))
 
 
 def _main() -> None:

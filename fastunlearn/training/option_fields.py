@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
+from pathlib import Path
 from typing import Any
+
+from fastunlearn.files import expand_home
 
 Check = Callable[[str, Any], None]  # takes an option's name and value, and raises ValueError
 
 
 def option(
-    help: str, default: Any = MISSING, *, group: str, check: Check | None = None, free_on_resume: bool = False
+    help: str,
+    default: Any = MISSING,
+    *,
+    group: str,
+    check: Check | None = None,
+    free_on_resume: bool = False,
+    is_path: bool = False,
 ) -> Any:
     """Makes a dataclass field that is an option; the option is required if it has no default.
 
@@ -21,8 +31,15 @@ def option(
         group: the heading that `--help` lists the option under.
         check: checks the value.
         free_on_resume: whether a run that resumes from a checkpoint may have another value than the interrupted run.
+        is_path: whether a string may be a path. A `Path` always is one.
     """
-    metadata = {"help": help, "group": group, "check": check, "free_on_resume": free_on_resume}
+    metadata = {
+        "help": help,
+        "group": group,
+        "check": check,
+        "free_on_resume": free_on_resume,
+        "is_path": is_path,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -76,12 +93,27 @@ def check_fields(options: Any) -> None:
             check(option_field.name, value)
 
 
+def expand_homes(options: Any) -> None:
+    """Puts the user's home folder in the place of a leading `~` in every option that is a path."""
+    for option_field in fields(options):
+        value = getattr(options, option_field.name)
+        if isinstance(value, tuple):
+            expanded: Any = tuple(expand_home(element) if isinstance(element, Path) else element for element in value)
+        elif isinstance(value, Path):
+            expanded = expand_home(value)
+        elif isinstance(value, str) and option_field.metadata["is_path"]:
+            expanded = os.path.expanduser(value)
+        else:
+            continue
+        object.__setattr__(options, option_field.name, expanded)  # the classes are frozen
+
+
 # The options that several commands share, as functions because every class needs a field object of its own.
 
 
 def pipeline(help: str = "the diffusers pipeline: a folder, or a name on the Hugging Face Hub", **metadata: Any) -> Any:
     """The pipeline to load."""
-    return option(help, group="model", **metadata)
+    return option(help, group="model", is_path=True, **metadata)
 
 
 def erasers() -> Any:

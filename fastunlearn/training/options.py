@@ -16,6 +16,7 @@ from fastunlearn.training import option_fields as shared
 from fastunlearn.training.option_fields import (
     at_least,
     check_fields,
+    expand_homes,
     has_words,
     is_finite,
     is_fraction,
@@ -85,6 +86,7 @@ class PrepareOptions:
     )
 
     def __post_init__(self) -> None:
+        expand_homes(self)
         check_fields(self)
 
 
@@ -244,6 +246,7 @@ class TrainingOptions:
         None,
         group="checkpoints",
         free_on_resume=True,
+        is_path=True,
     )
     report_to: Literal["tensorboard", "wandb", "all"] | None = option(
         "tracker to log metrics to, if any", None, group="logging", free_on_resume=True
@@ -256,6 +259,7 @@ class TrainingOptions:
     )
 
     def __post_init__(self) -> None:
+        expand_homes(self)
         check_fields(self)
 
 
@@ -302,6 +306,7 @@ class EvaluateOptions:
     device: str | None = shared.device()
 
     def __post_init__(self) -> None:
+        expand_homes(self)
         _check_erasers(self.erasers, self.eraser_scales)
         check_fields(self)
         if self.cache_dir is None:
@@ -340,6 +345,7 @@ class SampleOptions:
     device: str | None = shared.device()
 
     def __post_init__(self) -> None:
+        expand_homes(self)
         _check_erasers(self.erasers, self.eraser_scales)
         if not self.prompt and self.prompts is None:
             raise ValueError("prompt: expected at least one prompt, here or in a file given as prompts, got none")

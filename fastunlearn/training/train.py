@@ -31,7 +31,7 @@ def run(options: TrainingOptions) -> TrainingSummary:
         FileNotFoundError: there is no such cache or pipeline.
         ValueError, OSError, MemoryError, FloatingPointError: as for `train`.
     """
-    output_dir = writable(Path(options.output_dir))
+    output_dir = writable(options.output_dir)
     cache = TeacherCache.open(options.cache_dir)
     accelerator = processes.connect(options, output_dir, cpu=is_cpu(options.device))
     device = accelerator.device
@@ -95,7 +95,7 @@ def train(
     check_cache_fits(cache.facts, model, cache.condition_shapes)
     if targets is None:
         targets = (TargetGroup(guidance_scale=options.negative_guidance_scale),)
-    output_dir = writable(Path(output_dir))
+    output_dir = writable(output_dir)
     logging_dir = output_dir / "logs" if options.logging_dir is None else Path(options.logging_dir)
     plugin = processes.fsdp_plugin(options)
     on_cpu = is_cpu(options.device) or (plugin is None and model.device.type == "cpu")

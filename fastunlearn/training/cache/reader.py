@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.dtypes import dtype_name
-from fastunlearn.files import open_safetensors, tensor_names
+from fastunlearn.files import expand_home, open_safetensors, tensor_names
 from fastunlearn.ops.arguments import integer_tensor
 from fastunlearn.training.cache.index import INDEX, PROMPTS, file_entry, read_index
 from fastunlearn.training.cache.validation import (
@@ -163,9 +163,10 @@ class TeacherCache:
             FileNotFoundError: there is no cache, or one of its files is missing.
             ValueError: the cache is not finished, or a file is damaged or does not fit the index.
         """
-        checked = check_cache(Path(folder), verify=verify)
+        folder = expand_home(folder)
+        checked = check_cache(folder, verify=verify)
         return TeacherCache(
-            Path(folder),
+            folder,
             checked.origin | checked.facts,
             checked.fingerprint,
             {
@@ -187,7 +188,7 @@ def stored_prompts(folder: str | os.PathLike[str], concept: str, dtype: torch.dt
     Raises:
         ValueError: the folder holds an index that is damaged.
     """
-    index_path, path = Path(folder) / INDEX, Path(folder) / PROMPTS
+    index_path, path = (expand_home(folder) / name for name in (INDEX, PROMPTS))
     if not index_path.is_file() or not path.is_file():
         return None
     index = read_index(index_path)

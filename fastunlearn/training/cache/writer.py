@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.dtypes import dtype_named
-from fastunlearn.files import replace_file, shown
+from fastunlearn.files import expand_home, replace_file, shown
 from fastunlearn.ops.arguments import check_shape
 from fastunlearn.training.cache import shards
 from fastunlearn.training.cache.index import (
@@ -67,7 +67,7 @@ class CacheWriter:
         origin: Mapping[str, Any] | None = None,
         process_index: int = 0,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = expand_home(folder)
         self._partial_suffix = f".{process_index}.partial"
         # To JSON and back, so that they can be compared with those read from an index: a tuple becomes a list.
         self._facts = json.loads(json.dumps({**facts, "prompts": list(conditions)}, allow_nan=False))

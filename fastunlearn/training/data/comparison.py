@@ -6,14 +6,13 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastunlearn.files import replace_file
+from fastunlearn.files import expand_home, replace_file
 from fastunlearn.training.data.videos import check_frames, to_bytes
 
 _FONTS = (
@@ -88,7 +87,7 @@ def write_strip(
             picture.paste(thumbnail, (left + column * (shown_width + _GAP), y))
     content = io.BytesIO()
     picture.save(content, format="PNG", optimize=True)
-    replace_file(Path(path), content.getvalue())
+    replace_file(expand_home(path), content.getvalue())
 
 
 def _check_same_size(videos: Sequence[Tensor], labels: Sequence[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from fastunlearn.files import expand_home
 
 # Scripts that put no spaces between words: kana, Chinese characters, Thai, Lao, Khmer, Burmese.
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
@@ -30,7 +31,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptLine]:
         FileNotFoundError: the file does not exist.
         ValueError: the file holds no prompts or is not UTF-8, or a line has two tabs or nothing on one side of a tab.
     """
-    file = Path(path)
+    file = expand_home(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: expected a text file with one prompt per line, but there is no such file")
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastunlearn.files import expand_home
 from fastunlearn.training.data.prompts import PromptLine, occurrences, read_prompts
 from fastunlearn.training.options import PrepareOptions
 
@@ -122,7 +123,7 @@ def read_video_requests(folder: str | os.PathLike[str], concept: str) -> list[Re
         FileNotFoundError: the folder or a video's prompt does not exist.
         ValueError: there are no videos, or a text file has more than one prompt or the concept after the tab.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data: expected a folder of videos, got {str(folder)!r}")
     sources = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*_VIDEOS, _LATENTS))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastunlearn.files import replace_file
+from fastunlearn.files import expand_home, replace_file
 
 # H.264 with the colour matrix that players assume for high definition; the file names it as well.
 _MP4 = (
@@ -40,7 +40,7 @@ def read_video(path: str | os.PathLike[str]) -> Tensor:
         ValueError: the file is not a readable video.
         OSError: ffmpeg is not installed.
     """
-    path = Path(path)
+    path = expand_home(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a video file, but there is no such file")
     frames = _read_gif(path) if path.suffix.lower() == ".gif" else _read_with_ffmpeg(path)
@@ -61,7 +61,7 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
         TypeError, ValueError: an argument is not as described.
         OSError: the file cannot be written, or ffmpeg is not installed.
     """
-    path = Path(path)
+    path = expand_home(path)
     check_frames("frames", frames)
     if not fps > 0:
         raise ValueError(f"fps: expected a positive number, got {fps!r}")

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastunlearn import eraser_files
-from fastunlearn.files import read_versioned_json, remove_folder, replace_file, shown
+from fastunlearn.files import expand_home, read_versioned_json, remove_folder, replace_file, shown
 
 ERASERS, STATE, METADATA = "erasers", "training_state.pt", "checkpoint.json"
 FORMAT, FORMAT_VERSION = "fastunlearn-checkpoint", 1
@@ -70,7 +70,7 @@ def find(folder: Path, wanted: str) -> Path | None:
     """
     if wanted == "latest":
         return _latest(folder)
-    for path in (Path(wanted), folder / wanted):
+    for path in (expand_home(wanted), folder / wanted):
         if path.is_dir():
             return path
     raise FileNotFoundError(

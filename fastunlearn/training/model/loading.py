@@ -35,6 +35,7 @@ def load_model(
         FileNotFoundError: there is no pipeline at `path`.
         ValueError: the pipeline's class, or the variant of its transformer, is not supported.
     """
+    path = os.path.expanduser(path)
     cls, family = pipeline_class(path)
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     without = family.text_components if vae else (*family.text_components, "vae")
@@ -81,6 +82,7 @@ def outline_pipeline(path: str | os.PathLike[str]) -> Outline:
     import diffusers
     import transformers
 
+    path = os.path.expanduser(path)
     cls, family = pipeline_class(path)
     index = diffusers.DiffusionPipeline.load_config(path)
     boundary_ratio = index.get("boundary_ratio")
@@ -108,7 +110,7 @@ def pipeline_class(path: str | os.PathLike[str]) -> tuple[Any, Family]:
     """
     import diffusers
 
-    name = os.fspath(path)
+    name = os.path.expanduser(path)
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
         raise FileNotFoundError(
             f"pretrained_model_name_or_path: expected a folder or a Hub id like 'owner/name', got {name!r}, "

@@ -60,6 +60,7 @@ def encode_prompts(
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a sequence of strings, got the string {prompts!r}")
+    path = os.path.expanduser(path)
     cls, family = pipeline_class(path)
     pipeline = load_components(cls, path, dtype, without=(*family.denoisers, "vae")).to(device)
     length = family.text_length(cls, path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastunlearn import erasers, schedule
 from fastunlearn.erasers import AdapterEraser
 from fastunlearn.families import Family, LatentSpace, family_of, patch_size
+from fastunlearn.files import expand_home
 from fastunlearn.training.model.vae import decode_latents, encode_videos
 from fastunlearn.velocity_model import as_velocity_model
 
@@ -314,8 +315,8 @@ class VideoModel:
     def _expert_folders(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Where in `folder` each expert's erasers belong."""
         if len(self.experts) == 1:
-            return [Path(folder)]
-        return [Path(folder) / name for name in EXPERT_FOLDERS]
+            return [expand_home(folder)]
+        return [expand_home(folder) / name for name in EXPERT_FOLDERS]
 
     def _check_folders(self, folders: Sequence[str | os.PathLike[str]]) -> None:
         for folder in folders:
