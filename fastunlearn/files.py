@@ -39,8 +39,10 @@ def replace_file(path: Path, content: bytes, *, beside: str = ".partial") -> Non
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)  # the error of a full disk names no file
         raise
 
 
