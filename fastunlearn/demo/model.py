@@ -20,7 +20,8 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.world import COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH
 from fastunlearn.families import LatentSpace
-from fastunlearn.training.data.prompts import concept_tokens, occurrences
+from fastunlearn.training.data.prompts import concept_tokens
+from fastunlearn.training.data.words import occurrences
 from fastunlearn.training.model.text import EncodedPrompt
 from fastunlearn.training.model.video_model import Defaults, VideoModel
 

@@ -116,13 +116,15 @@ def encoded_prompts(
     stored = stored_prompts(options.output_dir, options.concept, dtype)
     if stored is not None and list(stored) == prompts:
         return stored
+    targets = {request.prompt for request in requests if request.group == "target"}
     encoded = encode_prompts(
         options.pretrained_model_name_or_path,
         prompts,
         options.concept,
         dtype=dtype,
         device=device,
-        must_contain={request.prompt for request in requests if request.group == "target"},
+        must_contain=targets,
+        must_not_contain=[prompt for prompt in prompts if prompt not in targets],
     )
     return {
         text: prompt._replace(condition={keyword: value.cpu() for keyword, value in prompt.condition.items()})

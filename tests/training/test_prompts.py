@@ -97,6 +97,12 @@ def test_an_absent_concept_is_an_error_that_shows_the_tokens(tokenizer, prompt, 
     assert str(error.value).endswith("tokens: " + " ".join(tokens))
 
 
+def test_the_error_names_another_form_of_the_concept(tokenizer):
+    message = "got 'dog', which is there only as 'dogs': write 'dog' in the prompt as well; the prompt's tokens: ▁two"
+    with pytest.raises(ValueError, match=message):
+        concept_tokens(tokenizer, "two dogs", "dog")
+
+
 def test_a_concept_that_is_cut_off_is_an_error(tokenizer):
     prompt = "a dog and a cat and a dog"
     assert concept_tokens(tokenizer, prompt, "dog") == [1, 7]
@@ -166,6 +172,10 @@ def test_a_prompt_file(tmp_path):
         "  # not this",
     ]
     file.write_bytes("\n".join([*lines, "最後\u2028の行"]).encode())
+    # The file of a Windows editor, and one appended to it.
+    other = tmp_path / "crlf.txt"
+    other.write_bytes(b"\xef\xbb\xbfa dog\r\n\r\n\xef\xbb\xbfa cat\ta car\r\n# no\r\n")
+    assert read_prompts(other) == [PromptLine("a dog", None), PromptLine("a cat", "a car")]
     assert read_prompts(file) == [
         PromptLine("a nude person in the park", None),
         PromptLine("a nude person", "a clothed person"),
@@ -182,6 +192,9 @@ def test_a_prompt_file(tmp_path):
         (b"a\nb\t", "line 2: expected"),
         (b"\tb", "line 1: expected"),
         (b"a \xff", "expected UTF-8 text"),
+        ("a dog".encode("utf-16"), "expected UTF-8 text, got bytes that are not"),
+        ("a dog".encode("utf-16-le"), "expected UTF-8 text, got zero bytes; save it as UTF-8"),
+        (b"a dog\ta dog", "line 1: expected 'prompt' or 'prompt<TAB>instead', got 'a dog.ta dog'"),
     ],
 )
 def test_wrong_prompt_files_are_refused(tmp_path, content, message):

@@ -45,6 +45,131 @@ def test_the_prompts_of_a_file_take_turns(tmp_path):
         read_requests(options_for(data=tmp_path, **paths))
 
 
+def captioned(folder, **captions):
+    """A folder of empty videos with captions."""
+    folder.mkdir()
+    for name, caption in captions.items():
+        (folder / f"{name}.mp4").touch()
+        (folder / f"{name}.txt").write_bytes(caption.encode())
+    return folder
+
+
+def test_captions_with_the_concept_are_targets_in_every_script_and_case(tmp_path):
+    folder = captioned(
+        tmp_path / "data",
+        a="A DOG!",
+        b="dog狗",
+        c="一只dog在",
+        d="a cat",
+        e="ｄｏｇ",
+        f="\ufeffdog\r\n",
+        g="dog_park\t\ufeffa park",
+        h="the dog’s ball\ta ball",
+    )
+    requests = read_video_requests(folder, "dog")
+    assert "".join(request.source.stem for request in requests if request.group == "kept") == "d"
+    assert requests[5].prompt == "dog"
+    assert requests[6].instead.strip("\ufeff") == "a park"
+
+
+@pytest.mark.parametrize(
+    ("caption", "concept", "form"),
+    [
+        ("two dogs", "dog", "dogs"),
+        ("DOGS!", "dog", "DOGS"),
+        ("一只dogs在", "dog", "dogs"),
+        ("do\u200bg", "dog", "do\u200bg"),
+        ("the nudity of a statue", "nude", "nudity"),
+        ("two nude women", "nude woman", "nude women"),
+        ("a hot-dog", "hot dog", "hot-dog"),
+    ],
+)
+def test_another_form_of_the_concept_is_refused_wherever_it_is_unclear_or_would_be_kept(
+    tmp_path, caption, concept, form
+):
+    with pytest.raises(ValueError) as error:
+        read_video_requests(captioned(tmp_path / "data", a=caption), concept)
+    assert str(error.value) == (
+        f"{tmp_path / 'data' / 'a.txt'}: expected {concept!r} as a word of its own or not at all, got {form!r} in "
+        f"{caption!r}; write {concept!r} too if the concept is meant, so that it is found and erased, or else other "
+        "words"
+    )
+    (tmp_path / "data" / "a.txt").write_text(f"one {concept} and {caption}")
+    assert read_video_requests(tmp_path / "data", concept)[0].group == "target"
+    (tmp_path / "data" / "a.txt").write_text(f"one {concept}\t{caption}")
+    got = f"got {form!r}, a form of it, in {caption!r}".replace("\\", "\\\\")
+    with pytest.raises(ValueError, match=f"a.txt: expected a prompt without '{concept}' after the tab, {got}"):
+        read_video_requests(tmp_path / "data", concept)
+    paths = write_prompts(tmp_path, target_prompts=f"one {concept}", kept_prompts=caption)
+    with pytest.raises(ValueError, match=f"kept_prompts.txt: expected a prompt without '{concept}', {got}"):
+        read_requests(options_for(concept=concept, **paths))
+    paths = write_prompts(tmp_path, target_prompts=f"one {concept}\n{caption}", kept_prompts="a park")
+    with pytest.raises(ValueError, match=f"target_prompts.txt: expected '{concept}' as a word of its own"):
+        read_requests(options_for(concept=concept, **paths))
+    paths = write_prompts(tmp_path, target_prompts=f"one {concept}", kept_prompts="a park")
+    with pytest.raises(ValueError, match=f"negative_prompt: expected a prompt without '{concept}', {got}"):
+        read_requests(options_for(concept=concept, negative_prompt=caption, **paths))
+
+
+def test_words_that_resemble_the_concept_are_kept_with_a_warning(tmp_path):
+    folder = captioned(tmp_path / "data", a="a man", b="a woman", c="many cats", d="a woman and a cat")
+    with pytest.warns(UserWarning) as warnings:
+        groups = [request.group for request in read_video_requests(folder, "man")]
+    assert groups == ["target", "kept", "kept", "kept"]
+    assert [str(warning.message) for warning in warnings] == [
+        f"data: {folder}: 'woman', 'many' count as other words than 'man'; if the concept is meant, write 'man' as a "
+        "word of its own, and in the target prompts"
+    ]
+    paths = write_prompts(tmp_path, target_prompts="a man\ta woman\n", kept_prompts="a woman\na cat\na woman\n")
+    with pytest.warns(UserWarning) as warnings:
+        read_requests(options_for(concept="man", **paths))
+    assert [str(warning.message).partition(": ")[2][:60] for warning in warnings] == [
+        "'woman' count as other words than 'man'; if the concept is me"[:60],
+        "'woman' count as other words than 'man'; if the concept is me"[:60],
+        "'a woman' is there more than once, so it counts more than oth"[:60],
+    ]
+
+
+def test_missing_groups_are_noticed_at_once(tmp_path):
+    paths = write_prompts(tmp_path, target_prompts="a circle\n", kept_prompts="a dog\n")
+    with pytest.warns(UserWarning) as warnings:
+        read_requests(options_for(target_prompts=paths["target_prompts"]))
+    assert str(warnings[0].message) == (
+        "kept_prompts: got no prompt without 'circle'; train cannot use this cache unless --preservation-weight is 0"
+    )
+    with pytest.raises(ValueError, match="^target_prompts: expected at least one prompt with 'circle', which training"):
+        read_requests(options_for(kept_prompts=paths["kept_prompts"]))
+    with pytest.raises(ValueError, match="^data: expected at least one prompt with 'circle', which training"):
+        read_requests(options_for(data=captioned(tmp_path / "data", a="a dog")))
+    with pytest.warns(UserWarning, match="^data: got no prompt without 'dog'; train cannot use"):
+        read_requests(options_for(data=tmp_path / "data", concept="dog"))
+
+
+def test_every_kind_of_video_is_used_and_skipped_files_are_named(tmp_path):
+    folder = captioned(tmp_path / "data", a="a dog")
+    for name in ("b.MOV", "c.webm", "d.mkv", "e.avi", "f.M4V", "g.Gif"):
+        (folder / name).touch()
+        (folder / name[0]).with_suffix(".TXT").write_text("a cat")
+    (folder / ".DS_Store").touch()
+    (folder / "._a.mp4").touch()
+    names = [request.source.name for request in read_video_requests(folder, "dog")]
+    assert names == ["a.mp4", "b.MOV", "c.webm", "d.mkv", "e.avi", "f.M4V", "g.Gif"]
+    for name in ("notes.md", "y.wmv", "z.txt"):
+        (folder / name).touch()
+    (folder / "x.mp4").mkdir()
+    with pytest.warns(UserWarning) as warnings:
+        assert [request.source.name for request in read_video_requests(folder, "dog")] == names
+    assert len(warnings) == 1
+    message = str(warnings[0].message)
+    assert message.startswith(
+        f"data: skipped 'notes.md', 'x.mp4', 'y.wmv', 'z.txt' in {str(folder)!r}: neither a video"
+    )
+    for index in range(9):
+        (folder / f"{index}.jpg").touch()
+    with pytest.warns(UserWarning, match="skipped '0.jpg', .*, '7.jpg' and 5 others in"):
+        read_video_requests(folder, "dog")
+
+
 def test_wrong_requests_are_refused():
     with pytest.raises(ValueError, match="steps: expected a start below an end"):
         Request("x", steps=(0.5, 0.5))
@@ -131,6 +256,7 @@ def test_wrong_files_in_a_folder_of_videos(data, model_and_prompts, loaded_model
         assert requests[name].needs_vae == expected, name
     for name in ("fourth.MP4", "fifth.SafeTensors"):
         (folder / name).unlink()
+        (folder / name).with_suffix(".txt").unlink()
     options = options_for(data=folder)
     (folder / "first.txt").write_text("one circle\ntwo circle\n")
     with pytest.raises(ValueError, match="first.txt: expected one prompt, got 2"):
@@ -152,12 +278,17 @@ def test_wrong_files_in_a_folder_of_videos(data, model_and_prompts, loaded_model
         safetensors.torch.save_file(tensors, folder / "third.safetensors")
         with pytest.raises(ValueError, match=message):
             prepare(model, encoded, read_requests(options), tmp_path / f"cache {index}", options)
-    (folder / "third.safetensors").unlink()
+    for name in ("third.safetensors", "third.txt", "first.txt"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "second.txt").write_text(TARGETS[0])
     longer = dataclasses.replace(options, num_frames=13)
-    with pytest.raises(ValueError, match="second.gif: expected at least 13 frames, got 11"):
+    with (
+        pytest.warns(UserWarning, match="data: got no prompt without 'circle'"),
+        pytest.raises(ValueError, match="second.gif: expected at least 13 frames, got 11"),
+    ):
         prepare(model, encoded, read_requests(longer), tmp_path / "longer", longer)
     (folder / "second.gif").unlink()
-    with pytest.raises(ValueError, match="data: expected .mp4, .gif or .safetensors files.*got none"):
+    with pytest.raises(ValueError, match="data: expected .mp4, .*, .avi, .m4v or .safetensors files.*got none"):
         read_requests(options)
     with pytest.raises(FileNotFoundError, match="data: expected a folder of videos"):
         read_requests(dataclasses.replace(options, data=folder / "nowhere"))

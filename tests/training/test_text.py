@@ -1,6 +1,7 @@
 """Prompts are encoded as the pipeline itself encodes them, and the concept's tokens are found."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -63,12 +64,47 @@ def test_token_indices_refer_to_the_cleaned_prompt(tiny_pipeline):
     )
 
 
+@pytest.mark.parametrize(
+    ("prompt", "concept", "clean_prompt", "clean_concept"),
+    [
+        ("l’homme nu", "l’homme", "l'homme nu", "l'homme"),
+        ("a dog &amp; a cat", "dog &amp; a", "a dog & a cat", "dog & a"),
+        ("a nude&nbsp;person", "nude person", "a nude person", "nude person"),
+    ],
+)
+def test_the_concept_is_cleaned_as_wan_cleans_its_prompts(tiny_pipeline, prompt, concept, clean_prompt, clean_concept):
+    folder = tiny_pipeline("wan")
+    got = encode_prompts(folder, [prompt], concept, must_contain=[prompt], **FP32)[prompt]
+    expected = encode_prompts(folder, [clean_prompt], clean_concept, **FP32)[clean_prompt]
+    assert got.token_indices == expected.token_indices != []
+
+
+def test_a_prompt_that_has_the_concept_only_once_it_is_cleaned_is_not_kept(tiny_pipeline):
+    message = r"concept: expected 'nude person' in no prompt but .*'a nude&nbsp;person', which .* 'a nude person'$"
+    more = {"must_not_contain": ["a nude&nbsp;person"], **FP32}
+    with pytest.raises(ValueError, match=message):
+        encode_prompts(tiny_pipeline("wan"), more["must_not_contain"], "nude person", **more)
+    assert encode_prompts(tiny_pipeline("cogvideox"), more["must_not_contain"], "nude person", **more)
+
+
+@pytest.mark.parametrize(("family", "length"), [("cogvideox", 226), ("hunyuan_video", 256), ("wan", 512)])
+def test_a_prompt_that_is_cut_off_is_a_warning(tiny_pipeline, family, length):
+    fits = " ".join(["dog"] * (length - 1))  # and the token at the end
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_prompts(tiny_pipeline(family), [fits], "dog", **FP32)
+    with pytest.warns(UserWarning) as caught:
+        encoded = encode_prompts(tiny_pipeline(family), [fits + " cat", "cat " + fits], "dog", **FP32)
+    (message,) = [str(w.message) for w in caught if str(w.message).startswith("prompts:")]
+    assert message.startswith(f"prompts: expected at most {length} tokens, which is all that the model reads, got ")
+    assert message.endswith("; the rest is cut off, and 1 other prompts are too long")
+    assert len(encoded) == 2
+
+
 def test_a_prompt_that_must_contain_the_concept_but_does_not_is_refused(tiny_pipeline, monkeypatch):
-    calls = []
-    monkeypatch.setattr(T5EncoderModel, "forward", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded an encoder"))
     with pytest.raises(ValueError, match="concept: .* words of the prompt 'a dog', got 'nude'.*▁a ▁dog </s>"):
         encode_prompts(tiny_pipeline("cogvideox"), [PROMPT, "a dog"], "nude", must_contain=["a dog"], **FP32)
-    assert not calls  # the error comes before any encoding
 
 
 def test_a_concept_beyond_the_text_length_is_refused(tiny_pipeline):

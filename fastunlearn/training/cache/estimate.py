@@ -11,8 +11,8 @@ import torch
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.families import hidden_size
 from fastunlearn.training.cache.plan import Plan
-from fastunlearn.training.data.prompts import occurrences
 from fastunlearn.training.data.requests import distinct_prompts, read_requests
+from fastunlearn.training.data.words import occurrences
 from fastunlearn.training.model.loading import Outline, outline_pipeline
 from fastunlearn.training.options import PrepareOptions
 

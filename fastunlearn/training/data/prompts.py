@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fastunlearn.files import expand_home
-
-# Scripts that put no spaces between words: kana, Chinese characters, Thai, Lao, Khmer, Burmese.
-_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-
-Span = tuple[int, int]  # of characters: start and end
+from fastunlearn.training.data.words import Span, occurrences, other_forms
 
 
 class PromptLine(NamedTuple):
@@ -29,7 +24,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptLine]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file holds no prompts or is not UTF-8, or a line has two tabs or nothing on one side of a tab.
+        ValueError: the file holds no prompts or is not UTF-8 text, or a line has two tabs or the same or nothing on one
+            side of a tab.
     """
     file = expand_home(path)
     if not file.is_file():
@@ -38,33 +34,20 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptLine]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got bytes that are not ({error}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError(f"{path}: expected UTF-8 text, got zero bytes; save it as UTF-8")
     prompts = []
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.lstrip("\ufeff")  # in the middle of a file where files were joined
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         fields = [field.strip() for field in line.split("\t")]
-        if len(fields) > 2 or not all(fields):
+        if len(fields) > 2 or not all(fields) or len(set(fields)) < len(fields):
             raise ValueError(f"{path}, line {number}: expected 'prompt' or 'prompt<TAB>instead', got {line!r}")
         prompts.append(PromptLine(fields[0], fields[1] if len(fields) == 2 else None))
     if not prompts:
         raise ValueError(f"{path}: expected one prompt per line, got none")
     return prompts
-
-
-def occurrences(text: str, concept: str) -> list[Span]:
-    """Finds `concept` in `text`: whole words, in upper or lower case, with any whitespace between words.
-
-    Raises:
-        ValueError: the concept is blank.
-    """
-    words = concept.split()
-    if not words:
-        raise ValueError(f"concept: expected one or more words, got {concept!r}")
-    # In a script without spaces, a word may start and end anywhere.
-    before = "" if _UNSPACED.match(words[0][0]) else r"(?<!\w)"
-    after = "" if _UNSPACED.match(words[-1][-1]) else r"(?!\w)"
-    pattern = before + r"\s+".join(re.escape(word) for word in words) + after
-    return [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)]
 
 
 def concept_tokens(
@@ -78,7 +61,7 @@ def concept_tokens(
 ) -> list[int]:
     """The positions of the concept's tokens among the tokens of a prompt, for every occurrence of the concept.
 
-    Only whole words count, in upper or lower case: "car" is neither in "scar" nor in "cars".
+    Only whole words count, as `occurrences` finds them: "car" is neither in "scar" nor in "cars".
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -118,7 +101,9 @@ def concept_tokens(
                 f"concept: expected {concept!r} in the first {max_length} tokens of the prompt {prompt!r}, got it only "
                 f"in the rest, which is cut off; shorten the prompt; {tokens}"
             )
-        raise ValueError(f"concept: expected whole words of the prompt {prompt!r}, got {concept!r}; {tokens}")
+        forms = other_forms(prompt, concept)
+        hint = f", which is there only as {forms[0]!r}: write {concept!r} in the prompt as well" if forms else ""
+        raise ValueError(f"concept: expected whole words of the prompt {prompt!r}, got {concept!r}{hint}; {tokens}")
     return positions
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastunlearn.files import expand_home
-from fastunlearn.training.data.prompts import PromptLine, occurrences, read_prompts
+from fastunlearn.files import expand_home, shown
+from fastunlearn.training.data.prompts import PromptLine, read_prompts
+from fastunlearn.training.data.words import occurrences, other_forms, similar_words
 from fastunlearn.training.options import PrepareOptions
 
 NEGATIVE, PROMPT, INSTEAD = "negative", "prompt", "instead"  # the names of a trajectory's conditions
-_VIDEOS, _LATENTS = (".mp4", ".gif"), ".safetensors"  # the suffixes of a request's source
+_VIDEOS = (".mp4", ".gif", ".mov", ".webm", ".mkv", ".avi", ".m4v")  # the suffixes of a request's source
+_LATENTS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,81 +68,171 @@ def holds_latents(source: Path) -> bool:
 def read_requests(options: PrepareOptions) -> list[Request]:
     """The requests that the options describe: one per video in `data`, or `num_trajectories` per prompt file.
 
-    The prompts of a file take turns.
+    The prompts of a file take turns. Warns of what is allowed but may be a mistake: no kept prompts, which training
+    needs, repeated prompts, and words that resemble the concept where it must not be.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no file is given, one is not in the expected format, or the concept is missing from a prompt that
-            needs it or is in one that must not have it.
+        ValueError: no file is given, one is not in the expected format, there is no target prompt, or the concept, or
+            another form of it such as its plural, is in a prompt that must not have it, or is the only one in a prompt
+            that needs the concept.
     """
-    if options.data is not None:
-        if options.target_prompts is not None or options.kept_prompts is not None:
-            raise ValueError(
-                "data: expected no target_prompts or kept_prompts together with it, because each video has its own "
-                "prompt; got both"
-            )
-        return read_video_requests(options.data, options.concept)
+    _refuse_concept(options.concept, options.negative_prompt, "negative_prompt")
+    if options.data is None:
+        requests = _read_prompt_requests(options)
+    elif options.target_prompts is not None or options.kept_prompts is not None:
+        raise ValueError(
+            "data: expected no target_prompts or kept_prompts together with it, because each video has its own "
+            "prompt; got both"
+        )
+    else:
+        requests = read_video_requests(options.data, options.concept)
+    groups = {request.group for request in requests}
+    if "target" not in groups:
+        where = "target_prompts" if options.data is None else "data"
+        raise ValueError(
+            f"{where}: expected at least one prompt with {options.concept!r}, which training needs, got none"
+        )
+    if "kept" not in groups:
+        where = "kept_prompts" if options.data is None else "data"
+        warnings.warn(
+            f"{where}: got no prompt without {options.concept!r}; train cannot use this cache unless "
+            "--preservation-weight is 0",
+            stacklevel=2,
+        )
+    return requests
+
+
+def _read_prompt_requests(options: PrepareOptions) -> list[Request]:
+    if options.target_prompts is None and options.kept_prompts is None:
+        raise ValueError(
+            "target_prompts: expected a file of prompts here or as kept_prompts, or a folder of videos as data; got "
+            "none of them"
+        )
     requests: list[Request] = []
     for group, path in (("target", options.target_prompts), ("kept", options.kept_prompts)):
         if path is None:
             continue
         lines = read_prompts(path)
+        _check_lines(options.concept, group, path, lines)
         if len(lines) > options.num_trajectories:
             warnings.warn(
                 f"{path}: only {options.num_trajectories} of {len(lines)} prompts are used; raise num_trajectories to "
                 "use them all",
-                stacklevel=2,
+                stacklevel=3,
             )
-        for index in range(options.num_trajectories):
-            line = lines[index % len(lines)]
-            _check_concept_absent(options.concept, group, path, line)
-            requests.append(Request(line.prompt, group, line.instead))
-    if not requests:
-        raise ValueError(
-            "target_prompts: expected a file of prompts here or as kept_prompts, or a folder of videos as data; got "
-            "none of them"
-        )
+        chosen = [lines[index % len(lines)] for index in range(options.num_trajectories)]
+        requests += [Request(line.prompt, group, line.instead) for line in chosen]
     return requests
 
 
-def _check_concept_absent(concept: str, group: str, path: Path, line: PromptLine) -> None:
-    """Checks the prompts that must not contain the concept.
+def _check_lines(concept: str, group: str, path: Path, lines: Sequence[PromptLine]) -> None:
+    """Checks a file of prompts.
 
-    That target prompts contain it is checked when they are tokenized, where the error can show the tokens.
+    That target prompts contain the concept is checked again when they are cleaned and tokenized.
     """
-    for text in (line.prompt if group == "kept" else "", line.instead or ""):
-        if occurrences(text, concept):
-            raise ValueError(f"{path}: expected a prompt without {concept!r}, got {text!r}")
+    without = [line.instead for line in lines if line.instead is not None]
+    if group == "kept":
+        without += [line.prompt for line in lines]
+    else:
+        for line in lines:
+            if not occurrences(line.prompt, concept):
+                _refuse_other_forms(concept, line.prompt, str(path))
+    for text in without:
+        _refuse_concept(concept, text, str(path))
+    _warn_of_similar_words(concept, without, str(path))
+    repeated = [line for index, line in enumerate(lines) if line in lines[:index]]
+    if repeated:
+        warnings.warn(
+            f"{path}: {shown(repeated[0].prompt)} is there more than once, so it counts more than other prompts",
+            stacklevel=4,
+        )
 
 
 def read_video_requests(folder: str | os.PathLike[str], concept: str) -> list[Request]:
     """One request per video in a folder: of group "target" if its prompt contains the concept, else of "kept".
 
-    A video is `NAME.mp4`, `NAME.gif`, or its latents in `NAME.safetensors`. Its prompt is in `NAME.txt`, optionally
-    followed by a tab and a prompt without the concept.
+    A video is a file in one of the formats of `_VIDEOS`, such as `NAME.mp4`, or its latents in `NAME.safetensors`. Its
+    prompt is in `NAME.txt`, optionally followed by a tab and a prompt without the concept. Warns of files that are
+    skipped, and of words that resemble the concept in a prompt without it.
 
     Raises:
         FileNotFoundError: the folder or a video's prompt does not exist.
-        ValueError: there are no videos, or a text file has more than one prompt or the concept after the tab.
+        ValueError: there are no videos, a text file has more than one prompt or the concept after the tab, or a prompt
+            has the concept only in another form, such as its plural.
     """
     folder = expand_home(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"data: expected a folder of videos, got {str(folder)!r}")
-    sources = sorted(path for path in folder.iterdir() if path.suffix.lower() in (*_VIDEOS, _LATENTS))
+    visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    sources = [path for path in visible if path.suffix.lower() in (*_VIDEOS, _LATENTS) and path.is_file()]
     if not sources:
         raise ValueError(f"data: expected {', '.join(_VIDEOS)} or {_LATENTS} files in {str(folder)!r}, got none")
-    requests = []
-    for source in sources:
-        prompt_file = source.with_suffix(".txt")
-        lines = read_prompts(prompt_file)
-        if len(lines) != 1:
-            raise ValueError(f"{prompt_file}: expected one prompt, got {len(lines)}")
-        prompt, instead = lines[0]
-        if instead is not None and occurrences(instead, concept):
-            raise ValueError(f"{prompt_file}: expected a prompt without {concept!r} after the tab, got {instead!r}")
-        group = "target" if occurrences(prompt, concept) else "kept"
-        requests.append(Request(prompt, group, instead, source=source))
+    texts = {path.stem: path for path in visible if path.suffix.lower() == ".txt"}
+    prompt_files = [texts.get(source.stem, source.with_suffix(".txt")) for source in sources]
+    requests = [_read_video_request(*files, concept) for files in zip(sources, prompt_files, strict=True)]
+    without = [request.prompt for request in requests if request.group == "kept"]
+    without += [request.instead for request in requests if request.instead is not None]
+    _warn_of_similar_words(concept, without, f"data: {folder}")
+    skipped = [path.name for path in visible if path not in {*sources, *prompt_files}]
+    if skipped:
+        warnings.warn(
+            f"data: skipped {_listed(skipped)} in {str(folder)!r}: neither a video ({', '.join(_VIDEOS)}), nor latents "
+            f"({_LATENTS}), nor the prompt of one (.txt)",
+            stacklevel=3,
+        )
     return requests
+
+
+def _read_video_request(source: Path, prompt_file: Path, concept: str) -> Request:
+    lines = read_prompts(prompt_file)
+    if len(lines) != 1:
+        raise ValueError(f"{prompt_file}: expected one prompt, got {len(lines)}")
+    prompt, instead = lines[0]
+    if instead is not None:
+        _refuse_concept(concept, instead, str(prompt_file), " after the tab")
+    if occurrences(prompt, concept):
+        return Request(prompt, "target", instead, source=source)
+    _refuse_other_forms(concept, prompt, str(prompt_file))
+    return Request(prompt, "kept", instead, source=source)
+
+
+def _refuse_concept(concept: str, text: str, where: str, place: str = "") -> None:
+    """Checks a prompt that must not contain the concept, nor another form of it."""
+    forms = other_forms(text, concept)
+    if occurrences(text, concept):
+        raise ValueError(f"{where}: expected a prompt without {concept!r}{place}, got {shown(text)}")
+    if forms:
+        raise ValueError(
+            f"{where}: expected a prompt without {concept!r}{place}, got {forms[0]!r}, a form of it, in {shown(text)}"
+        )
+
+
+def _refuse_other_forms(concept: str, text: str, where: str) -> None:
+    """Checks a prompt without the concept: whether it has another form of it, so that what is meant is unclear."""
+    forms = other_forms(text, concept)
+    if forms:
+        raise ValueError(
+            f"{where}: expected {concept!r} as a word of its own or not at all, got {forms[0]!r} in {shown(text)}; "
+            f"write {concept!r} too if the concept is meant, so that it is found and erased, or else other words"
+        )
+
+
+def _warn_of_similar_words(concept: str, texts: Iterable[str], where: str) -> None:
+    """Warns if prompts that count as without the concept have words that might mean it."""
+    words = list(dict.fromkeys(word for text in texts for word in similar_words(text, concept)))
+    if words:
+        warnings.warn(
+            f"{where}: {_listed(words)} count as other words than {concept!r}; if the concept is meant, write "
+            f"{concept!r} as a word of its own, and in the target prompts",
+            stacklevel=4,
+        )
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    """Names in quotation marks, of which the first few are shown."""
+    further = f" and {len(names) - most} others" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + further
 
 
 def distinct_prompts(requests: Sequence[Request], negative_prompt: str) -> list[str]:

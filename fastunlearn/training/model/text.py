@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastunlearn.families.base import TokenizerInput
-from fastunlearn.training.data.prompts import concept_tokens, occurrences
+from fastunlearn.families import Family
+from fastunlearn.files import shown
+from fastunlearn.training.data.prompts import concept_tokens
+from fastunlearn.training.data.words import occurrences
 from fastunlearn.training.model.loading import load_components, pipeline_class
 
 
@@ -38,39 +41,51 @@ def encode_prompts(
     dtype: torch.dtype,
     device: torch.device | str,
     must_contain: Collection[str] = (),
+    must_not_contain: Collection[str] = (),
 ) -> dict[str, EncodedPrompt]:
     """Encodes prompts as the pipeline itself does, and finds the concept's tokens in them.
+
+    Warns if a prompt is longer than what the transformer gets of it.
 
     Args:
         path: a folder that `save_pretrained` wrote, or a Hub id.
         prompts: each distinct prompt is encoded once.
-        concept: the words whose tokens to find; whole words, case-insensitive. None finds nothing.
+        concept: the words whose tokens to find, as `occurrences` finds them in the prompt as the pipeline cleans it.
+            None finds nothing.
         dtype: the dtype of the text encoders and the embeddings.
         device: where to encode; the conditions stay there.
         must_contain: prompts that must contain the concept.
+        must_not_contain: prompts that must not contain it.
 
     Returns:
         Prompt -> encoded prompt.
 
     Raises:
         FileNotFoundError: there is no pipeline at `path`.
-        ValueError: the pipeline's class is not supported, the concept is blank or missing from one of `must_contain`,
-            or a prompt is so long that the concept in it is cut off. The message shows the prompt's tokens.
+        ValueError: the pipeline's class is not supported, the concept is blank, missing from one of `must_contain` or
+            in one of `must_not_contain`, or a prompt is so long that the concept in it is cut off. The message shows
+            the prompt's tokens.
         TypeError: `prompts` is a single string.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a sequence of strings, got the string {prompts!r}")
     path = os.path.expanduser(path)
     cls, family = pipeline_class(path)
-    pipeline = load_components(cls, path, dtype, without=(*family.denoisers, "vae")).to(device)
     length = family.text_length(cls, path)
-    # All prompts are checked before the first one is encoded.
+    # All prompts are checked before the encoders are loaded, which takes minutes.
+    encoders = [name for name in family.text_components if name != "tokenizer"]
+    tokenizer = load_components(cls, path, dtype, without=(*family.denoisers, "vae", *encoders)).tokenizer
     token_indices = {
-        prompt: _token_indices(
-            pipeline.tokenizer, family.tokenizer_input(prompt), concept, length, prompt in must_contain
-        )
-        for prompt in prompts
+        prompt: _token_indices(tokenizer, family, prompt, concept, length, prompt in must_contain) for prompt in prompts
     }
+    for prompt in must_not_contain:
+        if token_indices.get(prompt):
+            raise ValueError(
+                f"concept: expected {concept!r} in no prompt but the targets, got it in {shown(prompt)}, which the "
+                f"pipeline reads as {shown(family.tokenizer_input(prompt).prompt)}"
+            )
+    _warn_of_long_prompts(tokenizer, family, list(token_indices), length)
+    pipeline = load_components(cls, path, dtype, without=(*family.denoisers, "vae")).to(device)
     encoded = {}
     with torch.no_grad():
         for prompt, indices in token_indices.items():
@@ -82,13 +97,34 @@ def encode_prompts(
 
 
 def _token_indices(
-    tokenizer: Any, text: TokenizerInput, concept: str | None, length: int, must_contain: bool
+    tokenizer: Any, family: Family, prompt: str, concept: str | None, length: int, must_contain: bool
 ) -> list[int]:
-    if concept is None or not (must_contain or occurrences(text.prompt, concept)):
+    if concept is None:
+        return []
+    text = family.tokenizer_input(prompt)
+    concept = family.tokenizer_input(concept).prompt  # cleaned as the prompt is
+    if not (must_contain or occurrences(text.prompt, concept)):
         return []
     return concept_tokens(
         tokenizer, text.prompt, concept, max_length=length, template=text.template, crop_start=text.crop_start
     )
+
+
+def _warn_of_long_prompts(tokenizer: Any, family: Family, prompts: Sequence[str], length: int) -> None:
+    too_long = []
+    for prompt in prompts:
+        text = family.tokenizer_input(prompt)
+        count = len(tokenizer(text.template.replace("{}", text.prompt, 1))["input_ids"]) - text.crop_start
+        if count > length:
+            too_long.append((prompt, count))
+    if too_long:
+        prompt, count = too_long[0]
+        further = f", and {len(too_long) - 1} other prompts are too long" if len(too_long) > 1 else ""
+        warnings.warn(
+            f"prompts: expected at most {length} tokens, which is all that the model reads, got {count} in "
+            f"{shown(prompt)}; the rest is cut off{further}",
+            stacklevel=3,
+        )
 
 
 def _free_memory() -> None:
