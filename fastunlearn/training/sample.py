@@ -1,12 +1,14 @@
 """Makes videos before and after erasing: without the erasers and with them, from the same noise.
 
 Every prompt gets NAME-before.mp4, NAME-after.mp4, both side by side as NAME.mp4, and frames of both as NAME.png.
+Where no installed font has a prompt's letters, NAME.png shows its number in prompts.txt.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +20,9 @@ from tqdm import tqdm
 from fastunlearn.devices import usable_device
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.families import Condition
-from fastunlearn.files import writable
+from fastunlearn.files import replace_file, shown, writable
 from fastunlearn.training.data.comparison import side_by_side, write_strip
+from fastunlearn.training.data.fonts import font_for
 from fastunlearn.training.data.prompts import read_prompts
 from fastunlearn.training.data.videos import write_video
 from fastunlearn.training.model import erased
@@ -32,6 +35,7 @@ from fastunlearn.training.options import SampleOptions
 _NAME_LENGTH = 56  # a file name may have 255 bytes, and a letter takes up to 4
 _PROMPT, _NEGATIVE = "prompt", "negative"
 _VERSIONS = ("before", "after")
+_PROMPTS = "prompts.txt"  # numbers and prompts
 
 
 def run(options: SampleOptions) -> list[Path]:
@@ -61,10 +65,11 @@ def run(options: SampleOptions) -> list[Path]:
     written = []
     steps = len(prompts) * len(_versions(options)) * options.num_inference_steps
     with explained_out_of_memory(options), tqdm(total=steps, desc="sampling", unit="step") as bar:
-        for prompt, name in zip(prompts, file_names(prompts), strict=True):
+        titles = _titles(prompts, output)
+        for prompt, name, title in zip(prompts, file_names(prompts), titles, strict=True):
             conditions = {_PROMPT: encoded[prompt].condition, _NEGATIVE: encoded[options.negative_prompt].condition}
             videos = _before_and_after(model, conditions, size, options, bar)
-            written += _write(output, name, videos, prompt, options.format, fps)
+            written += _write(output, name, videos, title, options.format, fps)
     print(f"wrote {len(written)} files to {output}: " + ", ".join(file.name for file in written))
     return written
 
@@ -165,7 +170,27 @@ def _before_and_after(
     return videos
 
 
-def _write(output: Path, name: str, videos: dict[str, Tensor], prompt: str, suffix: str, fps: float) -> list[Path]:
+def _titles(prompts: Sequence[str], output: Path) -> list[str]:
+    """The titles of the pictures: the prompts, or their numbers in a file where no installed font has their letters."""
+    unshown = [prompt for prompt in prompts if font_for(prompt) is None]
+    if not unshown:
+        return list(prompts)
+    lines = [f"{number}\t{prompt}\n" for number, prompt in enumerate(prompts, start=1)]
+    replace_file(output / _PROMPTS, "".join(lines).encode())
+    warnings.warn(
+        f"no installed font has the letters of {shown(unshown[0])}"
+        + (f" and {len(unshown) - 1} more" if len(unshown) > 1 else "")
+        + f", so that pictures show the number that the prompt has in {output / _PROMPTS}; install a font that has "
+        "them, such as Noto Sans CJK",
+        stacklevel=3,
+    )
+    return [
+        f"prompt {number} of {_PROMPTS}" if prompt in unshown else prompt
+        for number, prompt in enumerate(prompts, start=1)
+    ]
+
+
+def _write(output: Path, name: str, videos: dict[str, Tensor], title: str, suffix: str, fps: float) -> list[Path]:
     """Writes the files of one prompt, and returns their paths."""
     files = []
     for version, frames in videos.items():
@@ -175,5 +200,5 @@ def _write(output: Path, name: str, videos: dict[str, Tensor], prompt: str, suff
         files.append(output / f"{name}.{suffix}")
         write_video(files[-1], side_by_side(list(videos.values()), list(videos)), fps)
     files.append(output / f"{name}.png")
-    write_strip(files[-1], list(videos.values()), list(videos), prompt)
+    write_strip(files[-1], list(videos.values()), list(videos), title)
     return files

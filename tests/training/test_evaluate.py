@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastunlearn.training import evaluate, prepare
@@ -255,3 +258,29 @@ def test_what_was_not_measured_is_left_out(evaluated: tuple[EvaluateOptions, dic
     draw(bare, tmp_path / "a.png")
     draw(report, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("concept", ["$x^$", "a_b", "狗", "a word " * 20])
+def test_a_concept_of_any_letters_is_drawn_without_a_warning(
+    concept: str, evaluated: tuple[EvaluateOptions, dict[str, Any]], tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, of glyphs that are missing
+        draw({**evaluated[1], "concept": concept}, tmp_path / "a.png")
+
+
+def test_no_text_lies_on_a_curve_and_every_axis_has_a_name(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    draw({**evaluated[1], "frozen_drift": 0.1}, tmp_path / "a.png")
+    (figure,) = figures
+    assert len(figure.axes) == 3
+    for axes in figure.axes:
+        assert axes.get_xlabel() and axes.get_ylabel() and not axes.texts
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+    labels = [text.get_text() for axes in figure.axes for text in axes.get_legend().get_texts()]
+    assert {"1: nothing erased", "0: the concept has no effect", "drift by rounding: 0.1000"} < set(labels)
+    assert any(re.fullmatch(r"mask: \d+% of the tokens \(\d+% to \d+%\)", label) for label in labels)

@@ -102,6 +102,25 @@ def test_a_video_depends_on_its_prompt_seed_and_erasers_alone(
     assert files("scale", eraser_scales=(0.0,))["a-red-circle-after.gif"] != alone["a-red-circle-after.gif"]
 
 
+def test_prompts_that_no_font_can_show_are_numbered(
+    tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(sample, "write_strip", lambda path, videos, labels, title: titles.append(title))
+    monkeypatch.setattr(sample, "write_video", lambda *_: None)
+    monkeypatch.setattr(sample, "font_for", lambda text: None if "狗" in text else "a font")
+    prompts = ("一只狗", "a dog", "黑狗")
+    settings = options(tiny_pipeline("wan"), erasers("wan"), tmp_path, prompt=prompts, before=False)
+    with pytest.warns(UserWarning) as caught:
+        run(settings)
+    (message,) = (str(warning.message) for warning in caught if "font" in str(warning.message))
+    assert message.startswith(
+        "no installed font has the letters of '一只狗' and 1 more, so that pictures show the number"
+    )
+    assert titles == ["prompt 1 of prompts.txt", "a dog", "prompt 3 of prompts.txt"]
+    assert (tmp_path / "prompts.txt").read_text(encoding="utf-8") == "1\t一只狗\n2\ta dog\n3\t黑狗\n"
+
+
 def test_erasers_add_up_and_are_scaled(
     tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path
 ) -> None:

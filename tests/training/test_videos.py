@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastunlearn.files import writable, write_json
-from fastunlearn.training.data import comparison, videos
+from fastunlearn.training.data import comparison, fonts, videos
 from fastunlearn.training.data.comparison import side_by_side, write_strip
 from fastunlearn.training.data.videos import read_video, write_video
 
@@ -176,7 +177,7 @@ def test_a_folder_that_cannot_be_written_into_is_refused(tmp_path: Path) -> None
         writable(tmp_path / "file")
 
 
-@pytest.mark.parametrize("text", ["a red circle " * 40, "红圆圈和蓝方块" * 60, "w" * 700])
+@pytest.mark.parametrize("text", ["a red circle " * 40, "красныйкруг" * 60, "w" * 700])
 def test_a_title_of_any_script_stays_inside_its_lines(text: str) -> None:
     font = comparison._font(16, text)
     lines = comparison._wrapped(text, font, 500)
@@ -186,6 +187,41 @@ def test_a_title_of_any_script_stays_inside_its_lines(text: str) -> None:
     assert text.startswith(lines[0])
     assert comparison._wrapped("short", font, 500) == ["short"]
     assert comparison._wrapped("", font, 500) == []
+
+
+@pytest.fixture
+def matplotlib_s_fonts_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """They have no Chinese letters, whatever this machine has installed."""
+    entries = [font for font in fonts.fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(fonts.fontManager, "ttflist", entries)
+    fonts.font_for.cache_clear()
+    yield
+    fonts.font_for.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["狗", "a dog 狗", "강아지", "कुत्ता", "หมา"])
+def test_letters_that_no_font_has_are_never_drawn(text: str, tmp_path: Path, matplotlib_s_fonts_alone: None) -> None:
+    assert fonts.font_for(text) is None
+
+    def strip(label: str, title: str) -> bytes:
+        write_strip(tmp_path / "a.png", [moving(2)], [label], title)
+        return (tmp_path / "a.png").read_bytes()
+
+    with pytest.warns(UserWarning, match=f"^title: expected letters that an installed font has, got '{text}'; nothing"):
+        assert strip("before", text) == strip("before", "")
+    with pytest.warns(UserWarning, match=r"^labels: expected .*; numbers are shown in their place. Install a font"):
+        assert strip(text, "a dog") == strip("1", "a dog")
+    with pytest.warns(UserWarning, match="^labels: expected"):
+        assert torch.equal(side_by_side([moving(2)], [text]), side_by_side([moving(2)], ["1"]))
+
+
+def test_a_font_has_every_letter_of_a_text(matplotlib_s_fonts_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("", "a dog\u200b", "“é” → Ω", "собака", "😀"):
+        assert fonts.font_for(text).name == "DejaVu Sans"
+    assert fonts.font_for("\U0001d538").name != "Last Resort High-Efficiency"
+    letters = fonts._letters
+    monkeypatch.setattr(fonts, "_letters", lambda font: letters(font) | ({0x72D7} if "Serif" in font.name else set()))
+    assert fonts.font_for("狗 dog").name == "DejaVu Serif"
 
 
 def test_a_missing_ffmpeg_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,13 +13,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastunlearn.files import expand_home, replace_file
+from fastunlearn.files import expand_home, replace_file, shown
+from fastunlearn.training.data.fonts import font_for
 from fastunlearn.training.data.videos import check_frames, to_bytes
 
-_FONTS = (
-    *("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "PingFang SC"),
-    *("Hiragino Sans", "Microsoft YaHei", "Malgun Gothic", "WenQuanYi Zen Hei", "Arial Unicode MS"),
-)
 _GAP = 4  # pixels between frames, and between videos
 _MARGIN = 14
 _TITLE_LINE = 22  # pixels from one line of the title to the next
@@ -32,6 +30,7 @@ def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
         ValueError: the videos differ in size, or the number of labels is not the number of videos.
     """
     _check_same_size(videos, labels)
+    labels = _drawable(labels)
     num_frames, _, height, width = videos[0].shape
     font = _font(max(10, min(22, height // 12)), "".join(labels))
     top = round(1.6 * font.size)
@@ -53,6 +52,8 @@ def write_strip(
 ) -> None:
     """Writes a PNG with one row per video: some frames from first to last, so that rows can be compared at a glance.
 
+    Where no installed font has the letters of the labels or the title, it warns, and shows numbers or no title.
+
     Args:
         path: the file, in an existing folder. An existing file is replaced only when the new one is complete.
         rows: videos of one size, each (F, 3, H, W) in [0, 1].
@@ -65,6 +66,10 @@ def write_strip(
         OSError: the file cannot be written.
     """
     _check_same_size(rows, labels)
+    labels = _drawable(labels)
+    if font_for(title) is None:
+        _warn_of_missing_letters("title", title, "nothing is")
+        title = ""
     num_frames, _, height, width = rows[0].shape
     chosen = torch.linspace(0, num_frames - 1, min(frames, num_frames)).round().long()
     shown_width, shown_height = _shown_size(width, height)
@@ -102,20 +107,26 @@ def _check_same_size(videos: Sequence[Tensor], labels: Sequence[str]) -> None:
             )
 
 
-def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
-    """The first of `_FONTS` that has all letters of `text`; if none has, DejaVu, which comes with matplotlib."""
-    from matplotlib.font_manager import findfont
-    from matplotlib.ft2font import FT2Font
+def _drawable(labels: Sequence[str]) -> Sequence[str]:
+    """The labels, or their numbers where no installed font has their letters."""
+    if font_for("".join(labels)) is not None:
+        return labels
+    _warn_of_missing_letters("labels", labels, "numbers are")
+    return [str(number) for number, _ in enumerate(labels, start=1)]
 
-    letters = {ord(letter) for letter in text if not letter.isspace()}
-    for family in _FONTS:
-        try:
-            file = findfont(family, fallback_to_default=False)
-        except ValueError:
-            continue
-        if letters <= FT2Font(file).get_charmap().keys():
-            return ImageFont.truetype(file, size)
-    return ImageFont.truetype(findfont(_FONTS[0]), size)
+
+def _warn_of_missing_letters(name: str, text: object, instead: str) -> None:
+    warnings.warn(
+        f"{name}: expected letters that an installed font has, got {shown(text)}; {instead} shown in their place. "
+        "Install a font that has them, such as Noto Sans CJK",
+        stacklevel=4,
+    )
+
+
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
+    font = font_for(text) or font_for("")
+    assert font is not None  # matplotlib comes with fonts
+    return ImageFont.truetype(font.fname, size)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 3) -> list[str]:

@@ -11,10 +11,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from fastunlearn.files import replace_file
+from fastunlearn.training.data.fonts import font_for
 
 Report = Mapping[str, Any]  # what evaluation.json holds
 
@@ -66,34 +66,43 @@ def draw(report: Report, path: Path) -> None:
         report: the evaluation.
         path: the PNG file to write.
     """
-    matplotlib.rcParams["font.family"] = "DejaVu Sans"
-    figure = Figure(figsize=(14, 4.2), layout=ConstrainedLayoutEngine(wspace=0.05))
-    erasure, preserved, inside = figure.subplots(1, 3)
-    _draw_erasure(erasure, report)
-    _draw_drift(preserved, report)
-    _draw_localization(inside, report)
-    content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
+    title_font = font_for(_title(report))
+    # Later families stand in where DejaVu lacks a letter.
+    families = ["DejaVu Sans", *([] if title_font is None else [title_font.name])]
+    with matplotlib.rc_context({"font.family": list(dict.fromkeys(families))}):
+        figure = Figure(figsize=(14, 4.8), layout=ConstrainedLayoutEngine(wspace=0.05))
+        erasure, preserved, inside = figure.subplots(1, 3)
+        _draw_erasure(erasure, report, "erasure coefficient" if title_font is None else _title(report))
+        _draw_drift(preserved, report)
+        _draw_localization(inside, report)
+        content = io.BytesIO()
+        figure.savefig(content, dpi=110, format="png")
     replace_file(path, content.getvalue())
 
 
-def _draw_erasure(axes: Axes, report: Report) -> None:
-    of_concept = "" if report["concept"] is None else f" of “{report['concept']}”"
-    _panel(axes, report, "erasure_coefficient", _ERASED, f"erasure coefficient{of_concept}", ".2f")
-    axes.axhline(1, color=_REFERENCE, linestyle="--", linewidth=1)
-    axes.axhline(0, color=_REFERENCE, linewidth=1)
+def _title(report: Report) -> str:
+    """What the first panel shows; its concept may be in any script."""
+    return "erasure coefficient" + ("" if report["concept"] is None else f" of “{_short(report['concept'], 24)}”")
+
+
+def _draw_erasure(axes: Axes, report: Report, title: str) -> None:
+    _panel(axes, report, "erasure_coefficient", _ERASED, title, ".2f")
+    axes.axhline(1, color=_REFERENCE, linestyle="--", linewidth=1, label="1: nothing erased")
+    axes.axhline(0, color=_REFERENCE, linewidth=1, label="0: the concept has no effect")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, -0.15), max(high, 1.15))
-    _note(axes, 1, "nothing erased")
-    _note(axes, 0, "the concept has no effect")
+    axes.set_ylabel("what is left of the concept's direction")
+    _legend(axes)
 
 
 def _draw_drift(axes: Axes, report: Report) -> None:
     _panel(axes, report, "preserved_drift", _KEPT, "drift on kept prompts", ".4f")
     axes.set_ylim(bottom=0)
     if report["frozen_drift"]:
-        axes.axhline(report["frozen_drift"], color=_REFERENCE, linestyle="--", linewidth=1)
-        _note(axes, report["frozen_drift"], "rounding")
+        label = f"drift by rounding: {report['frozen_drift']:.4f}"
+        axes.axhline(report["frozen_drift"], color=_REFERENCE, linestyle="--", linewidth=1, label=label)
+    axes.set_ylabel("change of the velocity, relative to its norm")
+    _legend(axes)
 
 
 def _draw_localization(axes: Axes, report: Report) -> None:
@@ -103,8 +112,10 @@ def _draw_localization(axes: Axes, report: Report) -> None:
     share = report["mask_share"]
     if share is not None:
         axes.axhspan(share["least"], share["most"], color=_REFERENCE, alpha=0.15, linewidth=0)
-        axes.axhline(share["mean"], color=_REFERENCE, linestyle="--", linewidth=1)
-        _note(axes, share["mean"], f"mask: {share['mean']:.0%} of the tokens")
+        label = f"mask: {share['mean']:.0%} of the tokens ({share['least']:.0%} to {share['most']:.0%})"
+        axes.axhline(share["mean"], color=_REFERENCE, linestyle="--", linewidth=1, label=label)
+    axes.set_ylabel("share of the erasers' squared change")
+    _legend(axes)
 
 
 def _panel(axes: Axes, report: Report, name: str, colour: str, title: str, form: str) -> None:
@@ -112,7 +123,8 @@ def _panel(axes: Axes, report: Report, name: str, colour: str, title: str, form:
     dots = [(row["from"], row[name]) for row in report["by_timestep"] if row[name] is not None]
     line = [((row["from"] + row["to"]) / 2, row[name]) for row in report["by_timesteps"] if row[name] is not None]
     total = report[name]
-    axes.set_title(title if total is None else f"{title}: {total:{form}}", fontsize=12)
+    # A concept's dollar signs are no formula.
+    axes.set_title(title if total is None else f"{title}: {total:{form}}", fontsize=12, parse_math=False)
     if dots:
         axes.plot(*zip(*dots, strict=True), "o", color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
         axes.plot(*zip(*line, strict=True), "-", color=colour, linewidth=2)
@@ -120,16 +132,18 @@ def _panel(axes: Axes, report: Report, name: str, colour: str, title: str, form:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", color="0.6", transform=axes.transAxes)
     boundary = report["cache"]["boundary"]
     if boundary is not None:
-        axes.axvline(boundary, color=_REFERENCE, linestyle=":", linewidth=1)
+        label = "the second transformer takes over"
+        axes.axvline(boundary, color=_REFERENCE, linestyle=":", linewidth=1, label=label)
     axes.set_xlim(1000, 0)
-    axes.set_xlabel("timestep" if boundary is None else "timestep (dotted: where the second transformer takes over)")
+    axes.set_xlabel("timestep, from noise to video (a dot each; line: means)")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _note(axes: Axes, y: float, text: str) -> None:
-    note = axes.annotate(text, (0, y), xytext=(-2, 4), textcoords="offset points", ha="right", color="0.4", fontsize=9)
-    note.set_path_effects([withStroke(linewidth=3, foreground="white")])
+def _legend(axes: Axes) -> None:
+    """Below the axes, where no curve can run through it."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=9)
 
 
 def _shown(value: float | None, form: str) -> str:
