@@ -26,7 +26,7 @@ from fastunlearn.dtypes import dtype_name
 from fastunlearn.functional import concept_attention, localization_loss, negatively_guided_velocity_loss
 from fastunlearn.option_parser import OptionParser
 from fastunlearn.testing.cases import low_rank_outputs, random_mask, random_tensors
-from fastunlearn.testing.interpreter import exact_bfloat16, observed_kernels
+from fastunlearn.testing.interpreter import observed_kernels
 
 # Arguments of kernels that point to small tensors which many programs read: a GPU's caches serve them.
 CACHED: tuple[str, ...] = ("mask_ptr", "mask_ptrs", "column_ptrs", "sample_weight_ptr", "weight_ptr", "matrix_ptr")
@@ -98,7 +98,7 @@ class Row:
 
     def __init__(self, name: str, floor: int, run: Callable[[], Any], eager: Callable[[], Any] | None) -> None:
         self.name, self.floor = name, floor
-        with exact_bfloat16(), observed_kernels() as observed:
+        with observed_kernels() as observed:
             run()
         moved: Counter[str] = Counter()
         for (_, argument), count in (observed.loaded + observed.stored).items():

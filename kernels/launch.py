@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunlearn.kernels.interpreter import make_bfloat16_exact
+
 # Each of 128 threads issues two or more 16-byte loads per input, and uses few enough registers for full occupancy.
 WARPS = 4
 MAX_REGISTERS = 255
@@ -213,7 +215,8 @@ def launch_options(x: Tensor, warps: int = WARPS) -> dict[str, int]:
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's device current: Triton launches on the current device."""
+    """Make the tensor's device current: Triton launches on the current device. Every launch is inside this."""
     if x.device.type == "cpu":
+        make_bfloat16_exact()
         return contextlib.nullcontext()
     return getattr(torch, x.device.type).device(x.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock  # torch requires it
 
-from fastunlearn.testing.interpreter import exact_bfloat16, is_interpreted
+from fastunlearn.testing.interpreter import is_interpreted
 
 # Workers run side by side: without this, each of them and of their subprocesses would start a thread for every core.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -20,16 +20,6 @@ if _WORKERS > 1:
     _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
     os.environ["OMP_NUM_THREADS"] = str(_THREADS)
     torch.set_num_threads(_THREADS)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def exact_interpreter() -> Iterator[None]:
-    """Kernels in the interpreter round as they do on a GPU."""
-    if not is_interpreted():
-        yield
-        return
-    with exact_bfloat16():
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on CPU tensors under TRITON_INTERPRET=1, made exact and observable."""
+"""Triton's interpreter, which runs kernels on CPU tensors under TRITON_INTERPRET=1, made observable."""
 
 from __future__ import annotations
 
@@ -11,43 +11,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@contextmanager
-def exact_bfloat16() -> Iterator[None]:
-    """Make the interpreter handle bfloat16 as hardware does.
-
-    Left alone, it truncates where hardware rounds, and multiplies matrices of bit patterns as if they were integers.
-    """
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    convert, multiply = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def cast(self: Any, source: Any, dtype: Any) -> Any:
-        if dtype.scalar == tl.bfloat16 and source.dtype.scalar in (tl.float32, tl.float64):
-            rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
-            return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
-        return convert(self, source, dtype)
-
-    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        factors = (convert(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return multiply(self, *factors, *rest)
-
-    patch = mock.patch.object
-    with (
-        patch(InterpreterBuilder, "cast_impl", cast),
-        patch(InterpreterBuilder, "create_fp_trunc", cast),
-        patch(InterpreterBuilder, "create_dot", dot),
-    ):
-        yield
 
 
 @dataclass
