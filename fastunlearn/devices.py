@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
+
+from fastunlearn.dtypes import widest_dtype
 
 _UNUSABLE = (RuntimeError, AssertionError, NotImplementedError)
 
@@ -36,6 +41,20 @@ def is_cpu(name: str | None) -> bool:
         return torch.device(name).type == "cpu"
     except _UNUSABLE as error:
         raise _unusable(name, error) from error
+
+
+def round_buffers(modules: Iterable[object], device: torch.device) -> None:
+    """Rounds float64 buffers of modules that are about to be moved to a `device` without float64, where `to` raises.
+
+    diffusers keeps the position embeddings of CogVideoX-2B in float64, whatever the dtype of the model.
+    """
+    if widest_dtype(device) == torch.float64:
+        return
+    for module in modules:
+        for part in module.modules() if isinstance(module, nn.Module) else ():
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.dtype == torch.float64:
+                    setattr(part, name, buffer.float())
 
 
 def _unusable(name: str, error: Exception) -> ValueError:

@@ -18,6 +18,12 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that lacks it, as Apple's GPUs ("mps") and some of Intel's ("xpu") do."""
+    lacks = device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+    return torch.float32 if lacks else torch.float64
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name without "torch.", such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

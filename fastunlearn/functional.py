@@ -19,8 +19,8 @@ may differ in size, and a shard may be empty. Every process of the group
   up the parts, by an all-reduce with SUM. DistributedDataParallel takes the mean instead, which is too small by a
   factor of the group's size.
 
-A call costs one all-reduce of a few float64 scalars on the tensors' device, in the forward pass. The host never waits
-for the device. All processes of the group must make the same calls in the same order.
+A call costs one all-reduce of a few scalars, float64 where the tensors' device has it, in the forward pass. The host
+never waits for the device. All processes of the group must make the same calls in the same order.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 With a = alphas_cumprod[t]: x_t = sqrt(a) x_0 + sqrt(1 - a) eps and v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho,
 2022). Everything is computed in float64 and rounded once: in the model's dtype, as diffusers' `get_velocity` computes,
-x_0 would be lost in rounding.
+x_0 would be lost in rounding. On a device without float64 it is computed in float32, in which sqrt(1 - a) is wrong by
+up to 4e-5 of itself at the first timesteps.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastunlearn.dtypes import INTEGER
+from fastunlearn.dtypes import INTEGER, widest_dtype
 from fastunlearn.ops.arguments import check_choice, check_tensor
 
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
@@ -27,7 +28,7 @@ def _alpha_sigma(alphas_cumprod: Tensor, t: Tensor, like: Tensor) -> tuple[Tenso
         outside = t[(t < 0) | (t >= len(alphas_cumprod))]
         if outside.numel():
             raise ValueError(f"t: expected timesteps from 0 to {len(alphas_cumprod) - 1}, got {outside[0].item()}")
-    a = alphas_cumprod.to(device=like.device, dtype=torch.float64)[t.to(like.device, torch.int64)]
+    a = alphas_cumprod.to(device=like.device, dtype=widest_dtype(like.device))[t.to(like.device, torch.int64)]
     shape = (-1,) + (1,) * (like.dim() - 1)
     return a.sqrt().reshape(shape), (1 - a).sqrt().reshape(shape)
 

@@ -19,7 +19,7 @@ from fastunlearn.demo import erase, evaluate, picture
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.model import load
 from fastunlearn.demo.world import FRAMES, HEIGHT, SHAPES, WIDTH, Nouns, prompt_of
-from fastunlearn.devices import usable_device
+from fastunlearn.devices import round_buffers, usable_device
 from fastunlearn.files import writable, write_json
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.requests import Request
@@ -121,6 +121,7 @@ class _Setup:
 def _set_up(concept: str, seed: int, device: torch.device) -> _Setup:
     text_to_video, judge, training_record = load()
     judge.to(device)
+    round_buffers([text_to_video], device)
     model = text_to_video.to(device).without_text_encoder()
     requests = erase.requests(concept, random.Random(seed))
     with_concept, without_concept = evaluate.held_out(concept, random.Random(seed + 1))

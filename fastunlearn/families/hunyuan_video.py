@@ -31,7 +31,7 @@ def _tokenizer_input(prompt: str) -> TokenizerInput:
 
 
 def _set_timesteps(scheduler: Any, num_inference_steps: int, device: torch.device) -> None:
-    sigmas = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1].tolist()
+    sigmas = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64, device="cpu")[:-1].tolist()
     scheduler.set_timesteps(sigmas=sigmas, device=device)
 
 

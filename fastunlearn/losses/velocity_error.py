@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastunlearn.dtypes import widest_dtype
 from fastunlearn.erasers import has_erasers
 from fastunlearn.functional import LossType, MaskNormalization, Reduction
 from fastunlearn.losses.velocity_models import VelocityModelLike
@@ -127,7 +128,7 @@ class VelocityErrorLoss(nn.Module):
         if self.alphas_cumprod is None or self.prediction_type == "v_prediction":
             return None
         # Kept on the device: copying it at every step would make the host wait every time.
-        self.alphas_cumprod = self.alphas_cumprod.to(prediction.device)
+        self.alphas_cumprod = self.alphas_cumprod.to(prediction.device, widest_dtype(prediction.device))
         batch = prediction.shape[0]
         t = torch.as_tensor(t)
         if t.dim() > 1 or t.numel() not in (1, batch):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastunlearn.dtypes import compute_dtype
+from fastunlearn.dtypes import compute_dtype, widest_dtype
 from fastunlearn.ops.arguments import check_low_rank, check_tensor, layer_mask, named_layers
 from fastunlearn.ops.dispatch import implementation
 from fastunlearn.ops.sharded import ShardTerms, background_sum, localization_loss_over_group
@@ -195,5 +195,5 @@ def _shard_terms(
         batch = max(shape[0], 1)
         return ShardTerms(*compute(layers, "sum", weight), batch, batch, background_sum(mask, shape))
     processes, elements = dist.get_world_size(group), math.prod(shape)
-    divisor = torch.full((), elements, dtype=torch.float64, device=mask.device)
+    divisor = torch.full((), elements, dtype=widest_dtype(mask.device), device=mask.device)
     return ShardTerms(*compute(layers, "mean", weight / processes), elements, elements * processes, divisor)

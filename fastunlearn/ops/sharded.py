@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastunlearn.dtypes import compute_dtype
+from fastunlearn.dtypes import compute_dtype, widest_dtype
 from fastunlearn.ops.spatial_masks import expanded_sum, match_resolution
 
 
@@ -58,20 +58,21 @@ def velocity_loss_over_group(
         group: the processes that hold the shards.
     """
     multiple, divisors = 1, []
+    wide = widest_dtype(prediction.device)
     if options["reduction"] == "mean":
         mask = options["mask"]
         if mask is not None and options["mask_normalization"] == "mask":
             options = options | {"reduction": "sum"}
             weights = match_resolution(mask, prediction.shape, options["channel_dim"])
-            divisors = [expanded_sum(weights, prediction.shape, torch.float64)]
+            divisors = [expanded_sum(weights, prediction.shape, wide)]
         else:
             processes = dist.get_world_size(group)
             options = options | {"weight": options["weight"] / processes}
             multiple = prediction.numel() * processes
-            divisors = [prediction.new_full((), prediction.numel(), dtype=torch.float64)]
+            divisors = [prediction.new_full((), prediction.numel(), dtype=wide)]
     loss, *norms = compute(**options)
-    squares = [norm.double().square() for norm in norms]
-    sums = [] if options["reduction"] == "none" else [loss.detach().double() * multiple]
+    squares = [norm.to(wide).square() for norm in norms]
+    sums = [] if options["reduction"] == "none" else [loss.detach().to(wide) * multiple]
     summed = _all_reduced(torch.stack([*squares, *sums, *divisors]), group)
     prediction_norm, target_norm = summed[:2].sqrt().to(loss.dtype).unbind()
     if sums:
@@ -93,7 +94,7 @@ class ShardTerms(NamedTuple):
     loss_multiple: int = 1
     """m: the whole's derivative with respect to `loss` is m / (sum of `divisor` over the processes)."""
     divisor: Tensor | None = None
-    """The shard's part of the whole's divisor, a float64 scalar. None for 1."""
+    """The shard's part of the whole's divisor, a scalar of `widest_dtype`. None for 1."""
 
 
 def localization_loss_over_group(
@@ -107,7 +108,8 @@ def localization_loss_over_group(
         weight: multiplies the loss.
         group: the processes that hold the shards.
     """
-    terms = torch.cat([shard.terms.double() * shard.term_multiple for shard in shards])
+    wide = widest_dtype(shards[0].terms.device)
+    terms = torch.cat([shard.terms.to(wide) * shard.term_multiple for shard in shards])
     divisors = [shard.divisor.expand(len(shard.terms)) for shard in shards if shard.divisor is not None]
     # Scalars go by layer, in the caller's order: layers of one call here may be in several calls on another process.
     rows = [terms, torch.cat(divisors)] if divisors else [terms]
@@ -129,7 +131,7 @@ def localization_loss_over_group(
 
 def background_sum(mask: Tensor, shape: Sequence[int]) -> Tensor:
     """The sum of 1 - mask over the elements of a layer's output of `shape`: tokens (B, N, D) or (B, C, *spatial)."""
-    background = 1 - match_resolution(mask, shape, 2 if len(shape) == 3 else 1).double()
+    background = 1 - match_resolution(mask, shape, 2 if len(shape) == 3 else 1).to(widest_dtype(mask.device))
     return expanded_sum(background, shape)
 
 
@@ -155,7 +157,7 @@ class _Whole(torch.autograd.Function):
 
 @torch.no_grad()
 def _all_reduced(scalars: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sums of (k,) float64 over the processes. Float64 holds element counts and squares of float32 exactly."""
+    """The sums of (k,) scalars over the processes. Float64 holds element counts and squares of float32 exactly."""
     summed = scalars.clone()
     dist.all_reduce(summed, group=group)
     return summed

@@ -9,7 +9,7 @@ import numpy as np
 
 def to_numpy(x: Any) -> np.ndarray:
     """A tensor or array as a float64 array."""
-    return np.asarray(x.detach().double().cpu().numpy() if hasattr(x, "detach") else x, dtype=np.float64)
+    return np.asarray(x.detach().cpu().double().numpy() if hasattr(x, "detach") else x, dtype=np.float64)
 
 
 def nearest(mask: np.ndarray, spatial: tuple[int, ...]) -> np.ndarray:

@@ -105,7 +105,7 @@ class Ratio:
         Raises:
             ValueError: `t` has another shape, or a sum is not finite because the model's velocity is not.
         """
-        numerators, denominators = (values.double().cpu().tolist() for values in sums)
+        numerators, denominators = (values.cpu().double().tolist() for values in sums)
         if t.dim() > 1 or (t.dim() == 1 and len(t) != len(numerators)):
             raise ValueError(f"t: expected () or ({len(numerators)},), got {tuple(t.shape)}")
         timesteps = t.expand(len(numerators)).tolist()

@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 from safetensors import SafetensorError
 
+from fastunlearn.devices import round_buffers
 from fastunlearn.families import FAMILIES, Family
 from fastunlearn.training.model.video_model import Defaults, VideoModel
 
@@ -39,7 +40,9 @@ def load_model(
     cls, family = pipeline_class(path)
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     without = family.text_components if vae else (*family.text_components, "vae")
-    pipeline = load_components(cls, path, dtypes, without).to(device)
+    pipeline = load_components(cls, path, dtypes, without)
+    round_buffers(pipeline.components.values(), torch.device(device))
+    pipeline.to(device)
     boundary_ratio = pipeline.config.get("boundary_ratio")
     names = _denoisers_in_use(family, boundary_ratio)
     transformers = [getattr(pipeline, name) for name in names]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import erasers, schedule
+from fastunlearn.dtypes import widest_dtype
 from fastunlearn.erasers import AdapterEraser
 from fastunlearn.families import Family, LatentSpace, family_of, patch_size
 from fastunlearn.files import expand_home
@@ -253,8 +254,9 @@ class VideoModel:
         timesteps = self.scheduler.config.num_train_timesteps
         if ((t < 0) | (t > timesteps)).any():
             raise ValueError(f"t: expected timesteps from 0 to {timesteps}, got {t.tolist()}")
-        sigma = (t.to(x_0.device, torch.float64) / timesteps).reshape(-1, *[1] * (x_0.dim() - 1))
-        return torch.lerp(x_0.double(), noise.double(), sigma).to(x_0.dtype)
+        wide = widest_dtype(x_0.device)
+        sigma = (t.to(x_0.device, wide) / timesteps).reshape(-1, *[1] * (x_0.dim() - 1))
+        return torch.lerp(x_0.to(wide), noise.to(wide), sigma).to(x_0.dtype)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes the activations inside the experts' blocks in the backward pass instead of keeping them."""
