@@ -10,6 +10,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastunlearn.cli import main
 from fastunlearn.kernels.launch import broadcast_index, broadcast_offsets, is_dense, same_layout, tile_start
 
 
@@ -92,3 +93,10 @@ def test_layouts_that_agree_are_not_copied(is_copied: bool) -> None:
     assert torch.equal(laid_out[1], second)
     assert laid_out[1].stride() == first.stride()
     assert laid_out[2] is None
+
+
+def test_verify_says_that_kernels_were_interpreted(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", "--device", "cpu", "--op", "concept_attention", "--dtype", "bfloat16", "--backend", "triton"])
+    out = capsys.readouterr().out
+    assert "not run" not in out
+    assert out.endswith("cases passed on cpu, kernels in Triton's interpreter\n")
