@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from fastunlearn.erasers.adapter import AdapterEraser
+from fastunlearn.erasers.switches import (
+    EVERYWHERE,
+    NO_BACKWARD,
+    Switches,
+    begin_call,
+    check_recomputable,
+    current_backward,
+    end_call,
+    note,
+    noted,
+    switched_off,
+)
 from fastunlearn.families import Family, attentions, find_transformer, hidden_size
 from fastunlearn.ops.arguments import check_number
 
@@ -21,29 +33,55 @@ class _EraserStack(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.disabled: Counter[str] = Counter()  # how many `erasers_disabled` blocks are active, by eraser name
+        self._disabled_here = Switches()
+        self._disabled_when_replicated: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
         self.hook: Any = None
 
-    def forward(self, attention_output: Tensor) -> Tensor:
+    def forward(self, attention_output: Tensor, off: tuple[str, ...]) -> Tensor:
         total = attention_output
         for name, eraser in self.items():
-            if not self.disabled[name]:
+            if name not in off:
                 output, scale = eraser(attention_output), self.scales[name]
                 total = total + (output if scale == 1 else output * scale)
         return total
 
+    def disabled(self) -> tuple[str, ...]:
+        """The names of the erasers that are off in the call that is being computed."""
+        backward, here = current_backward(), self._disabled_here.blocks
+        if (backward, "") in EVERYWHERE.blocks:
+            return tuple(self)
+        off = tuple(name for name in self if (backward, name) in here) if here else ()
+        if backward != NO_BACKWARD:
+            off += noted(self)
+        return off + self._disabled_when_replicated
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # DataParallel calls each replica in a thread that it starts for that call.
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._disabled_when_replicated = self.disabled()
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
-        # Nothing would ever re-enable the erasers of a copy that is made inside `erasers_disabled`.
-        return {**self.__dict__, "disabled": Counter()}
+        return {name: value for name, value in vars(self).items() if name != "_disabled_here"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._disabled_here = Switches()  # a copy that is made inside `erasers_disabled` has its erasers on
 
 
-def _add_erasers(attention: nn.Module, args: Any, output: Any) -> Any:
+def _add_erasers(attention: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of an attention with erasers."""
     erasers: Any = attention.erasers
-    if isinstance(output, tuple):
-        return (erasers(output[0]), *output[1:])
-    return erasers(output)
+    video = output[0] if isinstance(output, tuple) else output
+    off = erasers.disabled()
+    total = erasers(video, off)
+    if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            note(erasers, off, (*args, *kwargs.values()), total)
+        else:
+            check_recomputable(off)
+    return (total, *output[1:]) if isinstance(output, tuple) else total
 
 
 def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> NoReturn:
@@ -112,6 +150,10 @@ def install_erasers(
     eraser_parameters = {id(p) for stack in _stacks(layers).values() for p in stack.parameters()}
     if not eraser_parameters:
         base._trainable_before_erasers = [n for n, p in transformer.named_parameters() if p.requires_grad]
+        base._eraser_call_hooks = [
+            transformer.register_forward_pre_hook(begin_call),
+            transformer.register_forward_hook(end_call, always_call=True),
+        ]
         base.save_pretrained = _refuse_save_pretrained
     for parameter in transformer.parameters():
         if id(parameter) not in eraser_parameters:
@@ -121,7 +163,7 @@ def install_erasers(
             stack = _stacks(layers).get(layer)
             if stack is None:
                 stack = _EraserStack()
-                stack.hook = layers[layer].register_forward_hook(_add_erasers)
+                stack.hook = layers[layer].register_forward_hook(_add_erasers, with_kwargs=True)
                 layers[layer].add_module("erasers", stack)
             stack[name], stack.scales[name] = eraser, scales[name]
 
@@ -179,7 +221,9 @@ def detach_erasers(model: nn.Module, name: str | None = None) -> None:
     if stacks and not _stacks(layers):
         base: Any = transformer
         trainable = set(base._trainable_before_erasers)
-        del base._trainable_before_erasers
+        for hook in base._eraser_call_hooks:
+            hook.remove()
+        del base._trainable_before_erasers, base._eraser_call_hooks
         vars(base).pop("save_pretrained", None)  # absent if the user removed the guard
         for parameter_name, parameter in transformer.named_parameters():
             if parameter_name in trainable:
@@ -191,33 +235,38 @@ def erasers_disabled(model: nn.Module, name: str | None = None) -> Iterator[None
     """Inside this context, `model` runs as if the erasers called `name`, or all erasers, were not attached.
 
     Contexts can be nested, an exception ends them properly, and they affect this model only: in a copy made inside,
-    the erasers are on. Any module that contains a model with erasers will do. Without a name, a module without erasers
-    is left as it is.
+    the erasers are on. They affect the current thread only (asyncio tasks share a thread, so do not await inside).
+    Gradient checkpointing computes again, in any thread, what the forward pass computed. Any module that contains a
+    model with erasers will do. Without a name, a module without erasers is left as it is.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: no erasers are called `name`.
+        RuntimeError: in the forward pass, if gradient checkpointing is reentrant (`use_reentrant=True`).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     stacks = [module for module in model.modules() if isinstance(module, _EraserStack)]
-    switched = [(stack, key) for stack in stacks for key in stack if name in (None, key)]
+    switched = [(stack._disabled_here, key) for stack in stacks for key in stack if name in (None, key)]
     if name is not None and not switched:
         raise no_such_erasers(name)
-    for stack, key in switched:
-        stack.disabled[key] += 1
-    try:
+    with switched_off(switched):
         yield
-    finally:
-        for stack, key in switched:
-            stack.disabled[key] -= 1
+
+
+@contextmanager
+def all_erasers_disabled() -> Iterator[None]:
+    """Inside this context, every model runs without erasers in this thread, wherever a function may hold it."""
+    with switched_off([(EVERYWHERE, "")]):
+        yield
 
 
 def set_eraser_scale(model: nn.Module, name: str, scale: float) -> None:
     """Multiplies what the erasers called `name` add to their attentions by `scale`: 0 for nothing, 1 as trained.
 
-    The scale belongs to this model and is not saved with the erasers. `EraserOutputsCapture` captures outputs without
-    the scale.
+    The scale is a setting of this model: it holds in all threads, and is not saved with the erasers. Set it between
+    training steps, because gradient checkpointing computes again with the scale of that time. `EraserOutputsCapture`
+    captures outputs without the scale.
 
     Raises:
         TypeError: the model is of no supported family, or `scale` is not a number.

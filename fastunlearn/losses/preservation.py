@@ -61,7 +61,8 @@ class ConceptPreservationLoss(VelocityErrorLoss):
         """Calls each model once.
 
         Args:
-            model_original: the frozen model. None, or `model_unlearned` itself, means that model with its erasers off.
+            model_original: the frozen model. None means `model_unlearned` itself. Whatever it is, every eraser from
+                `attach_erasers` is off while it is called, in the thread that calls it.
             model_unlearned: the model being erased.
             x_t: (B, ...) noisy latents.
             t: (B,) timesteps.

@@ -128,7 +128,9 @@ class T2VUnlearningLoss(nn.Module):
         localization term then needs no forward pass of its own.
 
         Args:
-            model_original: the frozen model. None, or `model_unlearned` itself, means that model with its erasers off.
+            model_original: the frozen model. None means `model_unlearned` itself. Whatever it is, every eraser from
+                `attach_erasers` is off while it is called, in the thread that calls it; to keep erasers on in
+                it, pass its velocities (`v_uncond`, ...).
             model_unlearned: the model being erased.
             x_t: (B, ...) noisy latents.
             t: (B,) timesteps.

@@ -87,7 +87,8 @@ class NegativelyGuidedVelocityLoss(VelocityErrorLoss):
                 with zeros in the shape of `cond_c`.
             mask: (B, *spatial), 1 on the concept, at the latents' resolution or coarser by whole numbers, such as on
                 the token grid.
-            model_original: the frozen model. None means `model` itself with its erasers off.
+            model_original: the frozen model. None means `model` itself. Whatever it is, every eraser from
+                `attach_erasers` is off while it is called, in the thread that calls it.
 
         Returns:
             The loss, and a dict with unlearning_loss, v_pred_norm and v_neg_norm.

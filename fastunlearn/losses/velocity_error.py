@@ -75,7 +75,12 @@ class VelocityErrorLoss(nn.Module):
         """The model to call as the frozen one: `model_original`, or `model_erased`, called with its erasers off."""
         if model_original is not None and model_original is not model_erased:
             return model_original
-        if not isinstance(model_erased, nn.Module) or not has_erasers(model_erased):
+        if not isinstance(model_erased, nn.Module):
+            self._warn_once(
+                "model_original is not given and the model is a function: unless it calls a model with erasers from "
+                "fastunlearn.attach_erasers, the model being trained is its own target; pass a frozen model_original"
+            )
+        elif not has_erasers(model_erased):
             self._warn_once(
                 "model_original is not given and the model has no erasers from fastunlearn.attach_erasers to switch "
                 "off: the model being trained is its own target; pass a frozen model_original"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastunlearn.erasers import erasers_disabled
+from fastunlearn.erasers.attached import all_erasers_disabled
 from fastunlearn.families import FAMILIES
 
 VelocityModelLike = Callable[[Tensor, Tensor, Any], Tensor]
@@ -38,7 +37,6 @@ def call_model(model: VelocityModelLike, x_t: Tensor, t: Tensor, cond: Any, argu
 
 
 def frozen_velocity(model: VelocityModelLike, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-    """The velocity of the frozen model: no gradient, and the model's erasers, if any, switched off."""
-    without_erasers = erasers_disabled(model) if isinstance(model, nn.Module) else nullcontext()
-    with torch.no_grad(), without_erasers:
+    """The velocity of the frozen model: no gradient, and every eraser switched off, wherever `model` may hold it."""
+    with torch.no_grad(), all_erasers_disabled():
         return call_model(model, x_t, t, cond, "model_original")

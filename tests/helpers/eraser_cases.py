@@ -1,8 +1,11 @@
 """What tests of erasers compare: a model's output, and everything that attaching erasers could change."""
 
-import torch
-from tiny_models import family_of
+import threading
 
+import torch
+from tiny_models import family_of, train_a_little
+
+from fastunlearn.erasers import attach_erasers
 from fastunlearn.velocity_model import as_velocity_model
 
 
@@ -27,3 +30,29 @@ def same(before, after):
         and all(torch.equal(before[1][name], after[1][name]) for name in before[1])
         and before[2] == after[2]
     )
+
+
+def with_two_sets(model):
+    """`model` with trained erasers called a and b; also all erasers, in order."""
+    a, b = (attach_erasers(model, rank=4, name=name) for name in "ab")
+    train_a_little(a)
+    train_a_little(b, seed=5)
+    return model, [*a.values(), *b.values()]
+
+
+def in_another_thread(function):
+    """What `function` returns, or raises, in a thread of its own."""
+    results, errors = [], []
+
+    def run():
+        try:
+            results.append(function())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -76,6 +76,84 @@ def test_the_teacher_is_the_model_without_erasers(erased: Any, frozen: str) -> N
             assert parameter.grad is None, name
 
 
+class Wrapper(torch.nn.Module):
+    """Holds the model as data parallelism does."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any) -> Tensor:
+        return self.module(*given)
+
+
+class Plain:
+    """Holds the model where no search through modules finds it."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+    def __call__(self, *given: Any) -> Tensor:
+        return self.held(*given)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: lambda *given: model(*given),
+        lambda model: Plain(lambda *given: model(*given)),
+        lambda model: Wrapper(lambda *given: model(*given)),
+        lambda model: Wrapper(Wrapper(model)),
+        lambda model: as_velocity_model(model.transformer),
+        lambda model: torch.compile(lambda *given: model(*given), backend="eager"),
+    ],
+    ids=["lambda", "object", "module around a lambda", "data parallel", "velocity model", "compiled"],
+)
+def test_a_wrapper_of_the_erased_model_is_no_teacher_of_its_own(erased: Any, wrap: Any) -> None:
+    original, model, _ = erased
+    arguments = cogvideox_arguments()
+    loss_fn = T2VUnlearningLoss(None, guidance_scale=2.0, channel_dim=2)
+    _, expected = loss_fn(original, model, **arguments)
+    _, entries = loss_fn(wrap(model), wrap(model), **arguments)
+    assert expected["preservation/preservation_loss"] > 0
+    assert entries.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(entries[name], value, rtol=1e-6, atol=0, msg=name)
+    x_t, t, cond, uncond = (arguments[name] for name in ("x_t", "t", "cond_target", "uncond"))
+    unlearning, preservation = NegativelyGuidedVelocityLoss(None), ConceptPreservationLoss()
+    losses = [
+        unlearning(wrap(model), x_t, t, cond, None, uncond, model_original=teacher)[0]
+        for teacher in (original, wrap(model))
+    ] + [preservation(teacher, wrap(model), x_t, t, cond)[0] for teacher in (original, wrap(model))]
+    torch.testing.assert_close(losses[::2], losses[1::2], rtol=1e-6, atol=0)
+
+
+def test_a_function_without_a_teacher_is_called_without_its_erasers(erased: Any) -> None:
+    original, model, _ = erased
+    x_t, t, cond = inputs()
+    expected, _ = ConceptPreservationLoss()(original, model, x_t, t, cond)
+    with pytest.warns(UserWarning, match="the model is a function: unless it calls a model with erasers"):
+        loss, _ = ConceptPreservationLoss()(None, lambda *given: model(*given), x_t, t, cond)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+def test_erasers_of_a_teacher_of_its_own_are_off_too(erased: Any) -> None:
+    original, model, _ = erased
+    arguments = cogvideox_arguments()
+    teacher = copy.deepcopy(model)
+    loss_fn = T2VUnlearningLoss(None, channel_dim=2)
+    assert torch.equal(loss_fn(teacher, model, **arguments)[0], loss_fn(original, model, **arguments)[0])
+    x_t, t = arguments["x_t"], arguments["t"]
+    with torch.no_grad():  # to keep them on, pass velocities
+        given = {
+            name: teacher(x_t, t, arguments[condition])
+            for name, condition in (("v_cond", "cond_target"), ("v_uncond", "uncond"), ("v_preserve", "cond_preserve"))
+        }
+    loss, entries = loss_fn(teacher, model, **arguments, **given)
+    assert entries["preservation/preservation_loss"] == 0
+    assert not torch.isclose(loss, loss_fn(original, model, **arguments)[0], rtol=1e-3)
+
+
 def test_the_single_loss_modules_find_the_teacher_too(erased: Any) -> None:
     original, model, _ = erased
     x_t, t, cond = inputs()
