@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -141,6 +142,7 @@ def install_erasers(
     scales: Mapping[str, float],
 ) -> None:
     """Attaches erasers, given by name and layer, and freezes the base model. Call `check_new_name` first."""
+    _check_runs_hooks(transformer)
     layers = attentions(transformer, family.erased)
     for erasers in sets.values():
         for layer, eraser in erasers.items():  # first of all, because the device may be full
@@ -166,6 +168,23 @@ def install_erasers(
                 stack.hook = layers[layer].register_forward_hook(_add_erasers, with_kwargs=True)
                 layers[layer].add_module("erasers", stack)
             stack[name], stack.scales[name] = eraser, scales[name]
+    _compile_again()
+
+
+def _compile_again() -> None:
+    """Makes compiled code be compiled anew: `torch.compile` takes no notice of hooks that come or go later."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _check_runs_hooks(transformer: nn.Module) -> None:
+    """Raises if a part of the model was captured as CUDA graphs, which cannot be made to call hooks that come later."""
+    for name, module in transformer.named_modules():
+        if getattr(vars(module).get("forward"), "__module__", None) == "torch.cuda.graphs":
+            raise ValueError(
+                f"model: expected modules that run as they are, got a CUDA graph in {name or type(module).__name__!r} "
+                "(torch.cuda.make_graphed_callables); attach erasers before making it"
+            )
 
 
 def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> dict[str, AdapterEraser]:
@@ -174,7 +193,8 @@ def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> 
     The model's output stays the same, bit for bit, until the erasers are trained. The model's parameters keep their
     names; the erasers' are called `{layer}.erasers.{name}.down.weight` and so on. While erasers are attached, the
     transformer refuses `save_pretrained`, because `from_pretrained` would silently load it without them: use
-    `save_erasers`.
+    `save_erasers`. What `torch.compile` has compiled is compiled again at its next call, here and whenever erasers are
+    loaded or detached.
 
     Args:
         model: a supported transformer (see `fastunlearn.families`), or a VelocityModel or other wrapper of one.
@@ -186,7 +206,8 @@ def attach_erasers(model: nn.Module, rank: int = 128, name: str = "default") -> 
 
     Raises:
         TypeError: the model is of no supported family.
-        ValueError: erasers of this name are already attached, or the name or the rank is not valid.
+        ValueError: erasers of this name are already attached, the name or the rank is not valid, or a part of the model
+            was made a CUDA graph.
     """
     transformer, family = find_transformer(model)
     check_new_name(transformer, family, name)
@@ -218,6 +239,8 @@ def detach_erasers(model: nn.Module, name: str | None = None) -> None:
         if name is None or not len(stack):
             stack.hook.remove()
             del layers[layer].erasers
+    if stacks:
+        _compile_again()
     if stacks and not _stacks(layers):
         base: Any = transformer
         trainable = set(base._trainable_before_erasers)
