@@ -62,10 +62,10 @@ def run(options: SampleOptions) -> list[Path]:
     size = model.defaults.size(options.height, options.width, options.num_frames)
     model.latent_shape(*size)  # raises before any sampling if the model does not support this size
     fps = options.fps or model.defaults.fps
+    titles = _titles(prompts, output)
     written = []
     steps = len(prompts) * len(_versions(options)) * options.num_inference_steps
     with explained_out_of_memory(options), tqdm(total=steps, desc="sampling", unit="step") as bar:
-        titles = _titles(prompts, output)
         for prompt, name, title in zip(prompts, file_names(prompts), titles, strict=True):
             conditions = {_PROMPT: encoded[prompt].condition, _NEGATIVE: encoded[options.negative_prompt].condition}
             videos = _before_and_after(model, conditions, size, options, bar)

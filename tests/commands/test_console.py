@@ -126,9 +126,9 @@ def test_output_that_cannot_be_written_is_one_line() -> None:
 def test_the_libraries_log_one_line_each() -> None:
     quiet_libraries(COMMAND)
     for library in ("diffusers", "transformers"):
-        (handler,) = logging.getLogger(library).handlers
         record = logging.LogRecord(library, logging.WARNING, "file.py", 1, "ignored:\n  %s", ("sample_size",), None)
-        assert handler.format(record) == f"{COMMAND}: warning: ignored: sample_size"
+        formatted = {handler.format(record) for handler in logging.getLogger(library).handlers}
+        assert formatted == {f"{COMMAND}: warning: ignored: sample_size"}
 
 
 def test_a_warning_says_nothing_of_python() -> None:
