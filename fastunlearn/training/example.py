@@ -17,7 +17,7 @@ import torch
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.comparison import write_strip
 from fastunlearn.training.data.requests import Request
-from fastunlearn.training.data.videos import write_video
+from fastunlearn.training.data.videos import check_ffmpeg, write_video
 from fastunlearn.training.model.erased import without_erasers
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.text import encode_prompts
@@ -41,6 +41,7 @@ VIDEO_SEED = 1000  # of the videos before and after; training does not use it
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the example. The cache, the erasers and the videos are written into the folder OUTPUT."""
     chosen = _parse(arguments)
+    check_ffmpeg("mp4")
     path, output, sampling_steps = chosen.pipeline, chosen.output, chosen.sampling_steps
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

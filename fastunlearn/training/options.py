@@ -42,7 +42,7 @@ class PrepareOptions:
         "file of prompts, one per line, for which the model must stay as it is", None, group="data"
     )
     data: Path | None = option(
-        "folder of your own videos, instead of prompts: NAME.mp4, .gif or .safetensors, with NAME.txt",
+        "folder of your own videos, instead of prompts: NAME.mp4, .mov, .gif ... or .safetensors, with NAME.txt",
         None,
         group="data",
     )

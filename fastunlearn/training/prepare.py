@@ -22,6 +22,7 @@ from fastunlearn.training.cache.reader import stored_prompts
 from fastunlearn.training.cache.teacher import Teacher
 from fastunlearn.training.cache.writer import CacheWriter, refuse_foreign_files
 from fastunlearn.training.data.requests import Request, distinct_prompts, read_requests
+from fastunlearn.training.data.videos import check_ffmpeg
 from fastunlearn.training.model.loading import load_model, outline_pipeline
 from fastunlearn.training.model.memory import explained_out_of_memory
 from fastunlearn.training.model.text import EncodedPrompt, encode_prompts
@@ -147,6 +148,8 @@ def run(options: PrepareOptions) -> None:
     if state.num_processes > 1:
         device = state.device  # each process has its own
     requests = read_requests(options)
+    if any(request.needs_ffmpeg for request in requests):
+        check_ffmpeg()
 
     def check_and_encode() -> dict[str, EncodedPrompt]:
         _check_folder_and_size(options)

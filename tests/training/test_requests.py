@@ -170,6 +170,18 @@ def test_every_kind_of_video_is_used_and_skipped_files_are_named(tmp_path):
         read_video_requests(folder, "dog")
 
 
+def test_a_missing_ffmpeg_is_found_before_any_work(tmp_path, tiny_pipeline, monkeypatch):
+    monkeypatch.setattr("fastunlearn.training.prepare.encode_prompts", lambda *args, **kwargs: pytest.fail("encoded"))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "no-ffmpeg"))
+    folder = captioned(tmp_path / "data", a="a circle", b="a dog")
+    options = options_for(tiny_pipeline("cogvideox"), tmp_path / "cache", data=folder)
+    with pytest.raises(OSError, match="^ffmpeg: expected a program that can be run, got '.*no-ffmpeg'"):
+        run(options)
+    for name in "ab":  # which need none
+        (folder / f"{name}.mp4").rename(folder / f"{name}.gif")
+    assert not any(request.needs_ffmpeg for request in read_requests(options))
+
+
 def test_wrong_requests_are_refused():
     with pytest.raises(ValueError, match="steps: expected a start below an end"):
         Request("x", steps=(0.5, 0.5))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from fastunlearn.files import writable, write_json
 from fastunlearn.training.data import comparison, fonts, videos
 from fastunlearn.training.data.comparison import side_by_side, write_strip
-from fastunlearn.training.data.videos import read_video, write_video
+from fastunlearn.training.data.videos import check_ffmpeg, read_first_frames, read_video, write_video
 
 
 def moving(frames: int = 5, height: int = 32, width: int = 48, colour: tuple[float, ...] = (0.9, 0.2, 0.1)) -> Tensor:
@@ -224,11 +226,124 @@ def test_a_font_has_every_letter_of_a_text(matplotlib_s_fonts_alone: None, monke
     assert fonts.font_for("狗 dog").name == "DejaVu Serif"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made(name, options of ffmpeg)`: a test pattern of 320 x 240 pixels, 25 frames per second, as a video file."""
+    import imageio_ffmpeg
+
+    folder = tmp_path_factory.mktemp("videos")
+
+    def make(name: str, *arguments: str, seconds: float = 1) -> Path:
+        source = ["-f", "lavfi", "-i", f"testsrc2=size=320x240:rate=25:duration={seconds}"]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *source, *arguments, str(folder / name)]
+        subprocess.run(command, check=True)
+        return folder / name
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("a.mp4", ["-pix_fmt", "yuv420p"]),
+        ("A.MOV", []),
+        ("a.webm", ["-c:v", "libvpx", "-deadline", "realtime"]),
+        ("a.mkv", []),
+        ("a.avi", []),
+        ("a.m4v", ["-pix_fmt", "yuv420p", "-f", "mp4"]),
+        ("a.gif", []),
+        ("slow.mp4", ["-vf", "setpts='if(lt(N,5),N,3*N)/25/TB'", "-fps_mode", "vfr", "-pix_fmt", "yuv420p"]),
+    ],
+)
+def test_the_first_frames_are_those_of_the_whole_video(
+    made: Callable[..., Path], name: str, arguments: Sequence[str]
+) -> None:
+    path = made(name, *arguments)
+    video = read_video(path)
+    assert video.shape[0] >= 25 and video.shape[1:] == (3, 240, 320)
+    frames = list(read_first_frames(path, 9))
+    assert len(frames) == 9
+    assert torch.equal(torch.cat(frames), video[:9])
+    assert torch.equal(torch.cat(list(read_first_frames(path, 1000))), video)
+
+
+def test_a_turned_video_is_read_upright(made: Callable[..., Path], tmp_path: Path) -> None:
+    import imageio_ffmpeg
+
+    flat, turned = made("flat.mp4", "-pix_fmt", "yuv420p"), tmp_path / "turned.mp4"
+    arguments = ["-display_rotation", "90", "-i", str(flat), "-c", "copy", str(turned)]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *arguments], check=True)
+    frames = torch.cat(list(read_first_frames(turned, 3)))
+    assert frames.shape == (3, 3, 320, 240)
+    assert (frames - read_video(flat)[:3].rot90(1, (2, 3))).abs().mean() < 0.02
+
+
+def test_a_long_video_is_not_decoded_whole(made: Callable[..., Path]) -> None:
+    path = made("long.mp4", "-pix_fmt", "yuv420p", "-preset", "ultrafast", seconds=30)
+    one_frame = 240 * 320 * 3
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_first_frames(path, 9)) == 9
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * one_frame  # of 750
+
+
+def test_ffmpeg_ends_when_no_more_frames_are_asked_for(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made("a.mp4", "-pix_fmt", "yuv420p", seconds=5)
+    processes: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        videos.subprocess, "Popen", lambda *args, **kwargs: processes.append(start(*args, **kwargs)) or processes[-1]
+    )
+    frames = read_first_frames(path, 125)
+    next(frames)
+    frames.close()  # type: ignore[attr-defined]
+    assert len(processes) == 1
+    assert processes[0].returncode is not None
+
+
+def test_files_without_a_video_are_refused(made: Callable[..., Path], tmp_path: Path) -> None:
+    import imageio_ffmpeg
+
+    sound = tmp_path / "sound.mp4"
+    source = ["-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, str(sound)], check=True)
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(made("a.mp4", "-pix_fmt", "yuv420p").read_bytes()[:2000])
+    playlist = tmp_path / "playlist.mp4"
+    playlist.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
+    for path in (sound, cut, playlist):
+        with pytest.raises(ValueError, match=f"{path.name}: expected a video, got a file that cannot be read as one"):
+            list(read_first_frames(path, 9))
+
+
+def test_a_gif_may_have_one_frame_and_transparent_parts(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 255, 0))
+    picture.save(tmp_path / "one.gif")
+    frame = read_video(tmp_path / "one.gif")
+    assert frame.shape == (1, 3, 2, 4)
+    assert frame[0, :, 0, :2].T.tolist() == [[1, 0, 0], [1, 1, 1]]  # as a browser shows it
+    picture.save(tmp_path / "two.gif", save_all=True, append_images=[Image.new("RGBA", (4, 2), (0, 255, 0, 255))])
+    assert len(list(read_first_frames(tmp_path / "two.gif", 9))) == 2
+    (tmp_path / "cut.gif").write_bytes((tmp_path / "two.gif").read_bytes()[:30])
+    with pytest.raises(ValueError, match="cut.gif: expected a gif, got a file that cannot be read as one"):
+        read_video(tmp_path / "cut.gif")
+
+
 def test_a_missing_ffmpeg_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> str:
         raise RuntimeError("No ffmpeg exe could be found.")
 
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", missing)
-    with pytest.raises(OSError, match="No ffmpeg exe could be found"):
+    message = "^ffmpeg: expected a program to read and write videos with, got none .No ffmpeg exe could be found.*"
+    for check in (None, "mp4", "gif"):
+        with pytest.raises(OSError, match=message):
+            check_ffmpeg(check)
+    with pytest.raises(OSError, match=message):
         write_video(tmp_path / "a.mp4", torch.zeros(2, 3, 8, 8), 8)
     assert not any(tmp_path.iterdir())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from fastunlearn.files import open_safetensors, tensor_names
 from fastunlearn.training.data.requests import holds_latents
-from fastunlearn.training.data.videos import read_video
+from fastunlearn.training.data.videos import read_first_frames
 from fastunlearn.training.model.video_model import VideoModel, VideoSize
 
 
@@ -25,14 +26,14 @@ def read_latents(model: VideoModel, source: Path, size: VideoSize) -> Tensor:
     """
     if holds_latents(source):
         return _stored_latents(source, model.latent_shape(*size)).to(model.device)
-    frames = read_video(source)
+    # Every frame is made small before the next one is read, so that a large video fits into memory.
+    frames = [_scale_and_crop(frame, size.height, size.width) for frame in read_first_frames(source, size.num_frames)]
     if len(frames) < size.num_frames:
         raise ValueError(
             f"{source}: expected at least {size.num_frames} frames, got {len(frames)}; lower num_frames or remove the "
             "video"
         )
-    frames = _scale_and_crop(frames[: size.num_frames], size.height, size.width)
-    return model.encode_video(frames[None]).float().to(model.device)
+    return model.encode_video(torch.cat(frames)[None]).float().to(model.device)
 
 
 def _stored_latents(source: Path, shape: tuple[int, ...]) -> Tensor:

@@ -59,6 +59,11 @@ class Request:
         """Whether the source is a video, which has to be encoded."""
         return self.source is not None and not holds_latents(self.source)
 
+    @property
+    def needs_ffmpeg(self) -> bool:
+        """Whether the source is a video that only ffmpeg reads."""
+        return self.source is not None and self.needs_vae and self.source.suffix.lower() != ".gif"
+
 
 def holds_latents(source: Path) -> bool:
     """Whether a request's source holds latents instead of a video."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fastunlearn.files import expand_home, replace_file
@@ -33,18 +36,26 @@ _GIF = (
 def read_video(path: str | os.PathLike[str]) -> Tensor:
     """Reads all frames of a video file: (F, 3, H, W) float32 in [0, 1], on the CPU.
 
-    Reads gif and every format that ffmpeg reads. Sound is ignored.
+    Reads gif and every format that ffmpeg reads. Sound is ignored, and transparent parts of a gif are white.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a readable video.
         OSError: ffmpeg is not installed.
     """
-    path = expand_home(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a video file, but there is no such file")
-    frames = _read_gif(path) if path.suffix.lower() == ".gif" else _read_with_ffmpeg(path)
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float().div_(255)
+    return _to_floats(np.stack(list(_frames(path, None))))
+
+
+def read_first_frames(path: str | os.PathLike[str], count: int) -> Iterator[Tensor]:
+    """Reads the first `count` frames of a video file, or all if it has fewer, without decoding the others.
+
+    Yields:
+        One frame at a time: (1, 3, H, W), as `read_video` reads it. Only one is in memory.
+
+    Raises: what `read_video` raises, at the latest after the last frame.
+    """
+    for frame in _frames(path, count):
+        yield _to_floats(frame[None])
 
 
 def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> None:
@@ -78,8 +89,31 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
         encoding = _MP4 if path.suffix == ".mp4" else _GIF
         process = _ffmpeg([*source, *encoding, str(encoded)], pixels.tobytes())
         if process.returncode:
-            raise OSError(f"{path}: cannot be written: {_reason(process)}")
+            raise OSError(f"{path}: cannot be written: {_reason(process.stderr, process.returncode)}")
         replace_file(path, encoded.read_bytes())
+
+
+def check_ffmpeg(format: str | None = None) -> None:
+    """Checks that ffmpeg can be run, and that it can write videos in a format: better now than after hours of work.
+
+    Args:
+        format: "mp4" or "gif"; None if videos are only read.
+
+    Raises:
+        OSError: ffmpeg is not installed or cannot encode the format.
+    """
+    process = _ffmpeg(["-version"])
+    if process.returncode:
+        raise OSError(
+            f"ffmpeg: expected a program that can be run, got one that fails "
+            f"({_reason(process.stderr, process.returncode)})"
+        )
+    if format is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                write_video(Path(folder, f"trial.{format}"), torch.zeros(2, 3, 16, 16), 8)
+            except OSError as error:
+                raise OSError(f"format: expected one that ffmpeg can write, got {format} ({error})") from error
 
 
 def check_frames(name: str, frames: object) -> None:
@@ -97,44 +131,89 @@ def to_bytes(frames: Tensor) -> np.ndarray:
     return clamped.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _read_gif(path: Path) -> np.ndarray:
+def _to_floats(frames: np.ndarray) -> Tensor:
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float().div_(255)
+
+
+def _frames(path: str | os.PathLike[str], count: int | None) -> Iterator[np.ndarray]:
+    """The first `count` frames of a video file, or all: each (H, W, 3) bytes."""
+    path = expand_home(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a video file, but there is no such file")
+    yield from (_frames_of_gif if path.suffix.lower() == ".gif" else _frames_by_ffmpeg)(path, count)
+
+
+def _frames_of_gif(path: Path, count: int | None) -> Iterator[np.ndarray]:
     try:
         with Image.open(path) as file:
-            frames = []
-            for index in range(getattr(file, "n_frames", 1)):
-                file.seek(index)
-                frames.append(np.asarray(file.convert("RGB")))
-    except (UnidentifiedImageError, OSError, ValueError, EOFError) as error:
+            for index in itertools.count() if count is None else range(count):
+                try:
+                    file.seek(index)
+                except EOFError:
+                    return
+                image = file.convert("RGBA")
+                yield np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+    # What Pillow raises for damaged files, and for those that would take too much memory.
+    except (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: expected a gif, got a file that cannot be read as one ({error})") from error
-    return np.stack(frames)
 
 
-def _read_with_ffmpeg(path: Path) -> np.ndarray:
-    # Portable pixmaps have the frames' size in their header, and ffmpeg has rotated the frames as the file says.
-    decode = ["-an", "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
-    process = _ffmpeg(["-i", f"file:{path}", *decode])
-    if process.returncode or not process.stdout:
-        raise ValueError(f"{path}: expected a video, got a file that cannot be read as one ({_reason(process)})")
-    header, size, depth, _ = process.stdout.split(b"\n", 3)
-    width, height = map(int, size.split())
-    header_bytes = len(header) + len(size) + len(depth) + 3
-    images = np.frombuffer(process.stdout, np.uint8).reshape(-1, header_bytes + height * width * 3)
-    return images[:, header_bytes:].reshape(-1, height, width, 3).copy()
+def _frames_by_ffmpeg(path: Path, count: int | None) -> Iterator[np.ndarray]:
+    # Portable pixmaps have the frames' size in their header, and ffmpeg has rotated the frames as the file says. A
+    # playlist in a video's clothes must not make it open anything but files.
+    limit = [] if count is None else ["-frames:v", str(count)]
+    decode = ["-an", *limit, "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-"]
+    command = [*_ffmpeg_command(), "-protocol_whitelist", "file", "-i", f"file:{path}", *decode]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        assert process.stdout is not None
+        found = False
+        try:
+            while (frame := _read_pixmap(process.stdout)) is not None:
+                found = True
+                yield frame
+            process.wait()
+        finally:  # also if no more frames are asked for
+            process.kill()
+            process.stdout.close()
+            process.wait()
+        if process.returncode or not found:
+            log.seek(0)
+            reason = _reason(log.read(), process.returncode)
+            raise ValueError(f"{path}: expected a video, got a file that cannot be read as one ({reason})")
 
 
-def _ffmpeg(arguments: Sequence[str], data: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+def _read_pixmap(stream: IO[bytes]) -> np.ndarray | None:
+    """Reads the next portable pixmap of 8-bit RGB: (H, W, 3), or None at the end of the stream."""
+    header = [stream.readline() for _ in range(3)]
+    if not header[-1]:
+        return None
+    width, height = map(int, header[1].split())
+    pixels = stream.read(height * width * 3)
+    if len(pixels) < height * width * 3:
+        return None
+    return np.frombuffer(bytearray(pixels), np.uint8).reshape(height, width, 3)
+
+
+def _ffmpeg(arguments: Sequence[str], data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    # Not through imageio, which does not notice when ffmpeg fails, for example on a full disk.
+    command = [*_ffmpeg_command(), *arguments]
+    try:
+        return subprocess.run(command, input=data, capture_output=True, check=False)
+    except OSError as error:
+        raise OSError(f"ffmpeg: expected a program that can be run, got {command[0]!r} ({error.strerror})") from error
+
+
+def _ffmpeg_command() -> list[str]:
     import imageio_ffmpeg
 
     try:
-        program = imageio_ffmpeg.get_ffmpeg_exe()
+        return [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
     except RuntimeError as error:
-        raise OSError(str(error)) from error
-    # Not through imageio, which does not notice when ffmpeg fails, for example on a full disk.
-    command = [program, "-v", "error", *arguments]
-    return subprocess.run(command, input=data if data is not None else b"", capture_output=True, check=False)
+        raise OSError(f"ffmpeg: expected a program to read and write videos with, got none ({error})") from error
 
 
-def _reason(process: subprocess.CompletedProcess[bytes]) -> str:
+def _reason(log: bytes, status: int) -> str:
     """Why ffmpeg failed: the last line that it printed."""
-    lines = process.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"ffmpeg ended with exit status {process.returncode} and no frames"
+    lines = log.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"ffmpeg ended with exit status {status} and no frames"
