@@ -108,7 +108,7 @@ def _add_option(group: Any, field: dataclasses.Field[Any], type_hint: Any) -> No
         help_text += ": " + ", ".join(typing.get_args(type_hint))
     else:
         if typing.get_origin(type_hint) in (list, tuple):
-            keywords["nargs"] = "+"
+            keywords |= {"nargs": "+", "action": "extend"}  # an option given twice must not lose its first values
             type_hint = typing.get_args(type_hint)[0]
         keywords["type"] = type_hint
         keywords["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(type_hint, "TEXT")
@@ -116,7 +116,7 @@ def _add_option(group: Any, field: dataclasses.Field[Any], type_hint: Any) -> No
         keywords["required"] = True
         help_text += " (required)"
     else:
-        keywords["default"] = default
+        keywords["default"] = list(default) if isinstance(default, tuple) else default
         if default is not None and default not in ("", ()) and not isinstance(default, bool):
             help_text += f" ({default})"
     group.add_argument(option, help=help_text.replace("%", "%%"), **keywords)

@@ -24,7 +24,8 @@ from fastunlearn.files import replace_file, shown, writable
 from fastunlearn.training.data.comparison import side_by_side, write_strip
 from fastunlearn.training.data.fonts import font_for
 from fastunlearn.training.data.prompts import read_prompts
-from fastunlearn.training.data.videos import write_video
+from fastunlearn.training.data.videos import check_ffmpeg, write_video
+from fastunlearn.training.data.words import has_unspaced_script
 from fastunlearn.training.model import erased
 from fastunlearn.training.model.memory import explained_out_of_memory
 from fastunlearn.training.model.sampling import denoise, stack_conditions
@@ -33,6 +34,7 @@ from fastunlearn.training.model.video_model import VideoModel, VideoSize
 from fastunlearn.training.options import SampleOptions
 
 _NAME_LENGTH = 56  # a file name may have 255 bytes, and a letter takes up to 4
+_NEVER_ALONE = frozenset(["a", "an", "the", "of", "in", "on", "at", "to", "for", "with", "and", "or", "is"])
 _PROMPT, _NEGATIVE = "prompt", "negative"
 _VERSIONS = ("before", "after")
 _PROMPTS = "prompts.txt"  # numbers and prompts
@@ -47,13 +49,14 @@ def run(options: SampleOptions) -> list[Path]:
     Raises:
         FileNotFoundError: there is no such pipeline, folder of erasers or file of prompts.
         ValueError: the erasers are for another model, or an option does not fit the model.
-        OSError: a file cannot be written.
+        OSError: a file cannot be written, or ffmpeg is missing.
         MemoryError: memory ran out; the message says what would help.
         FloatingPointError: a video is not finite.
     """
+    prompts = _prompts(options)
+    check_ffmpeg(options.format)
     output = writable(options.output_dir)
     erased.check_folders(options.erasers)
-    prompts = _prompts(options)
     device, dtype = usable_device(options.device), model_dtype(options.mixed_precision)
     texts = [options.negative_prompt, *prompts]
     with explained_out_of_memory(options):
@@ -142,7 +145,22 @@ def file_names(prompts: Sequence[str]) -> list[str]:
 
 
 def _prompts(options: SampleOptions) -> list[str]:
-    """The prompts of `--prompt` and of the file, each once."""
+    """The prompts of `--prompt` and of the file, each once. Finds a prompt that the shell has split into words."""
+    words = [prompt for prompt in options.prompt if len(prompt.split()) == 1]
+    sentence = " ".join(options.prompt)
+    if len(options.prompt) > 1 and any(word.lower() in _NEVER_ALONE for word in words):
+        raise ValueError(
+            f"prompt: expected prompts, got {len(options.prompt)} of which some are single words that say nothing "
+            f"alone: {shown(options.prompt)}; put quotation marks around a prompt with spaces: {shown(sentence)}"
+        )
+    if len(words) == len(options.prompt) > 1 and not has_unspaced_script(sentence):
+        warnings.warn(
+            f"prompt: got {len(words)} prompts of one word each, and makes a video for each; if they are one prompt, "
+            f"put quotation marks around it: {shown(sentence)}",
+            stacklevel=3,
+        )
+    if not all(prompt.strip() for prompt in options.prompt):
+        warnings.warn("prompt: got an empty one; its video shows what the model makes without a prompt", stacklevel=3)
     from_file = [] if options.prompts is None else [line.prompt for line in read_prompts(options.prompts)]
     return list(dict.fromkeys([*options.prompt, *from_file]))
 

@@ -56,6 +56,18 @@ def test_env_says_why_the_requested_backend_cannot_run(
     assert "none" in out
 
 
+def test_an_option_given_twice_keeps_all_its_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    got = []
+    monkeypatch.setattr("fastunlearn.training.sample.run", got.append)
+    required = ["--pretrained-model-name-or-path", "x", "--output-dir", str(tmp_path)]
+    for _ in range(2):  # the defaults must not keep the first call's values
+        main(["sample", *required, "--erasers", "a", "--prompt", "a dog", "--erasers", "b", "--prompt", "a cat", "dog"])
+    for chosen in got:
+        assert chosen.prompt == ("a dog", "a cat", "dog")
+        assert chosen.erasers == (Path("a"), Path("b"))
+        assert chosen.eraser_scales == ()
+
+
 def test_an_unknown_concept(capsys: pytest.CaptureFixture[str]) -> None:
     text = one_line_error(capsys, "demo", "--concept", "banana")
     assert "banana" in text and "circle" in text

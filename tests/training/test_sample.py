@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from fastunlearn.training import sample
+from fastunlearn.training.data import videos as video_files
 from fastunlearn.training.data.videos import read_video
 from fastunlearn.training.model import erased
 from fastunlearn.training.model.loading import load_model
@@ -191,6 +193,47 @@ def test_mistakes_are_found_before_anything_is_loaded(
     }.items():
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             options(pipeline, empty, tmp_path, **{name: value})
+
+
+def test_a_prompt_that_the_shell_split_is_noticed_before_any_work(
+    tiny_pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "encode_prompts", lambda *a, **k: pytest.fail("loaded a model"))
+    pipeline, output = tiny_pipeline("wan"), tmp_path / "out"
+    for split in (("a", "nude", "person"), ("dog", "in", "the", "park"), ("a nude person", "at", "home")):
+        with pytest.raises(ValueError) as error:
+            run(options(pipeline, tmp_path, output, prompt=split))
+        assert str(error.value) == (
+            f"prompt: expected prompts, got {len(split)} of which some are single words that say nothing alone: "
+            f"{split}; put quotation marks around a prompt with spaces: '{' '.join(split)}'"
+        )
+    assert not output.exists()
+    message = "^prompt: got 2 prompts of one word each, and makes a video for each; if they are one .*: 'red dog'$"
+    with pytest.warns(UserWarning, match=message):
+        assert sample._prompts(options(pipeline, tmp_path, output, prompt=("red", "dog"))) == ["red", "dog"]
+    with pytest.warns(UserWarning, match="^prompt: got an empty one; its video shows"):
+        sample._prompts(options(pipeline, tmp_path, output, prompt=("",)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompts in (("dog",), ("dog", "a cat"), ("一只狗", "一只猫"), ("a dog", "a dog"), ("A",)):
+            got = sample._prompts(options(pipeline, tmp_path, output, prompt=prompts))
+            assert got == list(dict.fromkeys(prompts))
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_a_missing_or_poor_ffmpeg_is_found_before_any_work(
+    ending: str, tiny_pipeline: Pipelines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "encode_prompts", lambda *a, **k: pytest.fail("loaded a model"))
+    request = options(tiny_pipeline("wan"), tmp_path, tmp_path / "out", format=ending)
+    with monkeypatch.context() as patch:
+        patch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "no-ffmpeg"))
+        with pytest.raises(OSError, match="^ffmpeg: expected a program that can be run, got '.*no-ffmpeg' .No such fi"):
+            run(request)
+    monkeypatch.setattr(video_files, f"_{ending.upper()}", ("-c:v", "no-such-encoder", "-f", ending))
+    with pytest.raises(OSError, match=f"^format: expected one that ffmpeg can write, got {ending} .*cannot be written"):
+        run(request)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_video_that_is_not_finite_is_refused(

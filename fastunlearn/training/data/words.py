@@ -85,6 +85,11 @@ def similar_words(text: str, concept: str) -> list[str]:
     return _distinct_words(text, [span for span in spans if not _overlaps(span, found)])
 
 
+def has_unspaced_script(text: str) -> bool:
+    """Whether a text has letters of a script that puts no spaces between words, such as Chinese."""
+    return _UNSPACED.search(text) is not None
+
+
 class _Folded(NamedTuple):
     """A folded text, and for each of its characters the letter with its marks, in the original, that it comes from."""
 
