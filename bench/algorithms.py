@@ -14,7 +14,7 @@ from fastunlearn import LowRankOutput, concept_attention, localization_loss
 from fastunlearn.bench import cogvideox
 from fastunlearn.bench.agreement import check_relative_difference
 from fastunlearn.bench.cases import plain_concept_maps, plain_localization_loss
-from fastunlearn.bench.command import check_at_least, one_line_errors, option_parser, write_report
+from fastunlearn.bench.command import check_counts, one_line_errors, option_parser, write_report
 from fastunlearn.bench.meters import MIB, Cost, Meter, measurable_device
 from fastunlearn.bench.whole_models import captured_forward, demo_step
 from fastunlearn.dtypes import dtype_name
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     with one_line_errors(COMMAND, ValueError):
-        check_at_least(options, runs=1)
+        check_counts(options, runs=1)
         meter = Meter(measurable_device(options.device), options.runs)
     print(f"{meter.device}, {torch.get_num_threads()} threads, medians of {options.runs}")
     with one_line_errors(COMMAND):

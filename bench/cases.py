@@ -21,6 +21,8 @@ from fastunlearn.bench.meters import MIB
 from fastunlearn.functional import localization_loss, negatively_guided_velocity_loss, velocity_loss
 from fastunlearn.testing.cases import random_tensors
 
+MOST_MIB = 1 << 16
+
 ETA = 7.5
 # Latents (B, C, F, H, W) of a video of each model's default size.
 REAL_SHAPES = {
@@ -218,12 +220,14 @@ def case_makers(
         elif size == "real":
             for name, shape in REAL_SHAPES.items():
                 add(name, shape, (1, shape[2] * shape[3] * shape[4] // 4, 3072), 2)
-        elif size == "synthetic" or size.isdigit():
+        elif size == "synthetic" or (size.isdecimal() and 1 <= int(size[:9]) <= MOST_MIB):
             for mebibytes in SYNTHETIC_MIB if size == "synthetic" else (int(size),):
                 elements = mebibytes * MIB // dtype.itemsize
                 # Latents of 16 channels and as many frames as make up the size.
                 shape = (1, 16, elements // (16 * 64 * 64), 64, 64)
                 add(f"{mebibytes} MiB", shape, (1, elements // 3072, 3072), 1)
         else:
-            raise ValueError(f"--size: expected 'small', 'real', 'synthetic' or a number of MiB, got {size!r}")
+            raise ValueError(
+                f"--size: expected 'small', 'real', 'synthetic' or a number of MiB to {MOST_MIB}, got {size[:80]!r}"
+            )
     return makers

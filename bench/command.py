@@ -18,6 +18,8 @@ from fastunlearn.environment import describe
 from fastunlearn.files import expand_home, write_json
 from fastunlearn.option_parser import OptionParser
 
+MOST = 1_000_000  # runs, or steps
+
 
 def option_parser(command: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for `python -m COMMAND` that knows `--device` and `--output`."""
@@ -48,19 +50,20 @@ def one_line_errors(command: str, *kinds: type[Exception]) -> Iterator[None]:
         sys.exit(f"{command}: {error}")
 
 
-def check_at_least(options: argparse.Namespace, **least: int) -> None:
-    """Checks that numbers given on the command line are large enough.
+def check_counts(options: argparse.Namespace, **least: int) -> None:
+    """Checks that numbers given on the command line are large enough, and small enough for a run that ends.
 
     Args:
         options: the parsed options.
         least: the smallest allowed value, by the option's name.
 
     Raises:
-        ValueError: an option is below its smallest value.
+        ValueError: an option is below its smallest value, or above a million.
     """
     for name, value in least.items():
-        if getattr(options, name) < value:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {value}, got {getattr(options, name)}")
+        given = getattr(options, name)
+        if not value <= given <= MOST:
+            raise ValueError(f"--{name.replace('_', '-')}: expected a number from {value} to {MOST}, got {given}")
 
 
 def write_report(path: Path | None, command: str, arguments: Sequence[str] | None, results: Mapping[str, Any]) -> None:

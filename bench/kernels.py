@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastunlearn.bench.cases import Case, case_makers
-from fastunlearn.bench.command import check_at_least, one_line_errors, option_parser, write_report
+from fastunlearn.bench.command import check_counts, one_line_errors, option_parser, write_report
 from fastunlearn.bench.meters import MIB, Timer, copy_bandwidth
 from fastunlearn.devices import usable_device
 from fastunlearn.dtypes import dtype_name
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     with one_line_errors(COMMAND, ValueError):
-        check_at_least(options, runs=1)
+        check_counts(options, runs=1)
         device = usable_device(options.device)
         sizes = options.size or (["small"] if device.type == "cpu" else ["real", "synthetic"])
         makers = case_makers(sizes, DTYPES[options.dtype], device)

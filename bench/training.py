@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fastunlearn.bench.cogvideox import SIZES
-from fastunlearn.bench.command import check_at_least, one_line_errors, option_parser, write_report
+from fastunlearn.bench.command import check_counts, one_line_errors, option_parser, write_report
 from fastunlearn.bench.meters import MIB, Meter, measurable_device
 from fastunlearn.bench.step_costs import (
     DEFAULT_STEPS,
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables, and writes them if asked to."""
     options = _parser().parse_args(arguments)
     with one_line_errors(COMMAND, ValueError):
-        check_at_least(options, steps=1, sampling_steps=2, trajectories=1)
+        check_counts(options, steps=1, sampling_steps=2, trajectories=1)
         device = measurable_device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     size = SIZES[options.model]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastunlearn.files import expand_home
+from fastunlearn.files import expand_home, shown
 
 Check = Callable[[str, Any], None]  # takes an option's name and value, and raises ValueError
 
@@ -43,39 +42,60 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def at_least(least: int) -> Check:
-    """Makes a check that a number is finite and at least `least`."""
+def whole(least: int, most: int) -> Check:
+    """Makes a check that a number is whole, and from `least` to `most`."""
 
-    def check(name: str, value: float) -> None:
-        if not least <= value < math.inf:
-            raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+    def check(name: str, value: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {_shown_number(value)}")
 
     return check
 
 
-def is_finite(name: str, value: float) -> None:
-    """Checks that a number is neither NaN nor infinite."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+def within(least: float, most: float) -> Check:
+    """Makes a check that a number is finite, and from `least` to `most`."""
+
+    def check(name: str, value: float) -> None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= most:  # NaN fails too
+            raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, got {_shown_number(value)}")
+
+    return check
 
 
-def is_seed(name: str, value: int) -> None:
-    """Checks that a random seed is one that all generators accept."""
-    # torch's CPU generator reads only 32 bits of a seed, so two larger seeds could be the same.
-    if not 0 <= value < 2**32:
-        raise ValueError(f"{name}: expected a number from 0 to below 2^32, got {value!r}")
-
-
-def is_fraction(name: str, value: float) -> None:
-    """Checks that a number is from 0 to 1."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
-
-
-def is_fraction_below_1(name: str, value: float) -> None:
+def below_1(name: str, value: float) -> None:
     """Checks that a number is from 0 to below 1."""
-    if not 0 <= value < 1:
+    within(0, 1)(name, value)
+    if value == 1:
         raise ValueError(f"{name}: expected a number from 0 to below 1, got {value!r}")
+
+
+def each(check: Check) -> Check:
+    """Makes a check of every value of a tuple."""
+
+    def check_all(name: str, values: Iterable[Any]) -> None:
+        for value in values:
+            check(name, value)
+
+    return check_all
+
+
+def _shown_number(value: Any) -> str:
+    is_long = isinstance(value, int) and value.bit_length() > 256  # Python refuses to write out numbers that are longer
+    return "a longer number" if is_long else shown(value)
+
+
+# torch's CPU generator reads only 32 bits of a seed, so two larger seeds could be the same.
+is_seed = whole(0, 2**32 - 1)
+is_fraction = within(0, 1)
+# Far beyond what anyone needs, and below what overflows anywhere: a slip of the finger fails by the option's name.
+is_size = whole(1, 2**16)  # of a dimension: pixels, frames, samples of a batch, the rank of a matrix
+is_count = whole(1, 10**9)  # of what happens one after the other
+is_count_or_0 = whole(0, 10**9)
+is_steps = whole(1, 10_000)  # of sampling; schedules have 1000
+is_scale = within(-1000, 1000)
+is_rate = within(0, 1000)
+is_weight = within(0, 1e6)
 
 
 def has_words(name: str, value: str) -> None:
@@ -123,7 +143,8 @@ def erasers() -> Any:
 
 def eraser_scales() -> Any:
     """The strengths of these erasers."""
-    return option("strength of the erasers of each folder, in the same order; 1 for all if left out", (), group="model")
+    help = "strength of the erasers of each folder, in the same order; 1 for all if left out"
+    return option(help, (), group="model", check=each(is_scale))
 
 
 def mixed_precision(help: str = "precision of the model, where no means float32", **metadata: Any) -> Any:
@@ -141,39 +162,39 @@ def device(
 def num_trajectories(default: int) -> Any:
     """The number of sampled trajectories."""
     help = "trajectories to sample for the target prompts, and as many again for the kept prompts"
-    return option(help, default, group="sampling", check=at_least(1))
+    return option(help, default, group="sampling", check=whole(1, 10**6))
 
 
 def timesteps_per_trajectory(default: int) -> Any:
     """The number of points per trajectory."""
     help = "timesteps of each trajectory at which a point is stored"
-    return option(help, default, group="sampling", check=at_least(1))
+    return option(help, default, group="sampling", check=is_steps)
 
 
 def num_inference_steps() -> Any:
     """The number of sampling steps."""
-    return option("sampling steps per trajectory or video", 50, group="sampling", check=at_least(1))
+    return option("sampling steps per trajectory or video", 50, group="sampling", check=is_steps)
 
 
 def guidance_scale() -> Any:
     """The scale of classifier-free guidance."""
     help = "scale of classifier-free guidance in sampling; the pipeline's default if left out"
-    return option(help, None, group="sampling", check=is_finite)
+    return option(help, None, group="sampling", check=is_scale)
 
 
 def height() -> Any:
     """The height of the videos."""
     help = "height of the videos in pixels; the pipeline's default if left out"
-    return option(help, None, group="sampling", check=at_least(1))
+    return option(help, None, group="sampling", check=is_size)
 
 
 def width() -> Any:
     """The width of the videos."""
     help = "width of the videos in pixels; the pipeline's default if left out"
-    return option(help, None, group="sampling", check=at_least(1))
+    return option(help, None, group="sampling", check=is_size)
 
 
 def num_frames() -> Any:
     """The number of frames per video."""
     help = "number of frames per video; the pipeline's default if left out"
-    return option(help, None, group="sampling", check=at_least(1))
+    return option(help, None, group="sampling", check=is_size)

@@ -7,22 +7,28 @@ check of its value, and whether a resumed run may change it. Nothing heavy is im
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fastunlearn.training import option_fields as shared
 from fastunlearn.training.option_fields import (
-    at_least,
+    below_1,
     check_fields,
+    each,
     expand_homes,
     has_words,
-    is_finite,
+    is_count,
+    is_count_or_0,
     is_fraction,
-    is_fraction_below_1,
+    is_rate,
+    is_scale,
     is_seed,
+    is_size,
+    is_weight,
     option,
+    whole,
+    within,
 )
 
 
@@ -59,7 +65,7 @@ class PrepareOptions:
     width: int | None = shared.width()
     num_frames: int | None = shared.num_frames()
     batch_size: int = option(
-        "trajectories per forward pass of the model; fewer take less memory", 1, group="memory", check=at_least(1)
+        "trajectories per forward pass of the model; fewer take less memory", 1, group="memory", check=is_size
     )
     mask_threshold: float = option(
         "least attention to the concept, from 0 to 1, of a token that is in the mask",
@@ -68,13 +74,16 @@ class PrepareOptions:
         check=is_fraction,
     )
     mask_layers: tuple[int, ...] = option(
-        "attention layers that masks are computed from, counted from 0; all layers if left out", (), group="masks"
+        "attention layers that masks are computed from, counted from 0; all layers if left out",
+        (),
+        group="masks",
+        check=each(is_count_or_0),
     )
     mask_start: float = option(
         "fraction of the sampling steps to skip before attention is recorded, from 0 to below 1",
         0.5,
         group="masks",
-        check=is_fraction_below_1,
+        check=below_1,
     )
     seed: int = option("random seed of the trajectories", 0, group="sampling", check=is_seed)
     mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision(
@@ -105,9 +114,8 @@ class TargetGroup:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < math.inf:
-            raise ValueError(f"share: expected a positive number, got {self.share!r}")
-        is_finite("guidance_scale", self.guidance_scale)
+        within(1e-6, 1e6)("share", self.share)
+        is_scale("guidance_scale", self.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -125,29 +133,32 @@ class TrainingOptions:
         group="data",
         free_on_resume=True,
     )
-    rank: int = option("inner width of the erasers", 128, group="model", check=at_least(1))
+    rank: int = option("inner width of the erasers", 128, group="model", check=is_size)
     # The number of points per step and the learning rates so far must stay the same. `RunSettings` compares those, so
     # that the options which determine them may change.
     max_train_steps: int = option(
-        "optimizer steps in total", 500, group="optimization", check=at_least(1), free_on_resume=True
+        "optimizer steps in total", 500, group="optimization", check=is_count, free_on_resume=True
     )
     train_batch_size: int = option(
         "number of target points, and of kept points, per forward pass and process",
         1,
         group="optimization",
-        check=at_least(1),
+        check=is_size,
         free_on_resume=True,
     )
     gradient_accumulation_steps: int = option(
         "number of batches whose gradients are accumulated for an optimizer step",
         1,
         group="optimization",
-        check=at_least(1),
+        check=is_size,
         free_on_resume=True,
     )
-    learning_rate: float = option("peak learning rate of the optimizer", 1e-4, group="optimization", check=at_least(0))
+    learning_rate: float = option("peak learning rate of the optimizer", 1e-4, group="optimization", check=is_rate)
     bias_learning_rate: float | None = option(
-        "peak learning rate of the biases; the same as --learning-rate if left out", None, group="optimization"
+        "peak learning rate of the biases; the same as --learning-rate if left out",
+        None,
+        group="optimization",
+        check=is_rate,
     )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
@@ -161,45 +172,47 @@ class TrainingOptions:
         "optimizer steps over which the learning rate rises from 0",
         20,
         group="optimization",
-        check=at_least(0),
+        check=is_count_or_0,
         free_on_resume=True,
     )
     lr_num_cycles: int = option(
         "number of cycles of the schedule cosine_with_restarts",
         1,
         group="optimization",
-        check=at_least(0),
+        check=is_count_or_0,
         free_on_resume=True,
     )
-    lr_power: float = option("exponent of the schedule polynomial", 1.0, group="optimization", free_on_resume=True)
+    lr_power: float = option(
+        "exponent of the schedule polynomial", 1.0, group="optimization", check=within(0, 100), free_on_resume=True
+    )
     optimizer: Literal["adamw", "muon"] = option(
         "optimizer of the matrices; biases always use AdamW", "adamw", group="optimization"
     )
-    adam_beta1: float = option("beta1 of AdamW", 0.9, group="optimization")
-    adam_beta2: float = option("beta2 of AdamW", 0.95, group="optimization")
-    adam_weight_decay: float = option("weight decay of AdamW and Muon", 1e-4, group="optimization", check=at_least(0))
-    adam_epsilon: float = option("epsilon of AdamW", 1e-8, group="optimization")
+    adam_beta1: float = option("beta1 of AdamW", 0.9, group="optimization", check=below_1)
+    adam_beta2: float = option("beta2 of AdamW", 0.95, group="optimization", check=below_1)
+    adam_weight_decay: float = option("weight decay of AdamW and Muon", 1e-4, group="optimization", check=is_rate)
+    adam_epsilon: float = option("epsilon of AdamW", 1e-8, group="optimization", check=within(1e-30, 1))
     max_grad_norm: float = option(
-        "gradients are clipped to this norm; 0 turns clipping off", 1.0, group="optimization", check=at_least(0)
+        "gradients are clipped to this norm; 0 turns clipping off", 1.0, group="optimization", check=is_weight
     )
     unlearning_weight: float = option(
-        "weight of the loss that turns the model away from the concept", 1.0, group="losses", check=at_least(0)
+        "weight of the loss that turns the model away from the concept", 1.0, group="losses", check=is_weight
     )
     preservation_weight: float = option(
         "weight of the loss that holds the model to the frozen one",
         0.5,
         group="losses",
-        check=at_least(0),
+        check=is_weight,
     )
     localization_weight: float = option(
-        "weight of the loss on what the erasers change outside the mask", 1.0, group="losses", check=at_least(0)
+        "weight of the loss on what the erasers change outside the mask", 1.0, group="losses", check=is_weight
     )
     # `RunSettings` compares the guidance scale of every target group instead.
     negative_guidance_scale: float = option(
         "how far the target lies beyond the velocity without the concept (eta)",
         7.5,
         group="losses",
-        check=is_finite,
+        check=is_scale,
         free_on_resume=True,
     )
     loss_type: Literal["l2", "l1"] = option("penalty on errors, squared or absolute", "l2", group="losses")
@@ -232,13 +245,13 @@ class TrainingOptions:
         check=is_seed,
     )
     checkpointing_steps: int = option(
-        "optimizer steps between checkpoints", 100, group="checkpoints", check=at_least(1), free_on_resume=True
+        "optimizer steps between checkpoints", 100, group="checkpoints", check=is_count, free_on_resume=True
     )
     checkpoints_total_limit: int | None = option(
         "how many of the newest checkpoints to keep; all if left out",
         None,
         group="checkpoints",
-        check=at_least(1),
+        check=is_count,
         free_on_resume=True,
     )
     resume_from_checkpoint: str | None = option(
@@ -261,6 +274,12 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         expand_homes(self)
         check_fields(self)
+        points = self.train_batch_size * self.gradient_accumulation_steps
+        if points > 2**20:
+            raise ValueError(
+                f"gradient_accumulation_steps: expected at most {2**20} points per optimizer step and process, got "
+                f"{points}, which is train_batch_size times gradient_accumulation_steps"
+            )
 
 
 @dataclass(frozen=True)
@@ -297,7 +316,7 @@ class EvaluateOptions:
         "points, or trajectories, per forward pass of the model; fewer take less memory",
         1,
         group="memory",
-        check=at_least(1),
+        check=is_size,
     )
     seed: int = option(
         "random seed of the trajectories; use another one than for prepare", 1000, group="sampling", check=is_seed
@@ -338,7 +357,7 @@ class SampleOptions:
         "random seed of the noise, which is the same for every prompt", 0, group="sampling", check=is_seed
     )
     fps: int | None = option(
-        "frames per second; the pipeline's default if left out", None, group="output", check=at_least(1)
+        "frames per second; the pipeline's default if left out", None, group="output", check=whole(1, 1000)
     )
     format: Literal["mp4", "gif"] = option("file format of the videos", "mp4", group="output")
     mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision()
@@ -357,6 +376,3 @@ def _check_erasers(erasers: tuple[Path, ...], scales: tuple[float, ...]) -> None
         raise ValueError("erasers: expected at least one folder, got none")
     if scales and len(scales) != len(erasers):
         raise ValueError(f"eraser_scales: expected one for each of {len(erasers)} folders, got {len(scales)}")
-    for scale in scales:
-        if not math.isfinite(scale):
-            raise ValueError(f"eraser_scales: expected finite numbers, got {scale!r}")

@@ -88,9 +88,13 @@ def test_peers_that_cannot_compile_are_reported_and_the_others_measured(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "huge"], "--size: expected 'small', 'real', 'synthetic' or a number of MiB, got 'huge'"),
+        (["--size", "huge"], "--size: expected 'small', 'real', 'synthetic' or a number of MiB to 65536, got 'huge'"),
+        (["--size", "0"], "or a number of MiB to 65536, got '0'"),
+        (["--size", "1" * 5000], "or a number of MiB to 65536, got '111"),
+        (["--device", "cpu", "--runs", "-1"], "--runs: expected a number from 1 to 1000000, got -1"),
+        (["--device", "cpu", "--runs", str(10**30)], f"--runs: expected a number from 1 to 1000000, got {10**30}"),
         (["--device", "nowhere"], "nowhere"),
-        (["--device", "cpu", "--runs", "0"], "--runs: expected at least 1, got 0"),
+        (["--device", "cpu", "--runs", "0"], "--runs: expected a number from 1 to 1000000, got 0"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:
@@ -208,7 +212,7 @@ def test_no_time_is_reported_when_demo_steps_disagree(monkeypatch: pytest.Monkey
     [
         (["--device", "nowhere"], "nowhere"),
         (["--device", "meta"], "device: expected one that torch can use here, got 'meta'"),
-        (["--device", "cpu", "--runs", "0"], "--runs: expected at least 1, got 0"),
+        (["--device", "cpu", "--runs", "0"], "--runs: expected a number from 1 to 1000000, got 0"),
     ],
 )
 def test_bad_arguments_of_algorithms(arguments: list[str], message: str) -> None:

@@ -245,9 +245,10 @@ def test_reached_and_missed_goals_are_printed(capsys: pytest.CaptureFixture[str]
     [
         (["--device", "nowhere"], "nowhere"),
         (["--device", "meta"], "device: expected one that torch can use here, got 'meta'"),
-        (["--device", "cpu", "--steps", "0"], "--steps: expected at least 1, got 0"),
-        (["--device", "cpu", "--sampling-steps", "1"], "--sampling-steps: expected at least 2, got 1"),
-        (["--device", "cpu", "--trajectories", "0"], "--trajectories: expected at least 1, got 0"),
+        (["--device", "cpu", "--steps", "0"], "--steps: expected a number from 1 to 1000000, got 0"),
+        (["--device", "cpu", "--sampling-steps", "1"], "--sampling-steps: expected a number from 2 to 1000000, got 1"),
+        (["--device", "cpu", "--steps", "1" + "0" * 30], "--steps: expected a number from 1 to 1000000, got 10000"),
+        (["--device", "cpu", "--trajectories", "0"], "--trajectories: expected a number from 1 to 1000000, got 0"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:

@@ -460,7 +460,7 @@ def test_options_are_checked() -> None:
         (name,) = changes
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             options_for("", **changes)
-    with pytest.raises(ValueError, match="share: expected a positive number, got 0"):
+    with pytest.raises(ValueError, match="share: expected a number from 1e-06 to 1e\\+06, got 0"):
         TargetGroup(share=0)
     with pytest.raises(ValueError, match="guidance_scale: expected a finite number"):
         replace(TargetGroup(), guidance_scale=math.inf)
