@@ -6,6 +6,7 @@ runs: gradient checkpointing runs blocks again in the backward pass, and that mu
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.families import attentions, find_transformer
+from fastunlearn.families import attentions, find_transformer, token_grid
 from fastunlearn.functional import LowRankOutput, concept_attention
 from fastunlearn.interception import Attention, Interception
 from fastunlearn.ops.arguments import integer_tensor, token_index_rows
@@ -159,13 +160,14 @@ class AttnMapsCapture(_Capture):
         attn_maps = {}
         with AttnMapsCapture(model, attn_maps, token_indices=[3, 4]):
             model(x_t, t, cond)
-        mask = get_mask(attn_maps, None, 0.5, height, width)["average_mask"]
+        mask = get_mask(attn_maps, None, 0.5)["average_mask"]
 
     These are the probabilities of the model's own attention, over all of its keys, after query and key norms and
     rotary embeddings. The attention's output stays the same, bit for bit. Queries and keys are not kept, nor is
     anything of tokens x tokens elements. Maps of several calls of the model within one `with` are averaged;
     recomputation by gradient checkpointing does not count as a call. Maps are float32, detached, by layer
-    ("transformer_blocks.0.attn1"), and may change until the `with` ends.
+    ("transformer_blocks.0.attn1"), and may change until the `with` ends. From then on each has an attribute
+    `token_grid`, the (frames, rows, columns) of its N video tokens, which `get_mask` reads; copies do not have it.
 
     Args:
         model: a supported transformer, or a wrapper of one.
@@ -179,7 +181,7 @@ class AttnMapsCapture(_Capture):
         TypeError: the model is of no supported family, `attn_maps` is not a mapping, or `token_indices` does not hold
             integers.
         ValueError: `token_indices` is empty; in the forward pass, if it does not fit the batch or the text, or if the
-            batch or the size of a call differs from that of earlier calls.
+            batch, the size or the token grid of a call differs from that of earlier calls.
         RuntimeError: at the end, if nothing was captured.
     """
 
@@ -194,6 +196,7 @@ class AttnMapsCapture(_Capture):
         _check_mapping("attn_maps", attn_maps, MutableMapping)
         self._maps = attn_maps
         self._calls: dict[str, int] = {}
+        self._grid: tuple[int, int, int] | None = None
         self._has_warned = False
         self._tokens: Tensor | None = None
         if token_indices is not None:
@@ -203,8 +206,32 @@ class AttnMapsCapture(_Capture):
 
     def _install_hooks(self, undo: ExitStack) -> None:
         self._calls.clear()
+        self._grid = None
+        undo.callback(self._transformer.register_forward_pre_hook(self._keep_grid, with_kwargs=True).remove)
         for name, attention in attentions(self._transformer, self._family.text_attended).items():
             undo.callback(self._wrap(name, attention))
+
+    def _keep_grid(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        if not isinstance(latents, Tensor) or latents.dim() != 5:
+            return
+        grid = token_grid(module, latents.shape[1:])
+        if self._grid not in (None, grid):
+            raise ValueError(
+                f"hidden_states: expected latents of {self._grid} (frames, rows, columns) tokens, as in earlier calls, "
+                f"got {grid}; maps are averaged over calls, so capture each size separately"
+            )
+        self._grid = grid
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(error_type, error, traceback)
+        for name in self._seen:
+            attn_map: Any = self._maps[name]
+            # Where processes share the tokens of a sample, a map has a part of the grid.
+            if self._grid is not None and attn_map.shape[1 if attn_map.dim() == 2 else 2] == math.prod(self._grid):
+                attn_map.token_grid = self._grid
 
     def _wrap(self, name: str, attention: Any) -> Callable[[], None]:
         """Replaces the forward method of one attention, and returns what restores it.

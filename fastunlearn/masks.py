@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ def get_mask(
     attn_maps: Mapping[str, Tensor],
     word_indices: WordIndices,
     thres: float,
-    height: int,
-    width: int,
-    head_num: int = _HEAD_NUM,
-    text_len: int = _TEXT_LEN,
+    height: int | None = None,
+    width: int | None = None,
+    head_num: int | None = _HEAD_NUM,
+    text_len: int | None = _TEXT_LEN,
     *,
     patch_size: int = 1,
+    frames: int | None = None,
     normalize_per: NormalizePer = "sample",
 ) -> dict[str, Tensor]:
     """Where the concept is: a binary mask per layer, and one from the average of all layers.
@@ -43,11 +45,14 @@ def get_mask(
             (B, N) maps, which are for chosen tokens already.
         thres: the threshold, from 0 to 1.
         height: the height of the token grid times `patch_size`. Pass the latents' height together with the
-            transformer's patch size, or the token grid's own height with patch size 1.
+            transformer's patch size, or the token grid's own height with patch size 1. None for the grid that
+            `AttnMapsCapture` saw, which only its own tensors know, not copies of them.
         width: the width, in the same way.
-        head_num: the number of heads in a (B * heads, N, text_len) map. Other maps do not need it.
-        text_len: the number of text tokens; only checked against the maps.
+        head_num: the number of heads in a (B * heads, N, text_len) map. Other maps do not need it, and may have None.
+        text_len: the number of text tokens; only checked against the maps, or None.
         patch_size: how many latent pixels a token covers, in height and in width.
+        frames: F, to be checked. N tokens fit several grids: with a forgotten patch size of 2, eight frames pass for
+            two.
         normalize_per: "sample" lets a frame without the concept stay empty. "frame" gives every frame a place where the
             concept is most likely.
 
@@ -58,13 +63,16 @@ def get_mask(
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: the grid does not divide the tokens (the message suggests a `patch_size` that does), an index is out
-            of range, layers differ in batch or tokens, or `head_num` or `text_len` is neither the default nor that of
-            the map.
+        ValueError: the grid is unknown, or not that of the maps (the message suggests a `patch_size` that fits); an
+            index is out of range; a map is NaN or infinite somewhere; layers differ in batch or tokens; `head_num` or
+            `text_len` is neither the default nor that of the map.
+
+    Warns:
+        UserWarning: the maps do not know their grid, and a patch size of 2 would fit as well as the 1 that was given.
     """
     if not isinstance(thres, Real) or not 0 <= thres <= 1:
         raise ValueError(f"thres: expected a number from 0 to 1, got {thres!r}")
-    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size, normalize_per)
+    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size, frames, normalize_per)
     masks = {name: (concept >= thres).float() for name, concept in maps.items()}
     masks["average_mask"] = (_average(maps, normalize_per) >= thres).float()
     return masks
@@ -73,19 +81,20 @@ def get_mask(
 def average_map(
     attn_maps: Mapping[str, Tensor],
     word_indices: WordIndices,
-    height: int,
-    width: int,
-    head_num: int = _HEAD_NUM,
-    text_len: int = _TEXT_LEN,
+    height: int | None = None,
+    width: int | None = None,
+    head_num: int | None = _HEAD_NUM,
+    text_len: int | None = _TEXT_LEN,
     *,
     patch_size: int = 1,
+    frames: int | None = None,
     normalize_per: NormalizePer = "sample",
 ) -> Tensor:
     """The soft mask that `get_mask` thresholds to its average mask: (B, F, h, w) float32, from 0 to 1.
 
     All arguments are those of `get_mask`, and so are the errors.
     """
-    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size, normalize_per)
+    maps = _concept_maps(attn_maps, word_indices, height, width, head_num, text_len, patch_size, frames, normalize_per)
     return _average(maps, normalize_per)
 
 
@@ -121,11 +130,12 @@ def overlay(frames: Tensor, mask: Tensor) -> Tensor:
 def _concept_maps(
     attn_maps: Mapping[str, Tensor],
     word_indices: WordIndices,
-    height: int,
-    width: int,
-    head_num: int,
-    text_len: int,
+    height: int | None,
+    width: int | None,
+    head_num: int | None,
+    text_len: int | None,
     patch_size: int,
+    frames: int | None,
     normalize_per: NormalizePer,
 ) -> dict[str, Tensor]:
     """The normalised map (B, F, h, w) of every layer."""
@@ -134,35 +144,106 @@ def _concept_maps(
         raise TypeError(f"attn_maps: expected a mapping from layers to tensors, got {type(attn_maps).__name__}")
     if not attn_maps:
         raise ValueError("attn_maps: expected at least one layer's map, got none")
-    for argument, value in (("height", height), ("width", width), ("patch_size", patch_size)):
-        if not isinstance(value, Integral):
-            raise TypeError(f"{argument}: expected an integer, got {value!r}")
-    if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"height, width: expected positive multiples of patch_size={patch_size}, got {height}, {width}"
-        )
-    grid = (height // patch_size, width // patch_size)
+    _check_sizes(height, width, head_num, text_len, patch_size, frames)
     maps = {}
     for name, attn_map in attn_maps.items():
         check_tensor(f"attn_maps[{name!r}]", attn_map)
         concept = attn_map if attn_map.dim() == 2 else _concept_map(name, attn_map, word_indices, head_num, text_len)
-        tokens = concept.shape[1]
-        if tokens == 0 or tokens % (grid[0] * grid[1]):
-            raise ValueError(
-                f"height, width: expected a token grid that divides the {tokens} tokens of {name!r}, "
-                f"got {grid[0]} x {grid[1]} tokens per frame" + _patch_size_hint(tokens, height, width)
-            )
-        frames = tokens // (grid[0] * grid[1])
-        maps[name] = _normalise(concept.detach().float().reshape(concept.shape[0], frames, *grid), normalize_per)
+        concept = concept.detach().float()
+        may_warn = not maps  # once for all layers
+        grid = _token_grid(name, attn_map, concept.shape[1], height, width, patch_size, frames, may_warn=may_warn)
+        maps[name] = concept.reshape(concept.shape[0], *grid)
     shapes = {name: tuple(concept.shape) for name, concept in maps.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"attn_maps: expected maps of one batch and one number of tokens, got (B, F, h, w) {shapes}")
-    return maps
+    _check_finite(maps)
+    return {name: _normalise(concept, normalize_per) for name, concept in maps.items()}
 
 
-def _concept_map(name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int, text_len: int) -> Tensor:
+def _check_finite(maps: Mapping[str, Tensor]) -> None:
+    """Raises if a map has a NaN, which would normalise to an empty mask of its layer and of the average."""
+    are_finite = torch.stack([concept.isfinite().all() for concept in maps.values()]).tolist()  # waits only once
+    for (name, concept), is_finite in zip(maps.items(), are_finite, strict=True):
+        if not is_finite:
+            raise ValueError(
+                f"attn_maps[{name!r}]: expected finite attention, got NaN or infinity for "
+                f"{(~concept.isfinite()).sum().item()} of {concept.numel()} video tokens; the model's numbers overflow "
+                "in or before this layer; if it computes in float16, try bfloat16 (mixed_precision 'bf16')"
+            )
+
+
+def _check_sizes(height: Any, width: Any, head_num: Any, text_len: Any, patch_size: Any, frames: Any) -> None:
+    optional = {"height": height, "width": width, "head_num": head_num, "text_len": text_len, "frames": frames}
+    for argument, value in {**optional, "patch_size": patch_size}.items():
+        if not isinstance(value, Integral) and not (value is None and argument in optional):
+            raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    if (height is None) != (width is None):
+        raise ValueError(f"height, width: expected both or neither, got {height}, {width}")
+    if patch_size < 1 or (height is not None and (min(height, width) < 1 or height % patch_size or width % patch_size)):
+        raise ValueError(
+            f"height, width: expected positive multiples of patch_size={patch_size}, got {height}, {width}"
+        )
+
+
+def _token_grid(
+    name: str,
+    attn_map: Tensor,
+    tokens: int,
+    height: int | None,
+    width: int | None,
+    patch_size: int,
+    frames: int | None,
+    *,
+    may_warn: bool,
+) -> tuple[int, int, int]:
+    """The (F, h, w) of a layer's tokens: the one that was captured, which `height` and `width` must fit, or theirs."""
+    captured: tuple[int, int, int] | None = getattr(attn_map, "token_grid", None)
+    if height is None or width is None:
+        if captured is None:
+            raise ValueError(
+                f"height, width: expected the size of the latents, with the transformer's patch_size, because the "
+                f"{tokens} tokens of {name!r} do not say it (only tensors as AttnMapsCapture left them do), got None"
+            )
+        grid = captured
+    else:
+        rows, columns = height // patch_size, width // patch_size
+        got = f"got {rows} x {columns} tokens per frame (height={height}, width={width}, patch_size={patch_size})"
+        if tokens == 0 or tokens % (rows * columns):
+            raise ValueError(
+                f"height, width: expected a token grid that divides the {tokens} tokens of {name!r}, {got}"
+                + _patch_size_hint(tokens, height, width)
+            )
+        grid = (tokens // (rows * columns), rows, columns)
+        if captured not in (None, grid):
+            raise ValueError(
+                f"height, width: expected {captured[1]} x {captured[2]} tokens per frame, times patch_size, as "
+                f"{name!r} was captured, {got}; leave them out to use those"
+            )
+        halves = _patch_size_hint(tokens, height, width, largest=2)
+        if may_warn and captured is None and frames is None and patch_size == 1 and halves:
+            warnings.warn(
+                f"height, width: {height} x {width} divides the {tokens} tokens of {name!r} into {grid[0]} frames"
+                f"{halves}, which gives {4 * grid[0]}; pass frames= if {grid[0]} is right",
+                stacklevel=4,
+            )
+    if frames not in (None, grid[0]):
+        raise ValueError(
+            f"frames: expected {grid[0]} frames for {tokens} tokens of {grid[1]} x {grid[2]} per frame, got {frames}; "
+            "check height, width and patch_size"
+        )
+    return grid
+
+
+def _concept_map(
+    name: str, attn_map: Tensor, word_indices: WordIndices, head_num: int | None, text_len: int | None
+) -> Tensor:
     """The map (B, N) of one layer: probabilities summed over the concept's words and averaged over heads."""
-    if attn_map.dim() == 3 and head_num > 0 and attn_map.shape[0] % head_num == 0:
+    if attn_map.dim() == 3 and head_num is None:
+        raise ValueError(
+            f"head_num: expected the number of heads, which attn_maps[{name!r}] of shape {tuple(attn_map.shape)} does "
+            "not tell apart from the batch, got None"
+        )
+    if attn_map.dim() == 3 and head_num is not None and head_num > 0 and attn_map.shape[0] % head_num == 0:
         attn_map = attn_map.reshape(-1, head_num, *attn_map.shape[1:])
     if attn_map.dim() != 4:
         raise ValueError(
@@ -176,7 +257,7 @@ def _concept_map(name: str, attn_map: Tensor, word_indices: WordIndices, head_nu
         ("head_num", head_num, _HEAD_NUM, heads),
         ("text_len", text_len, _TEXT_LEN, length),
     ):
-        if given not in (default, actual):
+        if given not in (None, default, actual):
             raise ValueError(f"{argument}: expected {actual}, as in the map of {name!r}, got {given}")
     words = integer_tensor("word_indices", word_indices).to(attn_map.device)
     if not words.numel():
@@ -202,9 +283,9 @@ def _average(maps: Mapping[str, Tensor], per: NormalizePer) -> Tensor:
     return _normalise(torch.stack(list(maps.values())).mean(0), per)
 
 
-def _patch_size_hint(tokens: int, height: int, width: int) -> str:
+def _patch_size_hint(tokens: int, height: int, width: int, largest: int = 64) -> str:
     """A hint for callers who passed the size of the latents or of the video: the smallest patch size that fits."""
-    for patch in range(2, 65):
+    for patch in range(2, largest + 1):
         fits = height % patch == 0 and width % patch == 0
         if fits and tokens % ((height // patch) * (width // patch)) == 0:
             return f"; if {height} x {width} is the size of the latents, pass patch_size={patch}"

@@ -5,6 +5,7 @@ To add a family, write its file (`base.py` lists the fields to fill in) and add 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,7 @@ __all__ = [
     "find_transformer",
     "hidden_size",
     "patch_size",
+    "token_grid",
 ]
 
 FAMILIES = (COGVIDEOX, HUNYUAN_VIDEO, WAN)
@@ -104,6 +106,19 @@ def patch_size(model: nn.Module) -> tuple[int, int, int]:
     if isinstance(config.patch_size, int):
         return config.patch_size_t or 1, config.patch_size, config.patch_size
     frames, rows, columns = config.patch_size
+    return frames, rows, columns
+
+
+def token_grid(model: nn.Module, latent_shape: Sequence[int]) -> tuple[int, int, int]:
+    """The (frames, rows, columns) of video tokens in latents of `latent_shape`, which has no batch dimension.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: it is a variant of its family that is not supported.
+    """
+    channel_dim = family_of(model).channel_dim
+    sizes = [size for dim, size in enumerate(latent_shape, start=1) if dim != channel_dim]
+    frames, rows, columns = (size // unit for size, unit in zip(sizes, patch_size(model), strict=True))
     return frames, rows, columns
 
 

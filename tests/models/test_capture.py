@@ -23,7 +23,7 @@ from fastunlearn import families, interception, localization_loss
 from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
 from fastunlearn.erasers import attach_erasers, erasers_disabled, set_eraser_scale
 from fastunlearn.families.base import TransformerSpec
-from fastunlearn.masks import get_mask
+from fastunlearn.masks import average_map, get_mask
 from fastunlearn.velocity_model import as_velocity_model
 
 WORDS = [3, 7]
@@ -295,6 +295,60 @@ def test_full_maps_and_concept_maps_give_the_same_masks():
     assert full["average_mask"].shape == (2, *GRID)
     assert 0 < full["average_mask"].mean() < 1
     assert all(torch.equal(full[name], concept[name]) for name in full)
+
+
+@every_family
+@pytest.mark.parametrize("tokens", [WORDS, None], ids=["concept maps", "all maps"])
+def test_masks_of_captured_maps_know_their_grid(family, tokens):
+    model, maps = as_velocity_model(family.make()), {}
+    with torch.no_grad(), AttnMapsCapture(model, maps, token_indices=tokens):
+        model(*family.inputs())
+    words = None if tokens else WORDS
+    masks, expected = get_mask(maps, words, 0.31), get_mask(maps, words, 0.31, 8, 8, patch_size=2)
+    assert masks["average_mask"].shape == (2, *GRID)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert torch.equal(average_map(maps, words), average_map(maps, words, *GRID[1:]))
+    with pytest.raises(ValueError, match="frames: expected 3 frames for 48 tokens of 4 x 4 per frame, got 13"):
+        get_mask(maps, words, 0.31, frames=13)
+
+
+@pytest.mark.parametrize("capture_compiled", [False, True])
+def test_a_patch_size_that_was_forgotten_is_an_error_for_captured_maps(capture_compiled):
+    """Eight latent frames of 10 x 10 have 8 x 5 x 5 tokens, which 10 x 10 divides into two frames."""
+    model, maps = as_velocity_model(cogvideox()), {}
+    _, t, cond = inputs(batch=1)
+    x_t = torch.randn(1, 8, 4, 10, 10)
+    call = torch.compile(model, backend="eager") if capture_compiled else model
+    with torch.no_grad(), AttnMapsCapture(model, maps, token_indices=WORDS):
+        call(x_t, t, cond)
+    torch.compiler.reset()
+    assert get_mask(maps, None, 0.5)["average_mask"].shape == (1, 8, 5, 5)
+    message = r"height, width: expected 5 x 5 tokens per frame.* got 10 x 10 tokens per frame \(.*patch_size=1\)"
+    with pytest.raises(ValueError, match=message):
+        get_mask(maps, None, 0.5, 10, 10)
+    with pytest.raises(ValueError, match="expected the size of the latents"):  # a copy does not know
+        get_mask({name: attn_map.clone() for name, attn_map in maps.items()}, None, 0.5)
+
+
+def test_two_frames_a_token_are_part_of_the_grid():
+    """CogVideoX 1.5."""
+    model, maps = as_velocity_model(cogvideox(rope=True, patch_size_t=2, patch_bias=False)), {}
+    _, t, cond = inputs(batch=1)
+    with torch.no_grad(), AttnMapsCapture(model, maps, token_indices=WORDS):
+        model(torch.randn(1, 2, 4, 8, 8), t, cond)
+    assert get_mask(maps, None, 0.5)["average_mask"].shape == (1, 1, 4, 4)
+
+
+def test_calls_of_other_grids_with_as_many_tokens_are_not_averaged():
+    model = as_velocity_model(cogvideox(rope=True))
+    x_t, t, cond = inputs(batch=1)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"expected latents of \(3, 4, 4\) .* tokens, .* got \(3, 2, 8\)"),
+        AttnMapsCapture(model, {}, token_indices=WORDS),
+    ):
+        model(x_t, t, cond)
+        model(x_t.reshape(1, 3, 4, 4, 16), t, cond)
 
 
 def gradients(erasers):

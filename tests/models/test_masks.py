@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 
@@ -174,3 +176,52 @@ def test_overlay_names_wrong_arguments():
         overlay(torch.rand(3, 3, 4, 6), torch.ones(2, 3))
     with pytest.raises(TypeError, match="frames: expected a tensor"):
         overlay([[1.0]], torch.ones(1, 1, 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("form", ["probabilities", "concept map"])
+def test_one_number_that_is_not_finite_names_its_layer(value, form):
+    attn_maps = maps()
+    if form == "concept map":
+        attn_maps = {name: attn_map[..., 1].mean(1) for name, attn_map in attn_maps.items()}
+    attn_maps["layer1"].view(-1, *attn_maps["layer1"].shape[1:])[1].flatten()[1] = value
+    message = r"attn_maps\['layer1'\]: expected finite attention, got NaN or infinity for 1 of 48 video tokens"
+    for compute in (lambda: get_mask(attn_maps, [1], 0.5, H, W), lambda: average_map(attn_maps, [1], H, W)):
+        with pytest.raises(ValueError, match=message):
+            compute()
+    # A word that is not the concept's does not matter.
+    if form == "probabilities":
+        assert get_mask(attn_maps, [2], 0.5, H, W)["average_mask"].any()
+
+
+def test_none_means_infer():
+    attn_maps = maps()
+    expected = get_mask(attn_maps, [1, 2], 0.5, H, W)
+    masks = get_mask(attn_maps, [1, 2], 0.5, H, W, None, None, frames=F)
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    soft = average_map(attn_maps, [1, 2], H, W, head_num=None, text_len=None)
+    assert torch.equal(soft, average_map(attn_maps, [1, 2], H, W))
+
+
+def test_what_cannot_be_inferred_is_named():
+    flat = {name: attn_map.flatten(0, 1) for name, attn_map in maps().items()}
+    with pytest.raises(ValueError, match=r"head_num: expected the number of heads, .*'layer0'.* \(10, 24, 6\) .*None"):
+        get_mask(flat, [1], 0.5, H, W, head_num=None)
+    with pytest.raises(ValueError, match=r"height, width: expected the size of the latents.* patch_size.* 24 tokens"):
+        get_mask(maps(), [1], 0.5)
+    with pytest.raises(ValueError, match="height, width: expected both or neither, got 3, None"):
+        get_mask(maps(), [1], 0.5, H)
+
+
+def test_a_forgotten_patch_size_is_not_silent():
+    """Eight latent frames of 10 x 10 are 200 tokens of patch size 2, and two frames of patch size 1."""
+    attn_maps = {"layer0": torch.rand(1, 200), "layer1": torch.rand(1, 200)}
+    with pytest.warns(UserWarning, match=r"into 2 frames.*pass patch_size=2, which gives 8; pass frames=") as caught:
+        assert get_mask(attn_maps, None, 0.5, 10, 10)["average_mask"].shape == (1, 2, 10, 10)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(ValueError, match="frames: expected 2 frames for 200 tokens of 10 x 10 per frame, got 8"):
+        get_mask(attn_maps, None, 0.5, 10, 10, frames=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get_mask(attn_maps, None, 0.5, 10, 10, patch_size=2)["layer0"].shape == (1, 8, 5, 5)
+        assert get_mask(attn_maps, None, 0.5, 10, 10, frames=2)["layer0"].shape == (1, 2, 10, 10)

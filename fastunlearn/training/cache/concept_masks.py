@@ -52,5 +52,5 @@ class ConceptMasks:
         """Masks (B, F, h, w), bool, on the CPU: True where the average map reaches the threshold; see `get_mask`."""
         layers = list(self._sums)
         maps = {layer: self._sums[layer] for layer in ([layers[i] for i in self._layers] or layers)}
-        masks = get_mask(maps, None, threshold, token_grid[1], token_grid[2])["average_mask"]
+        masks = get_mask(maps, None, threshold, *token_grid[1:], frames=token_grid[0])["average_mask"]
         return (masks != 0).cpu()

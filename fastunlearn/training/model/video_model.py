@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastunlearn import erasers, schedule
 from fastunlearn.dtypes import widest_dtype
 from fastunlearn.erasers import AdapterEraser
-from fastunlearn.families import Family, LatentSpace, family_of, patch_size
+from fastunlearn.families import Family, LatentSpace, family_of, patch_size, token_grid
 from fastunlearn.files import expand_home
 from fastunlearn.training.model.vae import decode_latents, encode_videos
 from fastunlearn.velocity_model import as_velocity_model
@@ -183,9 +183,7 @@ class VideoModel:
 
     def token_grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
         """The (frames, rows, columns) of video tokens in a latent of `latent_shape`, which has no batch dimension."""
-        sizes = [size for dim, size in enumerate(latent_shape, start=1) if dim != self.family.channel_dim]
-        frames, rows, columns = (size // unit for size, unit in zip(sizes, patch_size(self.experts[0]), strict=True))
-        return frames, rows, columns
+        return token_grid(self.experts[0], latent_shape)
 
     def decode(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
         """Decodes latents (B, ...) to videos (B, F, 3, H, W), float32 in [0, 1], on the CPU.
