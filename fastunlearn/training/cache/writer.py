@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastunlearn.dtypes import dtype_named
 from fastunlearn.files import expand_home, replace_file, shown
 from fastunlearn.ops.arguments import check_shape
 from fastunlearn.training.cache import shards
+from fastunlearn.training.cache.changes import changes
 from fastunlearn.training.cache.index import (
     CACHE_FILE,
     FORMAT,
@@ -105,13 +106,13 @@ class CacheWriter:
             refuse_foreign_files(self.folder)
             return None
         index = read_index(path)
-        changes = list(_changes(index["facts"], self._facts))
-        if changes:
-            more = f"\n  and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
+        changed = list(changes(index["facts"], self._facts))
+        if changed:
+            more = f"\n  and {len(changed) - _SHOWN_CHANGES} more" if len(changed) > _SHOWN_CHANGES else ""
             raise ValueError(
                 f"{self.folder}: expected a cache with these arguments, got one that was begun with other arguments; "
                 "pass those, or choose another folder (in the cache -> now):\n  "
-                + "\n  ".join(changes[:_SHOWN_CHANGES])
+                + "\n  ".join(changed[:_SHOWN_CHANGES])
                 + more
             )
         if index["origin"].get("versions") != origin.get("versions"):
@@ -267,23 +268,6 @@ def refuse_foreign_files(folder: Path) -> None:
             f"{folder}: expected a new folder or a teacher cache, got one with {', '.join(foreign[:3])}; choose "
             "another folder"
         )
-
-
-def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """One line per value that differs, named as precisely as its place in the JSON allows."""
-    if old == new:
-        return
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _changes(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(x, dict | list) for x in old + new):
-        if len(old) != len(new):
-            yield f"{name}: {len(old)} entries -> {len(new)} entries"
-            return
-        for index, (before, now) in enumerate(zip(old, new, strict=True)):
-            yield from _changes(before, now, f"{name}[{index}]")
-    else:
-        yield f"{name}: {shown(old)} -> {shown(new)}"
 
 
 def _serialized(conditions: Mapping[str, Mapping[str, Tensor]]) -> bytes:

@@ -27,6 +27,7 @@ import torch
 
 from fastunlearn import eraser_files
 from fastunlearn.files import expand_home, read_versioned_json, remove_folder, replace_file, shown
+from fastunlearn.training.cache.changes import shown_apart
 
 ERASERS, STATE, METADATA = "erasers", "training_state.pt", "checkpoint.json"
 FORMAT, FORMAT_VERSION = "fastunlearn-checkpoint", 1
@@ -228,9 +229,11 @@ def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
     before = checkpoint.settings
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if names:
-        changes = "; ".join(f"{name} was {before.get(name)!r} and is {settings.get(name)!r}" for name in names)
+        pairs = [(name, *shown_apart(before.get(name), settings.get(name))) for name in names]
+        differences = "; ".join(f"{name} was {was} and is {now}" for name, was, now in pairs)
         raise ValueError(
-            f"{checkpoint.path} belongs to another run: {changes}. Give the former values, or choose another output_dir"
+            f"{checkpoint.path} belongs to another run: {differences}. Give the former values, or choose another "
+            "output_dir"
         )
 
 
