@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.model import load
 from fastunlearn.demo.world import FRAMES, HEIGHT, SHAPES, WIDTH, Nouns, prompt_of
 from fastunlearn.devices import round_buffers, usable_device
-from fastunlearn.files import writable, write_json
+from fastunlearn.files import read_json, writable, write_json
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.requests import Request
 from fastunlearn.training.loop import checkpoints
@@ -52,7 +52,7 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
 
     Raises:
         ValueError: the world has no such concept, the device cannot be used, or `seed` is negative or too large.
-        OSError: `output` cannot be written, or holds the checkpoints of another run.
+        OSError: `output` cannot be written, or holds another run.
         MemoryError: memory ran out; the message names the options of `prepare` or `train` that would help.
     """
     if concept not in SHAPES:
@@ -63,6 +63,8 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
         raise FileExistsError(
             f"output: expected a folder without checkpoints, got {output} with {earlier[-1].name}; choose another one"
         )
+    run_of = {"concept": concept, "seed": seed, "device": str(torch_device)}
+    _refuse_another_demo(output, run_of)
     stopwatch = _Stopwatch()
     setup = _set_up(concept, seed, torch_device)
     stopwatch.end_phase("load")
@@ -75,7 +77,7 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
         history = _train(setup.model, cache, output, seed)
     stopwatch.end_phase("train")
     after = _generate(setup, options, "generating after", with_masks=False)
-    report = {"concept": concept, "seed": seed, "device": str(torch_device)} | _measure(setup, concept, before, after)
+    report = run_of | _measure(setup, concept, before, after)
     stopwatch.end_phase("after")
     report["seconds"] = stopwatch.seconds
     report["total_seconds"] = round(sum(stopwatch.seconds.values()), 1)
@@ -83,6 +85,22 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
     picture.draw(_picture_rows(setup, before, after), history, concept, output / "demo.png")
     write_json(output / "demo.json", report)
     return report
+
+
+def _refuse_another_demo(output: Path, run_of: dict[str, Any]) -> None:
+    """Raises FileExistsError if the folder holds the report of another run. The same run may be repeated."""
+    path = output / "demo.json"
+    if not path.exists():
+        return
+    try:
+        report = read_json(path)
+    except ValueError:
+        report = {}
+    before = {name: report.get(name) for name in run_of}
+    if before != run_of:
+        raise FileExistsError(
+            f"output: expected a new folder, or the demo of {run_of}, got {path} of {before}; choose another folder"
+        )
 
 
 class _Stopwatch:
@@ -172,7 +190,9 @@ def _train(model: VideoModel, cache: str, output: Path, seed: int) -> list[dict[
         model,
         TeacherCache.open(cache),
         output,
-        erase.training_options(seed),
+        replace(
+            erase.training_options(seed), resume_from_checkpoint="latest"
+        ),  # there is none: an equal run may repeat
         targets=erase.TARGETS,
         kept=erase.KEPT,
         lr_lambda=erase.learning_rate_factor,

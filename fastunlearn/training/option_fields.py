@@ -159,6 +159,11 @@ def device(
     return option(help, None, group="model", **metadata)
 
 
+def overwrite_output_dir(help: str, group: str, **metadata: Any) -> Any:
+    """Whether results of an earlier run may be replaced; named as in the scripts of transformers."""
+    return option(help, False, group=group, **metadata)
+
+
 def num_trajectories(default: int) -> Any:
     """The number of sampled trajectories."""
     help = "trajectories to sample for the target prompts, and as many again for the kept prompts"

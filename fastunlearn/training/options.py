@@ -261,6 +261,11 @@ class TrainingOptions:
         free_on_resume=True,
         is_path=True,
     )
+    overwrite_output_dir: bool = shared.overwrite_output_dir(
+        "start anew in an output_dir with an earlier run: its checkpoints are deleted, its erasers replaced at the end",
+        "checkpoints",
+        free_on_resume=True,
+    )
     report_to: Literal["tensorboard", "wandb", "all"] | None = option(
         "tracker to log metrics to, if any", None, group="logging", free_on_resume=True
     )
@@ -279,6 +284,11 @@ class TrainingOptions:
             raise ValueError(
                 f"gradient_accumulation_steps: expected at most {2**20} points per optimizer step and process, got "
                 f"{points}, which is train_batch_size times gradient_accumulation_steps"
+            )
+        if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
+            raise ValueError(
+                "overwrite_output_dir: expected no resume_from_checkpoint beside it, got "
+                f"{self.resume_from_checkpoint!r}; give one of them"
             )
 
 
@@ -317,6 +327,9 @@ class EvaluateOptions:
         1,
         group="memory",
         check=is_size,
+    )
+    overwrite_output_dir: bool = shared.overwrite_output_dir(
+        "replace evaluation.json and evaluation.png of another evaluation in output_dir", "data"
     )
     seed: int = option(
         "random seed of the trajectories; use another one than for prepare", 1000, group="sampling", check=is_seed
@@ -359,6 +372,7 @@ class SampleOptions:
     fps: int | None = option(
         "frames per second; the pipeline's default if left out", None, group="output", check=whole(1, 1000)
     )
+    overwrite_output_dir: bool = shared.overwrite_output_dir("replace videos of the same names in output_dir", "output")
     format: Literal["mp4", "gif"] = option("file format of the videos", "mp4", group="output")
     mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision()
     device: str | None = shared.device()

@@ -6,6 +6,7 @@ Where no installed font has a prompt's letters, NAME.png shows its number in pro
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 import warnings
@@ -49,6 +50,7 @@ def run(options: SampleOptions) -> list[Path]:
     Raises:
         FileNotFoundError: there is no such pipeline, folder of erasers or file of prompts.
         ValueError: the erasers are for another model, or an option does not fit the model.
+        FileExistsError: a file exists that is not to be overwritten.
         OSError: a file cannot be written, or ffmpeg is missing.
         MemoryError: memory ran out; the message says what would help.
         FloatingPointError: a video is not finite.
@@ -57,6 +59,11 @@ def run(options: SampleOptions) -> list[Path]:
     check_ffmpeg(options.format)
     output = writable(options.output_dir)
     erased.check_folders(options.erasers)
+    names = file_names(prompts)
+    files = [file for name in names for file in _files(output, name, options)]
+    if any(font_for(prompt) is None for prompt in prompts):
+        files.append(output / _PROMPTS)
+    _refuse_to_replace(files, options)
     device, dtype = usable_device(options.device), model_dtype(options.mixed_precision)
     texts = [options.negative_prompt, *prompts]
     with explained_out_of_memory(options):
@@ -69,10 +76,10 @@ def run(options: SampleOptions) -> list[Path]:
     written = []
     steps = len(prompts) * len(_versions(options)) * options.num_inference_steps
     with explained_out_of_memory(options), tqdm(total=steps, desc="sampling", unit="step") as bar:
-        for prompt, name, title in zip(prompts, file_names(prompts), titles, strict=True):
+        for prompt, name, title in zip(prompts, names, titles, strict=True):
             conditions = {_PROMPT: encoded[prompt].condition, _NEGATIVE: encoded[options.negative_prompt].condition}
             videos = _before_and_after(model, conditions, size, options, bar)
-            written += _write(output, name, videos, title, options.format, fps)
+            written += _write(_files(output, name, options), videos, title, fps)
     print(f"wrote {len(written)} files to {output}: " + ", ".join(file.name for file in written))
     return written
 
@@ -208,15 +215,30 @@ def _titles(prompts: Sequence[str], output: Path) -> list[str]:
     ]
 
 
-def _write(output: Path, name: str, videos: dict[str, Tensor], title: str, suffix: str, fps: float) -> list[Path]:
-    """Writes the files of one prompt, and returns their paths."""
-    files = []
-    for version, frames in videos.items():
-        files.append(output / f"{name}-{version}.{suffix}")
-        write_video(files[-1], frames, fps)
+def _files(output: Path, name: str, options: SampleOptions) -> list[Path]:
+    """The files of one prompt: a video per version, both side by side if there are two, and their frames."""
+    videos = [f"{name}-{version}" for version in _versions(options)]
     if len(videos) > 1:
-        files.append(output / f"{name}.{suffix}")
-        write_video(files[-1], side_by_side(list(videos.values()), list(videos)), fps)
-    files.append(output / f"{name}.png")
-    write_strip(files[-1], list(videos.values()), list(videos), title)
+        videos.append(name)
+    return [*(output / f"{video}.{options.format}" for video in videos), output / f"{name}.png"]
+
+
+def _refuse_to_replace(files: Sequence[Path], options: SampleOptions) -> None:
+    taken = [file.name for file in files if os.path.lexists(file)]
+    if taken and not options.overwrite_output_dir:
+        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+        raise FileExistsError(
+            f"{options.output_dir}: expected no videos of these prompts, got {taken[0]}{more}; choose another "
+            "output_dir, or replace them with overwrite_output_dir"
+        )
+
+
+def _write(files: list[Path], videos: dict[str, Tensor], title: str, fps: float) -> list[Path]:
+    """Writes the files of one prompt, which `_files` names, and returns their paths."""
+    frames = list(videos.values())
+    for file, version in zip(files, frames, strict=False):
+        write_video(file, version, fps)
+    if len(videos) > 1:
+        write_video(files[len(videos)], side_by_side(frames, list(videos)), fps)
+    write_strip(files[-1], frames, list(videos), title)
     return files

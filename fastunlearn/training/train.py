@@ -17,7 +17,7 @@ from fastunlearn.training.cache.provenance import check_cache_fits
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.loop import processes
 from fastunlearn.training.loop.optimizer import LearningRateFactor, learning_rate_factor
-from fastunlearn.training.loop.trainer import OnStep, Trainer, TrainingSummary
+from fastunlearn.training.loop.trainer import OnStep, Trainer, TrainingSummary, refuse_earlier_run
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.memory import explained_out_of_memory
 from fastunlearn.training.model.video_model import VideoModel
@@ -29,9 +29,11 @@ def run(options: TrainingOptions) -> TrainingSummary:
 
     Raises:
         FileNotFoundError: there is no such cache or pipeline.
-        ValueError, OSError, MemoryError, FloatingPointError: as for `train`.
+        ValueError, OSError, MemoryError, FloatingPointError: as for `train`. A folder with an earlier run is refused
+            before the model is loaded.
     """
     output_dir = writable(options.output_dir)
+    refuse_earlier_run(output_dir, options)
     cache = TeacherCache.open(options.cache_dir)
     accelerator = processes.connect(options, output_dir, cpu=is_cpu(options.device))
     device = accelerator.device
@@ -86,7 +88,9 @@ def train(
 
     Raises:
         ValueError: the cache is of another model or lacks points; the checkpoint to resume is damaged or of another
-            run; or `output_dir` holds checkpoints and none is to be resumed.
+            run.
+        FileExistsError: `output_dir` holds checkpoints or erasers of an earlier run, which is neither resumed nor to be
+            overwritten. With "latest" and no checkpoint, erasers of a run with the same settings are made again.
         FileNotFoundError: there is no such checkpoint.
         OSError: a checkpoint cannot be written. Earlier ones are untouched.
         FloatingPointError: a loss or gradient is not finite. The erasers have not been updated with it.

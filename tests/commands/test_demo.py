@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,8 +240,11 @@ def test_a_short_run_writes_everything(tmp_path: Path, monkeypatch: pytest.Monke
     unrelated = tmp_path / "cache" / "index.json"
     unrelated.parent.mkdir()
     unrelated.write_text("{}")
-    (tmp_path / "demo.json").write_text("of an earlier run")
     report = run("triangle", tmp_path, seed=1)
+    again = run("triangle", tmp_path, seed=1)  # the same run may be repeated
+    timing = ("seconds", "total_seconds", "peak_memory_bytes")
+    assert {k: v for k, v in again.items() if k not in timing} == {k: v for k, v in report.items() if k not in timing}
+    report = again
     assert json.loads((tmp_path / "demo.json").read_text()) == report
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "demo.json", "demo.png", "erasers"}
@@ -250,6 +254,17 @@ def test_a_short_run_writes_everything(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(report["appearances"]["after"]) == set(SHAPES)
     fresh, _, _ = load()
     assert len(load_erasers(fresh.transformer, tmp_path / "erasers")) == 4
+
+
+@pytest.mark.parametrize("report", [{"concept": "square", "seed": 0, "device": "cpu"}, {}, None])
+def test_the_report_of_another_run_is_not_replaced(report: dict[str, Any] | None, tmp_path: Path) -> None:
+    text = "of an earlier run" if report is None else json.dumps(report)
+    (tmp_path / "demo.json").write_text(text)
+    with pytest.raises(
+        FileExistsError, match="output: expected a new folder, or the demo of .*'circle'.*, got .*demo.json"
+    ):
+        run("circle", tmp_path)
+    assert (tmp_path / "demo.json").read_text() == text
 
 
 def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path: Path) -> None:

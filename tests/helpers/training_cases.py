@@ -40,7 +40,11 @@ class MemoryCache:
     def __init__(self, groups: dict[str, MemoryPoints], facts: dict[str, Any]) -> None:
         self.groups, self.facts, self.fingerprint = groups, facts, "0" * 64
         points = next(iter(groups.values())).points
+        self.prompts = ["a circle", "a square"]
         self.condition_shapes = {name: tuple(value.shape[1:]) for name, value in points.condition.items()}
+
+    def point_prompts(self) -> list[str]:
+        return self.prompts
 
 
 def tiny_model(family: str = "cogvideox", dtype: torch.dtype = torch.float32, experts: int = 1) -> VideoModel:

@@ -18,12 +18,12 @@ from training_cases import options_for, tiny_cache, tiny_model, weights
 
 from fastunlearn import eraser_files, load_erasers
 from fastunlearn.files import remove_folder
-from fastunlearn.training.loop import checkpoints
+from fastunlearn.training.loop import checkpoints, record
 from fastunlearn.training.loop.terms import Terms
 from fastunlearn.training.loop.trainer import TrainingSummary
 from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import TargetGroup
-from fastunlearn.training.train import train
+from fastunlearn.training.train import run, train
 
 
 def trained(output: Path, *, experts: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> Trained:
@@ -306,8 +306,72 @@ def test_resuming_a_finished_run_takes_no_steps(tmp_path: Path) -> None:
 
 def test_a_folder_with_another_run_is_not_overwritten(tmp_path: Path) -> None:
     trained(tmp_path)
-    with pytest.raises(ValueError, match="holds checkpoint-6 of an earlier run; go on from it with resume_from_check"):
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    match = "holds checkpoint-6 of an earlier run; go on from it with resume_from_checkpoint latest, choose another"
+    with pytest.raises(FileExistsError, match=match):
         trained(tmp_path)
+    for path in checkpoints.existing(tmp_path):
+        shutil.rmtree(path)
+    with pytest.raises(
+        FileExistsError, match="output_dir: .*erasers holds those of an earlier run; choose another outp"
+    ):
+        trained(tmp_path)
+    match = "holds those of an earlier run with other settings and no checkpoint to resume; choose"
+    for changes in ({"seed": 1}, {"max_train_steps": 5}):
+        with pytest.raises(FileExistsError, match=match):
+            trained(tmp_path, resume_from_checkpoint="latest", **changes)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}.items() <= before.items()
+
+
+def test_a_finished_run_without_checkpoints_may_be_repeated_by_latest(tmp_path: Path) -> None:
+    """So a program that goes on from the latest checkpoint, if any, can be run again after its training is done."""
+    changes = {"resume_from_checkpoint": "latest", "checkpointing_steps": 100}
+    trained(tmp_path, **changes)
+    before = eraser_files_in(tmp_path)
+    assert len(trained(tmp_path, **changes).steps) == 6
+    assert eraser_files_in(tmp_path) == before
+    (tmp_path / "erasers" / record.RECORD).unlink()  # as erasers of earlier versions have none
+    with pytest.raises(FileExistsError, match="with other settings and no checkpoint"):
+        trained(tmp_path, **changes)
+
+
+def test_overwriting_starts_anew(tmp_path: Path) -> None:
+    fresh = trained(tmp_path / "fresh", seed=1, max_train_steps=3)
+    output = tmp_path / "output"
+    trained(output)
+    (output / "notes.txt").write_text("kept")
+    again = trained(output, seed=1, max_train_steps=3, overwrite_output_dir=True)
+    assert [step for step, _ in again.steps] == [1, 2, 3]
+    assert names(output) == {"checkpoint-2", "erasers", "notes.txt"}
+    assert eraser_files_in(output) == eraser_files_in(tmp_path / "fresh")
+    assert again.steps == fresh.steps
+    with pytest.raises(
+        ValueError, match="overwrite_output_dir: expected no resume_from_checkpoint beside it, got 'late"
+    ):
+        options_for(output, overwrite_output_dir=True, resume_from_checkpoint="latest")
+
+
+def test_an_earlier_run_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "erasers").mkdir()
+    with pytest.raises(FileExistsError, match="output_dir: expected a folder without trained erasers"):
+        run(options_for(tmp_path))
+
+
+def test_trained_erasers_have_a_record(tmp_path: Path) -> None:
+    trained(tmp_path)
+    found = record.read(tmp_path / "erasers")
+    assert found is not None and found.settings == checkpoints.read(tmp_path / "checkpoint-6").settings
+    assert found.seed is None and found.prompts == {record.prompt_digest(prompt) for prompt in ("a circle", "a square")}
+    assert record.prompt_digest(" A  circle") == record.prompt_digest("a circle") != record.prompt_digest("a circles")
+    assert record.read(tmp_path / "checkpoint-2" / "erasers") is not None
+    tiny_erasers().save_erasers(tmp_path / "erasers")  # others
+    assert record.read(tmp_path / "erasers") is None
+    path = tmp_path / "checkpoint-2" / "erasers" / record.RECORD
+    content = json.loads(path.read_text())
+    for damage in ({"settings": 1}, {"cache": []}, {"cache": {"prompts_sha256": "abc"}}):
+        path.write_text(json.dumps(content | damage))
+        with pytest.raises(ValueError, match="training.json: expected settings and a cache, got others"):
+            record.read(path.parent)
 
 
 def test_going_back_to_an_earlier_checkpoint_writes_the_later_ones_again(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.evaluate import run
 from fastunlearn.training.evaluation.measure import KEPT, batches, group_timesteps, measure
 from fastunlearn.training.evaluation.report import draw, table
+from fastunlearn.training.loop import record
+from fastunlearn.training.model.erased import erasers_digest
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.options import EvaluateOptions
 
@@ -114,7 +118,12 @@ def test_the_report_names_what_was_evaluated(evaluated: tuple[EvaluateOptions, d
     assert written == json.loads(json.dumps(report))
     assert written["concept"] == "circle"
     assert written["options"]["num_inference_steps"] == 4
-    assert written["erasers"] == [{"folder": str(chosen.erasers[0]), "scale": 1.0}]
+    (erasers,) = written["erasers"]
+    assert (erasers["folder"], erasers["scale"]) == (str(chosen.erasers[0]), 1.0)
+    assert erasers["sha256"] == erasers_digest(chosen.erasers[0]) and len(erasers["sha256"]) == 64
+    cache = TeacherCache.open(chosen.output_dir / "cache")
+    assert written["cache"]["fingerprint"] == cache.fingerprint and written["cache"]["seed"] == 1000
+    assert written["cache"]["weights"] == cache.facts["weights"]
     assert written["versions"]["torch"] == torch.__version__
     assert (written["target_points"], written["kept_points"]) == (6, 6)
     prompts = {row["prompt"]: row["points"] for row in written["by_prompt"]}
@@ -142,7 +151,8 @@ def test_erasers_at_scale_0_change_nothing(family: str, tiny_pipeline: Pipelines
     assert run(strong)["erasure_coefficient"] != pytest.approx(1, abs=1e-3)
     cache = tmp_path / "out" / "cache"
     none = {"concept": None, "target_prompts": None, "kept_prompts": None}
-    report = run(options(pipeline, tmp_path, erasers, eraser_scales=(0.0,), cache_dir=cache, batch_size=1, **none))
+    more = {"cache_dir": cache, "batch_size": 1, "overwrite_output_dir": True, **none}
+    report = run(options(pipeline, tmp_path, erasers, eraser_scales=(0.0,), **more))
     assert report["concept"] == "circle"
     assert report["erasure_coefficient"] == pytest.approx(1, abs=1e-4)
     assert report["preserved_drift"] < 1e-4
@@ -160,7 +170,68 @@ def test_a_second_evaluation_reuses_the_cache(
     printed = capsys.readouterr().out
     assert "evaluation.json" in printed and table(report) in printed
     with pytest.raises(ValueError, match="begun with other arguments(.|\n)*seed: 1000 -> 1001"):
-        run(dataclasses.replace(chosen, seed=1001))
+        run(dataclasses.replace(chosen, seed=1001, overwrite_output_dir=True))
+
+
+def test_another_evaluation_is_not_replaced(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, report = evaluated
+    output = tmp_path / "out"
+    shutil.copytree(chosen.output_dir, output)
+    chosen = dataclasses.replace(chosen, output_dir=output)
+    path = output / "evaluation.json"
+    before = path.read_bytes()
+    erasers = save_erasers(Path(chosen.pretrained_model_name_or_path), tmp_path / "erasers", 0.1)
+    with pytest.raises(
+        FileExistsError, match=r"evaluation.json: .*overwrite_output_dir .*erasers\[0\].sha256: '.* -> '"
+    ):
+        run(dataclasses.replace(chosen, erasers=(erasers,)))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.erased, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
+        for change, match in (
+            ({"seed": 7}, "options.seed: 1000 -> 7"),
+            ({"batch_size": 1}, "options.batch_size: 2 -> 1"),
+        ):
+            with pytest.raises(FileExistsError, match=rf"another one; choose another output_dir.*{match}$"):
+                run(dataclasses.replace(chosen, **change))
+        assert path.read_bytes() == before
+        path.write_text("something else")
+        with pytest.raises(FileExistsError, match="expected this evaluation or none"):
+            run(chosen)
+    path.write_bytes(before)
+    moved = shutil.copytree(chosen.erasers[0], tmp_path / "moved")
+    assert run(dataclasses.replace(chosen, erasers=(moved,)))["by_prompt"] == report["by_prompt"]
+    replaced = run(dataclasses.replace(chosen, erasers=(erasers,), overwrite_output_dir=True))
+    assert replaced["erasers"][0]["sha256"] != report["erasers"][0]["sha256"]
+    assert json.loads(path.read_text()) == json.loads(json.dumps(replaced))
+
+
+def test_prompts_and_seeds_of_the_training_are_noticed(
+    evaluated: tuple[EvaluateOptions, dict[str, Any]], tmp_path: Path
+) -> None:
+    chosen, _ = evaluated
+    cache = TeacherCache.open(chosen.output_dir / "cache")
+    erasers = shutil.copytree(chosen.erasers[0], tmp_path / "erasers")
+    trained_from = SimpleNamespace(facts={"seed": 0}, point_prompts=lambda: ["a Red  circle", "a green square"])
+    record.write(erasers, {}, trained_from)  # type: ignore[arg-type]
+    sampled = dataclasses.replace(chosen, erasers=(erasers,), output_dir=tmp_path / "out")
+    few = dataclasses.replace(sampled, num_trajectories=1, num_inference_steps=2)
+    tail = "that these erasers were trained with; the result does not tell how they work on others$"
+    with pytest.warns(UserWarning, match=f"erasers: .* got 1 of 2 prompts .such as 'a red circle'. {tail}"):
+        run(few)
+    for seed, what in ((1000, "the seed 1000"), (0, None)):
+        trained_from = SimpleNamespace(facts={"seed": seed}, point_prompts=lambda: ["a green square"])
+        record.write(erasers, {}, trained_from)  # type: ignore[arg-type]
+        given = dataclasses.replace(
+            sampled, cache_dir=cache.folder, output_dir=tmp_path / f"given-{seed}", batch_size=12
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(given)
+        messages = [str(entry.message) for entry in caught if "held-out" in str(entry.message)]
+        expected = [] if what is None else [f"got {what} that these erasers were trained with"]
+        assert len(messages) == len(expected) and all(text in messages[0] for text in expected)
 
 
 def test_erasers_and_caches_of_another_model_are_refused(
@@ -188,7 +259,8 @@ def test_erasers_and_caches_of_another_model_are_refused(
     with pytest.raises(
         ValueError, match="expected a teacher cache of this model, got one that .* differs from by [0-9]+%"
     ):
-        run(dataclasses.replace(chosen, pretrained_model_name_or_path=str(tmp_path / "other"), cache_dir=cache))
+        other = {"pretrained_model_name_or_path": str(tmp_path / "other"), "output_dir": tmp_path / "of-other"}
+        run(dataclasses.replace(chosen, cache_dir=cache, **other))
 
 
 def test_velocities_that_are_not_finite_are_refused(evaluated: tuple[EvaluateOptions, dict[str, Any]]) -> None:

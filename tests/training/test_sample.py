@@ -157,6 +157,30 @@ def test_size_guidance_and_frame_rate_default_to_the_pipelines(
     assert rates == [8]
 
 
+def test_videos_are_not_replaced(tiny_pipeline: Pipelines, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sample.erased, "check_folders", lambda folders: None)
+    monkeypatch.setattr(sample, "encode_prompts", lambda *a, **k: pytest.fail("loaded a model"))
+    chosen = options(
+        tiny_pipeline("wan"), tmp_path, tmp_path / "out", prompt=("a square", "a red circle"), format="gif"
+    )
+    (tmp_path / "out").mkdir()
+    for name, suffix in (("a-red-circle", ".gif"), ("a-red-circle-before", ".gif"), ("a-square", ".png")):
+        file = (tmp_path / "out" / name).with_suffix(suffix)
+        file.symlink_to("nowhere")
+        with pytest.raises(
+            FileExistsError, match=f"expected no videos of these prompts, got {file.name}; .*overwrite_out"
+        ):
+            run(chosen)
+        file.unlink()
+    for name in ("a-red-circle.gif", "a-square-after.gif", "a-square.png"):
+        (tmp_path / "out" / name).touch()
+    with pytest.raises(FileExistsError, match="got a-square-after.gif and 2 more; choose another output_dir"):
+        run(chosen)
+    for more in ({"overwrite_output_dir": True}, {"prompt": ("a blue circle",)}):
+        with pytest.raises(pytest.fail.Exception, match="loaded a model"):
+            run(SampleOptions(**vars(chosen) | more))
+
+
 @pytest.mark.parametrize("family", ["hunyuan_video", "wan"])
 def test_erasers_of_another_model_are_refused_in_one_line(
     family: str, tiny_pipeline: Pipelines, erasers: Callable[[str], Path], tmp_path: Path

@@ -150,6 +150,11 @@ class TeacherCache:
         self.folder, self.facts, self.fingerprint = folder, facts, fingerprint
         self.groups, self.prompts, self.condition_shapes = groups, prompts, condition_shapes
 
+    def point_prompts(self) -> list[str]:
+        """The prompts that points have, each once."""
+        used = {number for points in self.groups.values() for number in points.prompts.tolist()}
+        return [self.prompts[number] for number in sorted(used)]
+
     @staticmethod
     def open(folder: str | os.PathLike[str], *, verify: bool | None = None) -> TeacherCache:
         """Opens the cache in `folder` after checking that its files fit its index, by their sizes and headers.

@@ -5,6 +5,7 @@ batches.py       which points of the cache each step trains on
 terms.py         the three losses of a step
 optimizer.py     gradients, averaged over the processes, and the update of the erasers
 checkpoints.py   the files of a checkpoint
+record.py        what is written beside trained erasers: what they were trained from
 run_settings.py  the settings that a resumed run must share with the interrupted one
 processes.py     Accelerate and FSDP2: one process or several
 """

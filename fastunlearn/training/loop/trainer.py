@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from fastunlearn.files import remove_folder
 from fastunlearn.training.cache.reader import TeacherCache
-from fastunlearn.training.loop import checkpoints, processes
+from fastunlearn.training.loop import checkpoints, processes, record
 from fastunlearn.training.loop.batches import Batches, Draw
+from fastunlearn.training.loop.checkpoints import ERASERS
 from fastunlearn.training.loop.optimizer import ErasersOptimizer, LearningRateFactor
 from fastunlearn.training.loop.run_settings import RunSettings
 from fastunlearn.training.loop.terms import TERMS, Terms
@@ -37,6 +39,27 @@ class TrainingSummary:
     steps: int
     resumed_from: Path | None
     metrics: dict[str, float]
+
+
+def refuse_earlier_run(output_dir: Path, options: TrainingOptions) -> None:
+    """Raises FileExistsError if the folder holds an earlier run, which is neither to be resumed nor overwritten."""
+    if options.overwrite_output_dir or options.resume_from_checkpoint is not None:
+        return
+    if earlier := checkpoints.existing(output_dir):
+        raise FileExistsError(
+            f"output_dir: expected a folder without checkpoints, but {output_dir} holds {earlier[-1].name} of an "
+            "earlier run; go on from it with resume_from_checkpoint latest, choose another output_dir, or replace that "
+            "run with overwrite_output_dir"
+        )
+    if (output_dir / ERASERS).exists():
+        raise _erasers_exist(output_dir, "")
+
+
+def _erasers_exist(output_dir: Path, how: str) -> FileExistsError:
+    return FileExistsError(
+        f"output_dir: expected a folder without trained erasers, but {output_dir / ERASERS} holds those of an earlier "
+        f"run{how}; choose another output_dir, or replace them with overwrite_output_dir"
+    )
 
 
 class Trainer:
@@ -98,11 +121,8 @@ class Trainer:
     def _checkpoint_to_resume(self) -> checkpoints.Checkpoint | None:
         options, folder = self._options, self._output_dir
         if options.resume_from_checkpoint is None:
-            if earlier := checkpoints.existing(folder):
-                raise ValueError(
-                    f"output_dir: expected a folder without checkpoints, but {folder} holds {earlier[-1].name} of an "
-                    "earlier run; go on from it with resume_from_checkpoint latest, or choose another output_dir"
-                )
+            refuse_earlier_run(folder, options)
+            self._remove_checkpoints()
             return None
         path = checkpoints.find(folder, options.resume_from_checkpoint)
         if self._accelerator.num_processes > 1:
@@ -110,6 +130,7 @@ class Trainer:
 
             (path,) = broadcast_object_list([path])
         if path is None:
+            self._check_repeats_run()
             return None
         checkpoint = checkpoints.read(path)
         if checkpoint.step > options.max_train_steps:
@@ -119,6 +140,20 @@ class Trainer:
             )
         checkpoints.check_same_run(checkpoint, self._settings.after(checkpoint.step))
         return checkpoint
+
+    def _remove_checkpoints(self) -> None:
+        """Removes those of the run that this one replaces: it must not be mistaken for this one, nor resumed."""
+        if self._accelerator.is_main_process:
+            for path in checkpoints.existing(self._output_dir):
+                remove_folder(path)
+
+    def _check_repeats_run(self) -> None:
+        """Raises FileExistsError if the folder has no checkpoint to resume, but the erasers of a run with others."""
+        erasers = self._output_dir / ERASERS
+        if erasers.exists():
+            earlier = record.read(erasers)
+            if earlier is None or earlier.settings != self._settings.after(self._options.max_train_steps):
+                raise _erasers_exist(self._output_dir, " with other settings and no checkpoint to resume")
 
     def _attach_erasers(self) -> list[Erasers]:
         """Attaches new erasers, or those of the checkpoint to resume. Returns them per transformer."""
@@ -164,9 +199,9 @@ class Trainer:
                 if (step + 1) % options.checkpointing_steps == 0:
                     self._save_checkpoint(step + 1)
         self._optimizer.drop_gradients()
-        erasers = self._output_dir / "erasers"
+        erasers = self._output_dir / ERASERS
         if is_main:
-            self._save_erasers(erasers)
+            self._save_erasers(erasers, options.max_train_steps)
         self._accelerator.wait_for_everyone()
         return TrainingSummary(
             erasers, options.max_train_steps, None if self._resumed is None else self._resumed.path, metrics
@@ -224,11 +259,12 @@ class Trainer:
             self._last_checkpoint = checkpoints.write(
                 self._output_dir,
                 step,
-                self._save_erasers,
+                lambda folder: self._save_erasers(folder, step),
                 self._optimizer.state_dict(),
                 self._settings.after(step),
                 self._options.checkpoints_total_limit,
             )
 
-    def _save_erasers(self, folder: Path) -> None:
+    def _save_erasers(self, folder: Path, step: int) -> None:
         self._model.save_erasers(folder, concept=self._cache.facts.get("concept"))
+        record.write(folder, self._settings.after(step), self._cache)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from fastunlearn import eraser_files
 from fastunlearn.eraser_files import CONFIG, UPSTREAM_CONFIG
 from fastunlearn.erasers import erasers_disabled
+from fastunlearn.training.cache.shards import digest
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.memory import explained_out_of_memory
-from fastunlearn.training.model.video_model import VideoModel
+from fastunlearn.training.model.video_model import EXPERT_FOLDERS, VideoModel
 from fastunlearn.training.options import EvaluateOptions, SampleOptions
 
 
@@ -43,6 +45,22 @@ def load_erased_model(
         names = [f"erasers-{number}" for number in range(1, len(options.erasers) + 1)]
         model.load_erasers(options.erasers, names, options.eraser_scales or None)
     return model
+
+
+def erasers_digest(folder: Path) -> str:
+    """The SHA-256 of the names, shapes and values of all erasers in a folder, whichever of its formats they have.
+
+    Raises: as `eraser_files.read` does.
+    """
+    places = [place for place in (folder / name for name in EXPERT_FOLDERS) if place.is_dir()] or [folder]
+    return digest(
+        {
+            f"{number}.{layer}.{name}": tensor.detach()
+            for number, place in enumerate(places)
+            for layer, state in eraser_files.read(place).states.items()
+            for name, tensor in state.items()
+        }
+    )
 
 
 @contextmanager
