@@ -145,7 +145,7 @@ def _concept_maps(
     if not attn_maps:
         raise ValueError("attn_maps: expected at least one layer's map, got none")
     _check_sizes(height, width, head_num, text_len, patch_size, frames)
-    maps = {}
+    maps: dict[str, Tensor] = {}
     for name, attn_map in attn_maps.items():
         check_tensor(f"attn_maps[{name!r}]", attn_map)
         concept = attn_map if attn_map.dim() == 2 else _concept_map(name, attn_map, word_indices, head_num, text_len)
