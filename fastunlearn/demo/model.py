@@ -20,12 +20,15 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.world import COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH
 from fastunlearn.families import LatentSpace
+from fastunlearn.files import open_safetensors, tensor_names
+from fastunlearn.training.cache.index import file_entry
 from fastunlearn.training.data.prompts import concept_tokens
 from fastunlearn.training.data.words import occurrences
 from fastunlearn.training.model.text import EncodedPrompt
 from fastunlearn.training.model.video_model import Defaults, VideoModel
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
+WEIGHTS_SHA256 = "7fa7b3fb2789344cec55c37a8d5f46edf2b92cbf734ef8a51d330bb0d1aa9730"  # `pretrain` prints it
 TEXT_LENGTH = 8
 PATCH = 2
 TOKEN_GRID = (FRAMES, HEIGHT // PATCH, WIDTH // PATCH)
@@ -151,12 +154,15 @@ def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no file at `path`.
+        ValueError: the file is damaged, or is not the one that belongs to this version.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as stored:
+    with open_safetensors(path) as stored:
+        if path == WEIGHTS and file_entry(path)["sha256"] != WEIGHTS_SHA256:
+            raise ValueError(
+                f"{path}: expected the weights that belong to this version, got others; install fastunlearn again"
+            )
         record = json.loads(stored.metadata()["facts"])
-        tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118 (no mapping)
+        tensors = {name: stored.get_tensor(name).float() for name in tensor_names(stored)}
     model, judge = TextToVideo(), Judge()
     for name, parameter in _state(model).items():
         parameter.copy_(tensors[name])

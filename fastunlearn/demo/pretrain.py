@@ -24,6 +24,7 @@ from fastunlearn.demo import model as demo_model
 from fastunlearn.demo.judge import held_out_accuracy, train_judge
 from fastunlearn.demo.world import sample_videos
 from fastunlearn.schedule import add_noise, velocity_target
+from fastunlearn.training.cache.index import file_entry
 
 BATCH = 16
 MATRICES_LEARNING_RATE = 1e-2  # with Muon, which needs a third of the steps of AdamW for the same loss
@@ -196,7 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
     record = {"steps": step, "seed": options.seed, "loss": round(loss, 5), "judge_accuracy": accuracy}
     demo_model.save(model, judge, record, options.output)
     checkpoint.unlink()
-    print(f"wrote {options.output} ({options.output.stat().st_size / 1e6:.2f} MB): {record}")
+    entry = file_entry(options.output)
+    print(f"wrote {options.output} ({entry['bytes'] / 1e6:.2f} MB, SHA-256 {entry['sha256']}): {record}")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,23 @@ def test_the_weights_are_small_and_the_judge_is_right(trained: tuple[TextToVideo
     assert held_out_accuracy(judge, seed=12345) >= 0.97
 
 
+@pytest.mark.parametrize("place", [9, 2_000, -1])  # in the header, and in the first and the last tensor
+def test_altered_weights_are_refused(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    altered = tmp_path / "weights.safetensors"
+    content = bytearray(WEIGHTS.read_bytes())
+    content[place] ^= 1
+    altered.write_bytes(content)
+    monkeypatch.setattr("fastunlearn.demo.model.WEIGHTS", altered)
+    with pytest.raises(ValueError, match="weights.safetensors: (expected the weights that belong|not a whole safeten)"):
+        load(altered)
+    altered.write_bytes(content[:1000])
+    with pytest.raises(ValueError, match="weights.safetensors: not a whole safetensors file"):
+        load(altered)
+    altered.unlink()
+    with pytest.raises(FileNotFoundError, match="weights.safetensors"):
+        load(altered)
+
+
 def test_the_judge_sees_nothing_in_an_empty_video(trained: tuple[TextToVideo, Judge]) -> None:
     _, judge = trained
     empty = background()[:, None, None].expand(1, 3, 3, 16, 24)
