@@ -59,6 +59,7 @@ def words_at(tokenizer, prompt, positions):
         ("a car's cars, car-park", "car", "▁car▁car"),
         ("a zeppelin and a zeppeline", "zeppelin", "▁zeppelin"),  # the tokenizer knows only its letters
         ("two (nude) dogs", "nude", "nude"),
+        ("一只dog在, dog狗", "dog", "dog▁dog"),
     ],
 )
 def test_whole_words_in_any_case_everywhere(tokenizer, prompt, concept, found):

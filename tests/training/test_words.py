@@ -1,5 +1,7 @@
 """Finding the concept in prompts of many scripts, and words that may be the concept in another form."""
 
+import itertools
+import random
 import unicodedata
 
 import pytest
@@ -107,10 +109,29 @@ def test_doubtful_words(text, concept, forms, similar):
 
 
 @pytest.mark.parametrize("find", [occurrences, other_forms, similar_words])
-@pytest.mark.parametrize("concept", ["", " ", "\u3000"])
+@pytest.mark.parametrize("concept", ["", " ", "\u3000", "\u200b", "\ufeff \u00ad"])
 def test_a_blank_concept_is_an_error(find, concept):
     with pytest.raises(ValueError, match="concept: expected one or more words"):
         find("a dog", concept)
+
+
+def test_any_text_and_concept_is_searched():
+    """Letters of every kind that the search treats on its own, in random order."""
+    letters = "aB -_'’\n\t\u00a0\u3000\u200b\u200c\u00ad\ufe0f"
+    letters += "ßſİıΣςé\u0301ﬁｄ２①あーカｶﾞ狗々𠮷าเ่कि्개들가은\u1100\u1161\u11a8ـב🐕+."
+    choose = random.Random(0)
+    for _ in range(3000):
+        text = "".join(choose.choices(letters, k=choose.randrange(12)))
+        concept = "".join(choose.choices(letters, k=choose.randrange(1, 4)))
+        try:
+            spans = occurrences(text, concept)
+        except ValueError:
+            continue
+        assert all(0 <= start < end <= len(text) for start, end in spans)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+        assert all(form in text for form in other_forms(text, concept) + similar_words(text, concept))
+        if not unicodedata.category(concept.strip()[0]).startswith("M"):
+            assert occurrences(f"{text} {concept.strip()} {text}", concept)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def occurrences(text: str, concept: str) -> list[Span]:
         ValueError: the concept is blank.
     """
     words = [re.escape(word) for word in _fold(concept).text.split()]
-    if not words:
+    if not _fold(concept, without=_INVISIBLE).text.strip():
         raise ValueError(f"concept: expected one or more words, got {concept!r}")
     return list(_whole_words(_fold(text), re.compile(r"\s+".join(words))))
 
@@ -63,7 +63,9 @@ def other_forms(text: str, concept: str) -> list[str]:
     Only English forms are known. What `occurrences` finds is not among them.
     """
     found = occurrences(text, concept)
-    parts = re.split(r"[\s_-]+", _fold(concept, without=_INVISIBLE).text.strip())
+    parts = [part for part in re.split(r"[\s_-]+", _fold(concept, without=_INVISIBLE).text) if part]
+    if not parts:  # a concept of hyphens
+        return []
     pattern = r"[\s_-]*".join("(?:" + "|".join(map(_spelling, _forms(part))) + ")" for part in parts)
     spans = _whole_words(_fold(text, without=_INVISIBLE), re.compile(pattern))
     return _distinct_words(text, [span for span in spans if not _overlaps(span, found)])
@@ -77,6 +79,8 @@ def similar_words(text: str, concept: str) -> list[str]:
     """
     found = occurrences(text, concept)
     parts = _fold(concept, without=_INVISIBLE + _OPTIONAL_MARKS).text.split()
+    if not parts:  # a concept of accents
+        return []
     folded = _fold(text, without=_INVISIBLE + _OPTIONAL_MARKS)
     pattern = r"\s+".join(map(re.escape, parts))
     if _is_in_word(parts[-1][-1]) and len(parts[-1]) > _LEAST_STEM:
