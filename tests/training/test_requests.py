@@ -164,6 +164,9 @@ def test_every_kind_of_video_is_used_and_skipped_files_are_named(tmp_path):
     assert message.startswith(
         f"data: skipped 'notes.md', 'x.mp4', 'y.wmv', 'z.txt' in {str(folder)!r}: neither a video"
     )
+    (folder / "a.safetensors").touch()
+    with pytest.warns(UserWarning, match="data: 'a.mp4', 'a.safetensors' in .* share a prompt file; each counts as a"):
+        assert len(read_video_requests(folder, "dog")) == 8
     for index in range(9):
         (folder / f"{index}.jpg").touch()
     with pytest.warns(UserWarning, match="skipped '0.jpg', .*, '7.jpg' and 5 others in"):

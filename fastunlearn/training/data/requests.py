@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def read_video_requests(folder: str | os.PathLike[str], concept: str) -> list[Re
 
     A video is a file in one of the formats of `_VIDEOS`, such as `NAME.mp4`, or its latents in `NAME.safetensors`. Its
     prompt is in `NAME.txt`, optionally followed by a tab and a prompt without the concept. Warns of files that are
-    skipped, and of words that resemble the concept in a prompt without it.
+    skipped or have the same name but for their suffix, and of words that resemble the concept in a prompt without it.
 
     Raises:
         FileNotFoundError: the folder or a video's prompt does not exist.
@@ -179,6 +180,13 @@ def read_video_requests(folder: str | os.PathLike[str], concept: str) -> list[Re
     without = [request.prompt for request in requests if request.group == "kept"]
     without += [request.instead for request in requests if request.instead is not None]
     _warn_of_similar_words(concept, without, f"data: {folder}")
+    counts = Counter(prompt_files)
+    sharing = [source.name for source, file in zip(sources, prompt_files, strict=True) if counts[file] > 1]
+    if sharing:
+        warnings.warn(
+            f"data: {_listed(sharing)} in {str(folder)!r} share a prompt file; each counts as a video of its own",
+            stacklevel=3,
+        )
     skipped = [path.name for path in visible if path not in {*sources, *prompt_files}]
     if skipped:
         warnings.warn(
