@@ -1,6 +1,6 @@
 """One training step with the drop-in losses, on a tiny random CogVideoX: `python -m fastunlearn.training.example_step`.
 
-For loops that exist already, as T2VUnlearning- and Receler-style ones do. Lines marked "New" are what such a loop adds.
+For loops that exist already, such as T2VUnlearning-style ones. Lines marked "New" are what such a loop adds.
 `example.py` is the library's own way, from prompts to videos.
 """
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from loss_cases import ALPHAS, MASK, SHAPE, X_T, T, Table, eraser_outputs, random
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -480,3 +481,45 @@ def test_no_value_is_read_back_to_the_host(student: Table, teacher: Table) -> No
     with NoSync():
         loss_fn(teacher, student, X_T, T, "concept", "kept", uncond="empty", **terms)[0].backward()
     assert student.velocities["concept"].grad.any()
+
+
+def test_a_unet_takes_the_losses_and_nothing_else() -> None:
+    """Receler's loop, for Stable Diffusion 1.4: the losses take its tensors, as their documentation says."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    sizes = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2}
+    unet, frozen = (UNet2DConditionModel(sample_size=8, cross_attention_dim=8, **blocks, **sizes) for _ in range(2))
+    x_t, t, (cond, uncond) = torch.randn(2, 4, 8, 8), torch.tensor([3, 7]), torch.randn(2, 2, 5, 8)
+    mask = random_mask("bool", (2, 4, 4))
+
+    def model(x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return unet(x_t, t, cond).sample
+
+    loss_fn = T2VUnlearningLoss(ALPHAS, guidance_scale=3.0, prediction_type="epsilon", normalization="background_mean")
+    outputs = eraser_outputs(mid=(2, 16, 6), up=(2, 64, 8))
+    loss, entries = loss_fn(
+        lambda *given: frozen(*given).sample,
+        model,
+        x_t,
+        t,
+        cond,
+        uncond=uncond,
+        mask=mask,
+        eraser_outputs=outputs,
+        localization_mask={"mid": mask, "up": mask.repeat_interleave(2, 1).repeat_interleave(2, 2)},
+    )
+    loss.backward()
+    assert any(parameter.grad.any() for parameter in unet.parameters())
+    with torch.no_grad():
+        tensors = model(x_t, t, cond), *(frozen(x_t, t, c).sample for c in (uncond, cond))
+    weight = oracle.velocity_error_weight(ALPHAS, t, "epsilon", "l2")
+    exact = oracle.velocity_loss(*tensors, guidance_scale=3.0, mask=mask, sample_weight=weight)
+    torch.testing.assert_close(entries["unlearning/unlearning_loss"].item(), float(exact["loss"]), rtol=1e-4, atol=0)
+    assert entries["localization/num_layers"] == 2
+    for use in (
+        lambda: fastunlearn.AttnMapsCapture(unet, {}),
+        lambda: fastunlearn.attach_erasers(unet),
+        lambda: fastunlearn.as_velocity_model(unet),
+    ):
+        with pytest.raises(TypeError, match="UNet2DConditionModel"):
+            use()

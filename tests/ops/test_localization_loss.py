@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch import Tensor
 
-from fastunlearn.functional import localization_loss
+from fastunlearn.functional import LowRankOutput, localization_loss
 from fastunlearn.ops import torch_backend
 from fastunlearn.testing import DTYPES, cases, check_localization_loss, oracle, poisoned_memory, random_mask
 from fastunlearn.testing.cases import Case
@@ -207,3 +208,13 @@ def test_any_feature_map(
     if is_channels_last:
         outputs = [x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_() for x in outputs]
     check_localization_loss(outputs, mask, normalization=normalization, loss_type=loss_type)
+
+
+@pytest.mark.parametrize("normalization", ["sum", "background_mean"])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_mask_that_is_not_finite_is_not_hidden(low_rank: bool, normalization: Any) -> None:
+    """A loss that is finite in spite of it would be wrong in silence."""
+    output = LowRankOutput(torch.randn(2, 6, 2), torch.randn(5, 2), None) if low_rank else torch.randn(2, 6, 5)
+    mask = torch.zeros(2, 6)
+    mask[1, 2] = math.nan
+    assert localization_loss([output], mask, normalization=normalization).loss.isnan()

@@ -96,6 +96,17 @@ def test_channel_dim_two() -> None:
     assert torch.equal(loss, call(velocities(shape), mask=mask, channel_dim=2).loss)
 
 
+@pytest.mark.parametrize("name", ["mask", "sample_weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("normalization", ["all", "mask"])
+def test_a_weight_that_is_not_finite_is_not_hidden(name: str, value: float, normalization: str, count: int) -> None:
+    """A loss that is finite in spite of it would be wrong in silence."""
+    weights = {"mask": torch.ones(2, 3, 5, 7), "sample_weight": torch.ones(2)}[name]
+    weights.view(-1)[1] = value
+    loss = call(velocities(count=count), **{name: weights}, mask_normalization=normalization).loss
+    assert not loss.isfinite()
+
+
 def test_mask_takes_no_gradient() -> None:
     mask = torch.rand(2, 3, 5, 7, requires_grad=True)
     weights = torch.rand(2, requires_grad=True)
