@@ -41,7 +41,7 @@ def replace_file(path: Path, content: bytes, *, beside: str = ".partial") -> Non
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)  # the error of a full disk names no file
         raise
 
