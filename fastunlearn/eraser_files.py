@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastunlearn.files import read_json, read_versioned_json, replace_file
+from fastunlearn.files import expand_home, read_json, read_versioned_json, replace_file
 
 CONFIG = "config.json"
 FORMAT, FORMAT_VERSION = "fastunlearn-erasers", 1
@@ -58,7 +58,7 @@ def write(folder: str | os.PathLike[str], states: States, entries: Mapping[str, 
         FileExistsError: the folder holds a config.json that is not of erasers.
         ImportError: safetensors is not installed.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
     # A model's config.json must not be lost. One of our own may be replaced.
@@ -93,7 +93,7 @@ def read(folder: str | os.PathLike[str]) -> StoredErasers:
         ValueError: a file is damaged, or is not what it should be.
         ImportError: safetensors is needed and not installed.
     """
-    folder = Path(folder)
+    folder = expand_home(folder)
     if (folder / CONFIG).is_file():
         return _read_own(folder)
     if (folder / UPSTREAM_CONFIG).is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -13,24 +14,27 @@ from fastunlearn import eraser_files
 from fastunlearn.environment import installed_version
 from fastunlearn.erasers.adapter import AdapterEraser
 from fastunlearn.erasers.attached import (
-    attached_erasers,
     check_new_name,
     check_scale,
     install_erasers,
     no_such_erasers,
 )
-from fastunlearn.families import Family, attentions, find_transformer, hidden_size
+from fastunlearn.erasers.parts import Model, Part, parts_of
+from fastunlearn.families import EXPERTS, Family, attentions, hidden_size
+from fastunlearn.files import expand_home
 
 Folder = str | os.PathLike[str]
 
 
-def save_erasers(model: nn.Module, folder: Folder, name: str = "default", concept: str | None = None) -> None:
+def save_erasers(model: Model, folder: Folder, name: str = "default", concept: str | None = None) -> None:
     """Saves the erasers called `name` as a config.json and a safetensors file.
 
-    A crash while saving leaves what the folder held before. Erasers that were saved there earlier are replaced.
+    A crash while saving leaves what the folder held before. Erasers that were saved there earlier are replaced. If a
+    pipeline has two transformers, the erasers of each go into a folder of its name inside, `transformer` and
+    `transformer_2`.
 
     Args:
-        model: the model that the erasers are attached to.
+        model: the model that the erasers are attached to, or its pipeline.
         folder: where to save them; created if it does not exist.
         name: which erasers to save. The name is not stored, so they can be loaded under another one.
         concept: what they erase, stored for the record.
@@ -43,38 +47,39 @@ def save_erasers(model: nn.Module, folder: Folder, name: str = "default", concep
     """
     if concept is not None and not isinstance(concept, str):
         raise TypeError(f"concept: expected a string or None, got {type(concept).__name__}")
-    transformer, family = find_transformer(model)
-    erasers = attached_erasers(transformer, family, name)
-    if not erasers:
-        raise no_such_erasers(name)
-    states = {layer: eraser.state_dict() for layer, eraser in erasers.items()}
-    for layer, state in states.items():
-        _check_finite(layer, state)
-    rank, dim = next(iter(erasers.values())).down.weight.shape
-    config = {
-        "backbone": family.name,
-        "concept": concept,
-        "rank": rank,
-        "dim": dim,
-        "versions": {package: installed_version(package) for package in ("fastunlearn", "torch", "diffusers")},
-    }
-    eraser_files.write(folder, states, config)
+    contents = []
+    for part in parts_of(model):
+        erasers = part.erasers(name)
+        if not erasers:
+            raise no_such_erasers(name)
+        states = {layer: eraser.state_dict() for layer, eraser in erasers.items()}
+        for layer, state in states.items():
+            _check_finite(layer, state)
+        rank, dim = next(iter(erasers.values())).down.weight.shape
+        config = {
+            "backbone": part.family.name,
+            "concept": concept,
+            "rank": rank,
+            "dim": dim,
+            "versions": {package: installed_version(package) for package in ("fastunlearn", "torch", "diffusers")},
+        }
+        contents.append((part, states, config))
+    for part, states, config in contents:
+        eraser_files.write(Path(folder) / part.prefix, states, config)
+
+
+@overload
+def load_erasers(model: Model, folder: Folder, name: str = ..., *, scale: float = ...) -> dict[str, AdapterEraser]: ...
 
 
 @overload
 def load_erasers(
-    model: nn.Module, folder: Folder, name: str = ..., *, scale: float = ...
-) -> dict[str, AdapterEraser]: ...
-
-
-@overload
-def load_erasers(
-    model: nn.Module, folder: Sequence[Folder], *, names: Sequence[str], scales: Sequence[float] | None = ...
+    model: Model, folder: Sequence[Folder], *, names: Sequence[str], scales: Sequence[float] | None = ...
 ) -> dict[str, dict[str, AdapterEraser]]: ...
 
 
 def load_erasers(
-    model: nn.Module,
+    model: Model,
     folder: Folder | Sequence[Folder],
     name: str | None = None,
     *,
@@ -92,7 +97,7 @@ def load_erasers(
     `weights_only=True`. The model is left as it was unless everything fits.
 
     Args:
-        model: a supported transformer, or a VelocityModel or other wrapper of one.
+        model: a supported transformer, a VelocityModel or other wrapper of one, or a diffusers pipeline.
         folder: the folder of one set of saved erasers, or a sequence of folders to attach together.
         name: what to call the erasers of a single folder; "default" if not given.
         scale: the scale of the erasers of a single folder, see `set_eraser_scale`; 1 if not given.
@@ -100,7 +105,7 @@ def load_erasers(
         scales: the scales of the erasers of several folders, one per folder; all 1 if not given.
 
     Returns:
-        For one folder, the erasers by layer. For several, the erasers by name, then by layer.
+        For one folder, the erasers by layer, as from `attach_erasers`. For several, the erasers by name, then by layer.
 
     Raises:
         TypeError: the model is of no supported family, `name` or `scale` came with several folders, `names` or `scales`
@@ -133,17 +138,49 @@ def load_erasers(
 
 
 def _load(
-    model: nn.Module, folders: Mapping[str, Folder], scales: Mapping[str, float]
+    model: Model, folders: Mapping[str, Folder], scales: Mapping[str, float]
 ) -> dict[str, dict[str, AdapterEraser]]:
     """Reads and checks everything before it attaches anything."""
-    transformer, family = find_transformer(model)
+    parts = parts_of(model)
     for name, scale in scales.items():
-        check_new_name(transformer, family, name)
+        check_new_name(parts, name)
         check_scale(scale)
-    sets = {name: _read(transformer, family, folder) for name, folder in folders.items()}
-    if sets:
-        install_erasers(transformer, family, sets, scales)
-    return sets
+    for folder in folders.values():
+        _check_layout(expand_home(folder), parts)
+    sets = [
+        (
+            part,
+            {
+                name: _read(part.transformer, part.family, Path(folder) / part.prefix)
+                for name, folder in folders.items()
+            },
+        )
+        for part in parts
+    ]
+    if folders:
+        install_erasers(model, sets, scales)
+    return {
+        name: {layer: eraser for part, by_name in sets for layer, eraser in part.in_model(by_name[name]).items()}
+        for name in folders
+    }
+
+
+def _check_layout(folder: Path, parts: Sequence[Part]) -> None:
+    """Raises if `folder` holds erasers for one transformer and the model has two, or the reverse."""
+    has_one, has_two = (
+        any((place / config).is_file() for config in (eraser_files.CONFIG, eraser_files.UPSTREAM_CONFIG))
+        for place in (folder, folder / EXPERTS[0])
+    )
+    if len(parts) > 1 and has_one and not has_two:
+        raise ValueError(
+            f"{folder}: expected folders {' and '.join(EXPERTS)} with erasers for each of the pipeline's transformers, "
+            "got erasers for one transformer; give load_erasers the transformer that they are for"
+        )
+    if len(parts) == 1 and has_two and not has_one:
+        raise ValueError(
+            f"{folder}: expected erasers for one transformer, got folders {' and '.join(EXPERTS)} for two; give "
+            "load_erasers the pipeline, or one of the two folders"
+        )
 
 
 def _read(transformer: nn.Module, family: Family, folder: Folder) -> dict[str, AdapterEraser]:

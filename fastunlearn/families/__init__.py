@@ -16,12 +16,14 @@ from fastunlearn.families.hunyuan_video import HUNYUAN_VIDEO
 from fastunlearn.families.wan import WAN
 
 __all__ = [
+    "EXPERTS",
     "FAMILIES",
     "AttentionPlaces",
     "Condition",
     "Family",
     "LatentSpace",
     "attentions",
+    "experts",
     "family_of",
     "find_transformer",
     "hidden_size",
@@ -30,6 +32,19 @@ __all__ = [
 ]
 
 FAMILIES = (COGVIDEOX, HUNYUAN_VIDEO, WAN)
+EXPERTS = ("transformer", "transformer_2")  # the components of a pipeline that can be transformers
+
+
+def experts(model: Any) -> dict[str, Any]:
+    """The transformers of `model`, a diffusers pipeline or a module, by the prefix that tells one from another.
+
+    The prefix is "" if there is one transformer only, and the component's name if there are two, as in Wan 2.2 A14B.
+    Whether they are transformers of a supported family is for `find_transformer` to check.
+    """
+    if isinstance(model, nn.Module):
+        return {"": model}
+    found = {name: part for name in EXPERTS if isinstance(part := getattr(model, name, None), nn.Module)}
+    return found if len(found) > 1 else {"": next(iter(found.values()), model)}
 
 
 def find_transformer(model: nn.Module) -> tuple[nn.Module, Family]:
@@ -50,7 +65,8 @@ def find_transformer(model: nn.Module) -> tuple[nn.Module, Family]:
             return inner, family
         inner = _wrapped_module(inner)
     supported = ", ".join(family.transformer for family in FAMILIES)
-    raise TypeError(f"model: expected one of {supported}, possibly wrapped, got {type(model).__name__}")
+    hint = "; give its transformer" if isinstance(getattr(model, "transformer", None), nn.Module) else ""
+    raise TypeError(f"model: expected one of {supported}, possibly wrapped, got {type(model).__name__}{hint}")
 
 
 def _wrapped_module(wrapper: nn.Module) -> nn.Module | None:

@@ -11,10 +11,11 @@ import torch
 from fastunlearn import eraser_files
 from fastunlearn.eraser_files import CONFIG, UPSTREAM_CONFIG
 from fastunlearn.erasers import erasers_disabled
+from fastunlearn.families import EXPERTS
 from fastunlearn.training.cache.shards import digest
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.memory import explained_out_of_memory
-from fastunlearn.training.model.video_model import EXPERT_FOLDERS, VideoModel
+from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import EvaluateOptions, SampleOptions
 
 
@@ -52,7 +53,7 @@ def erasers_digest(folder: Path) -> str:
 
     Raises: as `eraser_files.read` does.
     """
-    places = [place for place in (folder / name for name in EXPERT_FOLDERS) if place.is_dir()] or [folder]
+    places = [place for place in (folder / name for name in EXPERTS) if place.is_dir()] or [folder]
     return digest(
         {
             f"{number}.{layer}.{name}": tensor.detach()

@@ -13,15 +13,12 @@ from torch import Tensor, nn
 from fastunlearn import erasers, schedule
 from fastunlearn.dtypes import widest_dtype
 from fastunlearn.erasers import AdapterEraser
-from fastunlearn.families import Family, LatentSpace, family_of, patch_size, token_grid
+from fastunlearn.families import EXPERTS, Family, LatentSpace, family_of, patch_size, token_grid
 from fastunlearn.files import expand_home
 from fastunlearn.training.model.vae import decode_latents, encode_videos
 from fastunlearn.velocity_model import as_velocity_model
 
 Erasers = dict[str, AdapterEraser]  # by layer
-
-
-EXPERT_FOLDERS = ("transformer", "transformer_2")  # of saved erasers, if there are two experts
 
 
 class VideoSize(NamedTuple):
@@ -102,7 +99,7 @@ class VideoModel:
         self.experts = tuple(as_velocity_model(transformer) for transformer in transformers)
         families = {family.name: family for family in map(family_of, self.experts)}
         family = next(iter(families.values()), None)
-        if family is None or len(families) > 1 or len(self.experts) > len(EXPERT_FOLDERS):
+        if family is None or len(families) > 1 or len(self.experts) > len(EXPERTS):
             raise ValueError(
                 "transformers: expected one or two of one family, "
                 f"got {[type(transformer).__name__ for transformer in transformers]}"
@@ -316,7 +313,7 @@ class VideoModel:
         """Where in `folder` each expert's erasers belong."""
         if len(self.experts) == 1:
             return [expand_home(folder)]
-        return [expand_home(folder) / name for name in EXPERT_FOLDERS]
+        return [expand_home(folder) / name for name in EXPERTS]
 
     def _check_folders(self, folders: Sequence[str | os.PathLike[str]]) -> None:
         for folder in folders:
