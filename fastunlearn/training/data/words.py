@@ -35,7 +35,8 @@ _SAME = str.maketrans({"‘": "'", "’": "'", "\u2010": "-", "ı": "i", "\ufe0e
 
 # Pairs of English endings: a word with the one is a form of the word with the other.
 _ENDINGS = (
-    *(("", "s"), ("", "es"), ("y", "ies"), ("f", "ves"), ("fe", "ves"), ("man", "men")),
+    *(("", "s"), ("s", "ses"), ("x", "xes"), ("ch", "ches"), ("sh", "shes"), ("o", "oes"), ("y", "ies")),
+    *(("f", "ves"), ("fe", "ves"), ("man", "men")),
     *(("person", "people"), ("child", "children"), ("foot", "feet"), ("tooth", "teeth"), ("goose", "geese")),
     *(("mouse", "mice"), ("", "ness"), ("e", "ity"), ("e", "ist"), ("e", "ists"), ("e", "ism")),
 )
