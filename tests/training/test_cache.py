@@ -450,6 +450,19 @@ def test_resuming_refuses_tensors_that_do_not_fit_under_a_fitting_label(tmp_path
         write(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'\\"unit\\": 1', b'\\"unit\\":01'), (b'\\"unit\\": 1}', b'\\"unit\\":1 }'), (b'\\"digest', b'\\"Digest')],
+)
+def test_resuming_refuses_a_label_that_was_not_written_so(tmp_path, old, new):
+    write(tmp_path, [0, 1], finish=False)
+    path = tmp_path / "shard-00001.safetensors"
+    assert len(old) == len(new) and path.read_bytes().count(old) == 1
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(ValueError, match="shard-00001.*label.*delete the file to compute it again"):
+        write(tmp_path)
+
+
 FAMILY = {"backbone": "hunyuan_video", "dtype": "bfloat16"}
 HUNYUAN = {
     "encoder_hidden_states": torch.zeros(5, 6, dtype=torch.bfloat16),

@@ -39,8 +39,11 @@ def file_name(unit: int) -> str:
 def serialize(tensors: Mapping[str, Tensor], label: Label) -> bytes:
     """The content of a shard's file. Equal arguments give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(label._asdict() | {"digest": digest(tensors)}, sort_keys=True)
-    return safetensors.torch.save(tensors, metadata={_METADATA_KEY: text})
+    return safetensors.torch.save(tensors, metadata=_metadata(label, digest(tensors)))
+
+
+def _metadata(label: Label, digest: str) -> dict[str, str]:
+    return {_METADATA_KEY: json.dumps(label._asdict() | {"digest": digest}, sort_keys=True)}
 
 
 def read_label(path: Path, file: Any) -> tuple[Label, str]:
@@ -111,6 +114,8 @@ def check_shard(path: Path, label: Label, facts: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{path}: expected tensors that match its digest, got others; the file is damaged or was changed"
             )
+        if file.metadata() != _metadata(label, expected):  # true equals 1, and further entries are no label's
+            raise ValueError(f"{path}: expected the label that prepare writes, got another; the file was changed")
 
 
 def _check_label(path: Path, expected: Label, actual: Label) -> None:
