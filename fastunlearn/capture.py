@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastunlearn.erasers.adapter import AdapterEraser
 from fastunlearn.families import attentions, find_transformer, token_grid
 from fastunlearn.functional import LowRankOutput, concept_attention
 from fastunlearn.interception import Attention, Interception
@@ -96,9 +97,10 @@ class EraserOutputsCapture(_Capture):
 
     Raises:
         TypeError: the model is of no supported family, or `erasers` or `eraser_outputs` is not a mapping.
-        ValueError: `low_rank` is set, and an eraser does not end in a `torch.nn.Linear` called `up`.
+        ValueError: `low_rank` is set, and an eraser is neither an AdapterEraser nor ends in a `torch.nn.Linear` called
+            `up`.
         RuntimeError: at the end, if nothing was captured; in the forward pass, if gradient checkpointing is reentrant,
-            because captured outputs then have no gradient.
+            because captured outputs then have no gradient, or if `low_rank` is set and an eraser is offloaded.
     """
 
     def __init__(
@@ -115,10 +117,11 @@ class EraserOutputsCapture(_Capture):
         for name, eraser in erasers.items():
             if not isinstance(eraser, nn.Module):
                 raise TypeError(f"erasers[{name!r}]: expected a torch.nn.Module, got {type(eraser).__name__}")
-            if low_rank and not isinstance(getattr(eraser, "up", None), nn.Linear):
+            is_low_rank = isinstance(eraser, AdapterEraser) or isinstance(getattr(eraser, "up", None), nn.Linear)
+            if low_rank and not is_low_rank:
                 raise ValueError(
-                    f"erasers[{name!r}]: expected an eraser that ends in a torch.nn.Linear called up, as AdapterEraser "
-                    f"does, got {type(eraser).__name__}; capture it with low_rank=False"
+                    f"erasers[{name!r}]: expected an AdapterEraser, or one that ends in a torch.nn.Linear called up, "
+                    f"got {type(eraser).__name__}; capture it with low_rank=False"
                 )
         self._erasers = erasers
         self._outputs = eraser_outputs
@@ -142,6 +145,11 @@ class EraserOutputsCapture(_Capture):
                     f"the output of eraser {name!r} has no gradient: checkpoint with use_reentrant=False"
                 )
             up: Any = module
+            if self._low_rank and up.weight.is_meta:
+                raise RuntimeError(
+                    f"the weights of eraser {name!r} are offloaded as soon as it has run: capture it with "
+                    "low_rank=False, or offload the model before its erasers are attached"
+                )
             self._outputs[name] = LowRankOutput(args[0], up.weight, up.bias) if self._low_rank else output
             self._seen.add(name)
 

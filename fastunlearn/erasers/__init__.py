@@ -11,9 +11,9 @@ eraser made of it, so that erasers trained separately can be used together in an
 What the rest of the library needs of an eraser:
 
 * a model: forward takes the attention's video tokens (..., dim) and returns what is added to them, in their dtype;
-* a trainer: `parameters()`, in float32 whatever the model's dtype;
-* `EraserOutputsCapture`: that forward is called as a module; for low-rank capture, that the last layer is a
-  `torch.nn.Linear` called `up`;
+* a trainer: `parameters()`, in float32 whatever is done to the model, its linear layers for example;
+* `EraserOutputsCapture`: that forward is called as a module; for low-rank capture, that the last layer is linear and
+  called `up`, with a `weight` (dim, rank) and a `bias` (dim,);
 * a file: `state_dict()` with the entries `eraser_files.PARAMETERS`, of the shapes that `saved.py` checks.
 """
 

@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+from diffusers.hooks import apply_layerwise_casting
 from eraser_cases import fingerprint, same, velocity_of
+from quantised import adapt_linear_layers, quantise_linear_layers
 from tiny_models import FAMILIES, LAYERS, VIDEO, cogvideox, family_of, train_a_little
 from torch import nn
 
@@ -16,6 +18,7 @@ from fastunlearn.erasers import (
     attach_erasers,
     detach_erasers,
     erasers_disabled,
+    load_erasers,
     save_erasers,
     set_eraser_scale,
 )
@@ -75,6 +78,68 @@ def test_casting_the_model_leaves_the_erasers_in_float32(family):
     as_velocity_model(model)(*family.inputs(dtype=torch.float16)).float().sum().backward()
     assert {p.grad.dtype for eraser in erasers.values() for p in eraser.parameters()} == {torch.float32}
     assert AdapterEraser(4, 2).double().up.weight.dtype == torch.float64
+
+
+def layerwise_casting(model):
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def layerwise_casting_of_everything(model):
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=None)
+
+
+def casting_linear_layers(model):
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.to(torch.float8_e4m3fn).to(torch.float32)
+
+
+def casting_modules_with_weights(model):
+    for module in model.modules():
+        if hasattr(module, "weight"):
+            module.half().float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        layerwise_casting,
+        layerwise_casting_of_everything,
+        casting_linear_layers,
+        casting_modules_with_weights,
+        quantise_linear_layers,
+        adapt_linear_layers,
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_what_is_done_to_linear_layers_is_not_done_to_erasers(change, tmp_path):
+    model, changed = cogvideox(), cogvideox()
+    erasers = attach_erasers(model, rank=4)
+    train_a_little(erasers)
+    expected = {name: tensor.clone() for name, tensor in erasers[LAYERS[0]].state_dict().items()}
+    change(model)
+    change(changed)
+    erasers = attach_erasers(changed, rank=4)  # it makes no difference which comes first
+    train_a_little(erasers)
+    assert torch.equal(velocity_of(model), velocity_of(changed))
+    assert not any(isinstance(module, nn.Linear) for eraser in erasers.values() for module in eraser.modules())
+    for either in (model, changed):
+        state = either.get_submodule(f"{LAYERS[0]}.erasers.default").state_dict()
+        assert state.keys() == expected.keys()
+        assert all(value.dtype == torch.float32 and torch.equal(value, expected[key]) for key, value in state.items())
+        save_erasers(either, tmp_path)
+        load_erasers(either, tmp_path, "again", scale=0.0)
+
+
+def test_a_new_eraser_has_the_weights_of_new_linear_layers():
+    torch.manual_seed(3)
+    eraser = AdapterEraser(6, rank=3)
+    after = torch.rand(())
+    torch.manual_seed(3)
+    linear = nn.Linear(6, 3)
+    nn.Linear(3, 6)
+    assert torch.equal(torch.rand(()), after)
+    assert torch.equal(eraser.down.weight, linear.weight) and torch.equal(eraser.down.bias, linear.bias)
 
 
 def attention_outputs(model, layer):
