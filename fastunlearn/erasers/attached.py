@@ -18,6 +18,7 @@ from fastunlearn.erasers.parts import Model, Part, parts_of, stacks_in
 from fastunlearn.erasers.stack import EraserStack, add_erasers
 from fastunlearn.erasers.switches import EVERYWHERE, begin_call, end_call, switched_off
 from fastunlearn.families import experts, hidden_size
+from fastunlearn.offloading import device_for_new_parts
 from fastunlearn.ops.arguments import check_number
 
 
@@ -97,7 +98,8 @@ def _install(
     for erasers in sets.values():
         for layer, eraser in erasers.items():  # first of all, because the device may be full
             attention = layers[layer]
-            eraser.to(next(attention.parameters()).device).train(attention.training).requires_grad_(True)
+            device = device_for_new_parts(attention, transformer)
+            eraser.to(device).train(attention.training).requires_grad_(True)
     base: Any = transformer
     eraser_parameters = {id(p) for stack in stacks_in(layers).values() for p in stack.parameters()}
     if not eraser_parameters:
@@ -147,6 +149,9 @@ def attach_erasers(model: Model, rank: int = 128, name: str = "default") -> dict
     when it comes to the transformer. What `torch.compile` has compiled is compiled again at its next call, here and
     whenever erasers are loaded or detached.
 
+    If the model is offloaded, its erasers stay on the device that it computes on. Offload first and attach then:
+    erasers that are offloaded with the model can be used and saved, but not trained.
+
     Args:
         model: a supported transformer (see `fastunlearn.families`), a VelocityModel or other wrapper of one, or a
             diffusers pipeline, with one transformer or two.
@@ -159,8 +164,8 @@ def attach_erasers(model: Model, rank: int = 128, name: str = "default") -> dict
 
     Raises:
         TypeError: the model is of no supported family.
-        ValueError: erasers of this name are already attached, the name or the rank is not valid, or a part of the model
-            was made a CUDA graph.
+        ValueError: erasers of this name are already attached, the name or the rank is not valid, a part of the model
+            was made a CUDA graph, its weights are not loaded, or it is offloaded in a way that takes no new parameters.
     """
     parts = parts_of(model)
     check_new_name(parts, name)

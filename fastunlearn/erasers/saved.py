@@ -22,6 +22,7 @@ from fastunlearn.erasers.attached import (
 from fastunlearn.erasers.parts import Model, Part, parts_of
 from fastunlearn.families import EXPERTS, Family, attentions, hidden_size
 from fastunlearn.files import expand_home
+from fastunlearn.offloading import loaded_parameters
 
 Folder = str | os.PathLike[str]
 
@@ -31,7 +32,7 @@ def save_erasers(model: Model, folder: Folder, name: str = "default", concept: s
 
     A crash while saving leaves what the folder held before. Erasers that were saved there earlier are replaced. If a
     pipeline has two transformers, the erasers of each go into a folder of its name inside, `transformer` and
-    `transformer_2`.
+    `transformer_2`. The parameters of an offloaded model are fetched from where they are.
 
     Args:
         model: the model that the erasers are attached to, or its pipeline.
@@ -41,9 +42,21 @@ def save_erasers(model: Model, folder: Folder, name: str = "default", concept: s
 
     Raises:
         TypeError: the model is of no supported family, or `concept` is not a string.
-        ValueError: no erasers are called `name`, or a parameter is not finite.
+        ValueError: no erasers are called `name`, or their parameters are not what `load_erasers` can read: other names
+            or shapes, quantised, sharded, not loaded, rounded to a narrow dtype, or not finite. Nothing is written.
         FileExistsError: the folder holds a config.json that is not of erasers.
         ImportError: safetensors is not installed.
+    """
+    for prefix, states, entries in collect_erasers(model, name, concept):
+        eraser_files.write(Path(folder) / prefix, states, entries)
+
+
+def collect_erasers(
+    model: Model, name: str, concept: str | None
+) -> Sequence[tuple[str, eraser_files.States, dict[str, Any]]]:
+    """What `save_erasers` writes, checked: for each transformer its folder, and what `eraser_files.write` takes.
+
+    Raises what `save_erasers` does.
     """
     if concept is not None and not isinstance(concept, str):
         raise TypeError(f"concept: expected a string or None, got {type(concept).__name__}")
@@ -52,10 +65,12 @@ def save_erasers(model: Model, folder: Folder, name: str = "default", concept: s
         erasers = part.erasers(name)
         if not erasers:
             raise no_such_erasers(name)
-        states = {layer: eraser.state_dict() for layer, eraser in erasers.items()}
+        states = _loaded_states(part.transformer, erasers, name)
+        rank, dim = next(iter(states.values())).get("down.bias", torch.empty(0)).numel(), hidden_size(part.transformer)
         for layer, state in states.items():
+            _check_shapes(layer, state, dim, rank)
+            _check_saveable(layer, state)
             _check_finite(layer, state)
-        rank, dim = next(iter(erasers.values())).down.weight.shape
         config = {
             "backbone": part.family.name,
             "concept": concept,
@@ -63,9 +78,21 @@ def save_erasers(model: Model, folder: Folder, name: str = "default", concept: s
             "dim": dim,
             "versions": {package: installed_version(package) for package in ("fastunlearn", "torch", "diffusers")},
         }
-        contents.append((part, states, config))
-    for part, states, config in contents:
-        eraser_files.write(Path(folder) / part.prefix, states, config)
+        contents.append((part.prefix, states, config))
+    return contents
+
+
+def _loaded_states(
+    transformer: nn.Module, erasers: Mapping[str, AdapterEraser], name: str
+) -> dict[str, dict[str, Tensor]]:
+    """The parameters of erasers by layer, then by name, wherever they are."""
+    # Not state_dict(), which would shard again what FSDP2 has gathered.
+    states: dict[str, dict[str, Tensor]] = {layer: dict(e.named_parameters()) for layer, e in erasers.items()}
+    places = {f"{layer}.erasers.{name}.{key}": (layer, key) for layer, state in states.items() for key in state}
+    for full_name, parameter in loaded_parameters(transformer, places.__contains__):
+        layer, key = places[full_name]
+        states[layer][key] = parameter
+    return states
 
 
 @overload
@@ -209,18 +236,36 @@ def _restored(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> Adap
         if isinstance(value, Tensor) and not _is_plain(value):
             description = f"{value.dtype}, {value.layout} on {value.device}" + ", nested" * value.is_nested
             raise ValueError(f"{layer}: expected {key} to be a dense floating-point tensor, got {description}")
-    # Spelled out rather than read from a new eraser: a file may claim any rank, and nothing of that size may be
-    # allocated before the tensors are known to have it.
-    expected = {"down.weight": (rank, dim), "down.bias": (rank,), "up.weight": (dim, rank), "up.bias": (dim,)}
-    got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in state.items()}
-    if got != expected:
-        raise ValueError(f"{layer}: expected parameters {expected}, got {got}")
+    _check_shapes(layer, state, dim, rank)
     weights = {key: value.to(torch.float32, copy=True) for key, value in state.items()}
     _check_finite(layer, weights)
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced right away
         eraser = AdapterEraser(dim, rank)
     eraser.load_state_dict(weights, assign=True)
     return eraser
+
+
+def _check_shapes(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> None:
+    # Spelled out rather than read from a new eraser: a file may claim any rank, and nothing of that size may be
+    # allocated before the tensors are known to have it.
+    expected = {"down.weight": (rank, dim), "down.bias": (rank,), "up.weight": (dim, rank), "up.bias": (dim,)}
+    got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in state.items()}
+    if got != expected:
+        raise ValueError(f"{layer}: expected parameters {expected}, got {got}")
+
+
+def _check_saveable(layer: str, state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        if type(value) not in (Tensor, nn.Parameter):
+            raise ValueError(
+                f"{layer}: expected {key} to be a plain tensor, got {type(value).__name__}; an eraser cannot be saved "
+                "while it is quantised or sharded (after fully_shard, call unshard() on every process first)"
+            )
+        if value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{layer}: expected {key} in float32, got {value.dtype}, to which something has rounded it; call "
+                "float() on the model to save erasers with what is left of their precision"
+            )
 
 
 def _is_plain(value: Tensor) -> bool:

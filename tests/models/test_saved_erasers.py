@@ -6,12 +6,18 @@ import io
 import json
 import os
 import pickle
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from eraser_cases import fingerprint, same, velocity_of
+from quantised import Int8Weight
 from tiny_models import DIM, FAMILIES, LAYERS, cogvideox, family_of, hunyuan_video, train_a_little
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from fastunlearn import eraser_files
 from fastunlearn.erasers import (
@@ -69,6 +75,92 @@ def test_saved_erasers_of_every_family_come_back(family, tmp_path):
     with pytest.raises(ValueError, match=f"expected erasers for {family_of(stranger)}, got erasers for {family.name}"):
         load_erasers(stranger, tmp_path / "erasers")
     assert same(before, fingerprint(stranger))
+
+
+def with_layer(model, **parameters):
+    """Puts parameters into the last layer of the second eraser as no cast of a module would."""
+    up = model.get_submodule(f"{LAYERS[1]}.erasers.default.up")
+    for name, value in parameters.items():
+        setattr(up, name, nn.Parameter(value))
+
+
+WEIGHT = torch.ones(DIM, 4)
+
+
+def parametrize(model):
+    nn.utils.parametrizations.weight_norm(model.get_submodule(f"{LAYERS[1]}.erasers.default.up"))
+
+
+def wrap(model):
+    eraser = model.get_submodule(f"{LAYERS[1]}.erasers.default")
+    eraser.up = nn.ModuleDict({"base_layer": eraser.up})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            partial(with_layer, weight=Int8Weight.quantised(WEIGHT)),
+            "up.weight to be a plain tensor, got Int8Weight",
+        ),
+        (partial(with_layer, weight=WEIGHT.half()), "up.weight in float32, got torch.float16, to which something has"),
+        (partial(with_layer, bias=torch.ones(DIM).bfloat16()), "up.bias in float32, got torch.bfloat16"),
+        (partial(with_layer, weight=WEIGHT.to(torch.float8_e4m3fn)), r"up.weight in float32, got torch.float8_e4m3fn"),
+        (partial(with_layer, weight=torch.ones(DIM, 3)), r"'up.weight': \(64, 4\).*got .*'up.weight': \(64, 3\)"),
+        (partial(with_layer, weight=torch.ones(0)), r"'up.weight': \(64, 4\).*got .*'up.weight': \(0,\)"),  # as ZeRO-3
+        (
+            partial(with_layer, weight=torch.full((DIM, 4), torch.inf)),
+            "expected finite numbers in up.weight, got",
+        ),
+        (parametrize, "expected parameters .*got .*'up.parametrizations.weight.original0'"),
+        (wrap, "expected parameters .*got .*'up.base_layer.weight'"),  # as PEFT
+    ],
+)
+def test_erasers_that_could_not_be_loaded_again_are_not_saved(trained, change, message):
+    model, folder, _ = trained
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    change(model)
+    with pytest.raises(ValueError, match=f"{LAYERS[1]}: {message}" if message[0] == "e" else message):
+        save_erasers(model, folder)
+    with pytest.raises(ValueError, match=message):
+        save_erasers(model, folder / "new")
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rounded_erasers_are_saved_once_they_are_float32_again(trained):
+    model, folder, _ = trained
+    with_layer(model, weight=WEIGHT.half() / 3)
+    model.float()
+    save_erasers(model, folder)
+    erasers = load_erasers(cogvideox(rope=True), folder)
+    assert torch.equal(erasers[LAYERS[1]].up.weight, (WEIGHT.half() / 3).float())
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_erasers_are_saved_while_they_are_whole(trained, one_process):
+    model, folder, expected = trained
+    shutil.rmtree(folder)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for block in model.transformer_blocks:
+        fully_shard(block, mesh=mesh)
+    with pytest.raises(ValueError, match=r"plain tensor, got DTensor; .*after fully_shard, call unshard\(\) on every"):
+        save_erasers(model, folder)
+    assert not folder.exists()
+    for block in model.transformer_blocks:
+        block.unshard()
+    save_erasers(model, folder)
+    other = cogvideox(rope=True)
+    load_erasers(other, folder)
+    assert torch.equal(velocity_of(other), expected)
 
 
 def upstream(folder, model, layers=LAYERS, **config):

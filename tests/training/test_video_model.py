@@ -4,10 +4,12 @@ import copy
 import json
 import shutil
 
+import accelerate
 import pytest
 import torch
 from pipeline_cases import FP32, PROMPT, SIZE, batched, every_family, noise, one_of_each, recorded_calls
 from tiny_models import cogvideox, train_a_little
+from training_cases import tiny_model
 
 from fastunlearn import detach_erasers, load_erasers
 from fastunlearn.families import LatentSpace
@@ -36,6 +38,13 @@ def test_each_timestep_uses_the_same_expert_as_in_the_pipeline(loaded_model, dif
     used = [(index, kwargs["timestep"][0].item()) for index, kwargs in calls]
     assert {index for index, _ in used} == {0, 1}
     assert all(model.expert_index(t) == index for index, t in used)
+
+
+def test_the_device_is_where_the_model_computes():
+    model = tiny_model()
+    assert model.device == torch.device("cpu")
+    accelerate.cpu_offload(model.experts[0].transformer, torch.device("cpu"))
+    assert next(model.experts[0].parameters()).is_meta and model.device == torch.device("cpu")
 
 
 # Latents and videos
@@ -310,6 +319,19 @@ def test_erasers_of_several_concepts_add_up_with_a_scale_each(tiny_pipeline, tmp
     torch.testing.assert_close(model.experts[0](x_t, 500.0, batched(encoded)), expected(x_t, 500.0, batched(encoded)))
     other = load_model(tiny_pipeline(family), **FP32)
     assert list(other.load_erasers([tmp_path / "first"], names=["a"])) == ["a"]
+
+
+def test_either_all_erasers_are_saved_or_none(tiny_pipeline, tmp_path):
+    model = load_model(tiny_pipeline("wan-2.2"), **FP32)
+    erasers = model.attach_erasers(4)
+    model.save_erasers(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for by_layer in erasers:
+        train_a_little(by_layer)
+    next(iter(erasers[1].values())).up.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="expected finite numbers in up.bias, got NaN or infinity"):
+        model.save_erasers(tmp_path)
+    assert len(before) == 4 and before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
 
 def test_either_all_erasers_are_loaded_or_none(tiny_pipeline, tmp_path):

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastunlearn import erasers, schedule
+from fastunlearn import eraser_files, erasers, schedule
 from fastunlearn.dtypes import widest_dtype
 from fastunlearn.erasers import AdapterEraser
-from fastunlearn.families import EXPERTS, Family, LatentSpace, family_of, patch_size, token_grid
+from fastunlearn.erasers.saved import collect_erasers
+from fastunlearn.families import EXPERTS, Family, LatentSpace, family_of, find_transformer, patch_size, token_grid
 from fastunlearn.files import expand_home
+from fastunlearn.offloading import computing_device
 from fastunlearn.training.model.vae import decode_latents, encode_videos
 from fastunlearn.velocity_model import as_velocity_model
 
@@ -122,8 +124,9 @@ class VideoModel:
 
     @property
     def device(self) -> torch.device:
-        """The experts' device."""
-        return next(self.experts[0].parameters()).device
+        """The device that the experts compute on."""
+        transformer, _ = find_transformer(self.experts[0])
+        return computing_device(transformer, transformer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -269,8 +272,10 @@ class VideoModel:
         One expert's erasers go into the folder itself; those of two go into subfolders named like the pipeline's
         transformers, `transformer` and `transformer_2`.
         """
-        for expert, expert_folder in zip(self.experts, self._expert_folders(folder), strict=True):
-            erasers.save_erasers(expert, expert_folder, name, concept)
+        # All are checked before any are written, so that a folder does not end up with half of them replaced.
+        collected = [content for expert in self.experts for content in collect_erasers(expert, name, concept)]
+        for expert_folder, (_, states, entries) in zip(self._expert_folders(folder), collected, strict=True):
+            eraser_files.write(expert_folder, states, entries)
 
     def load_erasers(
         self,
