@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from fastunlearn.dtypes import dtype_name
 from fastunlearn.families import find_transformer
+from fastunlearn.offloading import loaded_parameters
 from fastunlearn.training.cache.index import file_entry
 from fastunlearn.training.cache.teacher import Teacher
 from fastunlearn.training.data.requests import Request
@@ -64,17 +67,31 @@ def _request_facts(request: Request) -> dict[str, Any]:
 
 
 def weights_digest(model: VideoModel) -> str:
-    """A digest that tells models apart by a few values of each weight, without reading them all. Ignores erasers."""
+    """A digest that tells models apart by a few values of each weight, without reading them all. Ignores erasers.
+
+    Raises:
+        ValueError: a weight is not loaded, or is sharded over processes.
+    """
     digest = hashlib.sha256()
     for expert in model.experts:
-        for name, weight in find_transformer(expert)[0].named_parameters():
-            if ".erasers." in name:
-                continue
-            values = weight.detach().flatten()
-            values = values[:: max(1, len(values) // _SAMPLED_VALUES)].float().cpu()
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            digest.update(values.numpy().tobytes())
+        for name, weight in loaded_parameters(find_transformer(expert)[0], lambda name: ".erasers." not in name):
+            for part, tensor in _plain_parts(name, weight):
+                values = tensor.detach().flatten()
+                values = values[:: max(1, len(values) // _SAMPLED_VALUES)].float().cpu()
+                digest.update(f"{part} {tuple(tensor.shape)}".encode())
+                digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_parts(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors that hold the values of a weight, which is itself one unless it is quantised."""
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"{name}: expected a whole weight, got one that is sharded over processes")
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:
+        yield from _plain_parts(f"{name}.{part}", getattr(weight, part))
 
 
 def check_cache_fits(
