@@ -292,7 +292,8 @@ def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path: Path) -> 
 
 
 def test_an_invalid_seed_is_a_one_line_error(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="^fastunlearn demo: seed: expected a whole number from 0 to 4294967295, got -1$"):
+    match = "^fastunlearn demo: seed: expected a whole number from 0 to 4294967295, got -1$"
+    with pytest.raises(SystemExit, match=match):
         command(["demo", "--seed", "-1", "--output", str(tmp_path)])
 
 
