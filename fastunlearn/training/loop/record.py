@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def write(folder: Path, settings: Mapping[str, Any], cache: TeacherCache) -> Non
 
 
 def read(folder: Path) -> TrainingRecord | None:
-    """Reads the record of the erasers in `folder`; None if there is none, or it is of other erasers.
+    """Reads the record of the erasers in `folder`; None if there is none, or, after a warning, if it is of others.
 
     Raises:
         ValueError: the record or the erasers are damaged.
@@ -64,6 +65,11 @@ def read(folder: Path) -> TrainingRecord | None:
     if not isinstance(settings, dict) or not isinstance(cache, dict) or not is_list_of_strings(prompts):
         raise ValueError(f"{path}: expected settings and a cache, got others; the file is damaged: delete it")
     if content.get("erasers_sha256") != erasers_digest(folder):
+        warnings.warn(
+            f"{folder}: expected the erasers that {RECORD} describes, got others: a save was interrupted, or files "
+            "were replaced; if there are two transformers, their erasers may not belong together",
+            stacklevel=3,
+        )
         return None
     return TrainingRecord(settings, cache.get("seed"), frozenset(prompts or ()))
 
