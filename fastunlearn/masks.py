@@ -162,7 +162,7 @@ def _concept_maps(
 
 def _check_finite(maps: Mapping[str, Tensor]) -> None:
     """Raises if a map has a NaN, which would normalise to an empty mask of its layer and of the average."""
-    are_finite = torch.stack([concept.isfinite().all() for concept in maps.values()]).tolist()  # waits only once
+    are_finite = torch.stack([concept.isfinite().all() for concept in maps.values()]).cpu().tolist()  # one wait
     for (name, concept), is_finite in zip(maps.items(), are_finite, strict=True):
         if not is_finite:
             raise ValueError(

@@ -67,6 +67,7 @@ def test_the_noise_schedule(function: Callable[..., Tensor]) -> None:
     same_on_both(lambda device: function(x_0.to(device), noise.to(device), ALPHAS, t.to(device)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the attention does not return")
 @pytest.mark.parametrize(("prediction_type", "low_rank"), [("v_prediction", True), ("epsilon", False)])
 def test_a_whole_step_with_captures(prediction_type: Any, low_rank: bool) -> None:
     def step(device: torch.device) -> Any:
