@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 Span = tuple[int, int]  # of characters: start and end
@@ -105,6 +106,7 @@ class _Folded(NamedTuple):
         return self.origins[match.start()][0], self.origins[match.end() - 1][1]
 
 
+@lru_cache(maxsize=16)
 def _fold(text: str, without: str = "") -> _Folded:
     """Folds a text. Characters in `without`, written as in a regular expression's [], are left out."""
     removed = re.compile(f"[{without}]") if without else None
