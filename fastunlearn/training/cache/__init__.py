@@ -13,10 +13,12 @@ without the prompt, and where the model sees the concept. Training reads points 
     index.py, shards.py  the two kinds of files that writer and reader share
     provenance.py     what a cache was made from, and whether it fits the model to be trained
     estimate.py       what `prepare` will cost
+    changes.py        what differs between the facts of two runs, as text
 
 To follow what happens, read `plan.py`, `teacher.py`, `writer.py`, `reader.py`. A cache is a folder of
 
-    index.json               what determines the content, its fingerprint, and every shard with its checksum
+    index.json               what determines the content, its fingerprint, every shard with its checksum, and a checksum
+                             of all that; opening a cache checks these, and reading a shard first checks its own
     prompts.safetensors      the condition of each prompt, as "{index of the prompt}.{keyword of transformer.forward}"
     shard-00000.safetensors  the points of the first unit of work, and so on
 
