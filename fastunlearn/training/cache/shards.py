@@ -93,7 +93,7 @@ def check_tensors(path: Path, file: Any, points: Any, facts: Mapping[str, Any]) 
     if "mask" in got:
         expected["mask"] = ("BOOL", (points, *facts["token_grid"]))
     if got != expected:
-        raise ValueError(f"{path}: expected {shown(points)} points with {expected}, got {shown(got, 400)}")
+        raise ValueError(f"{path}: expected {shown(points)} points with {shown(expected, 400)}, got {shown(got, 400)}")
     return "mask" in got
 
 
