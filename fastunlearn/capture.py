@@ -34,7 +34,7 @@ class _Capture:
         self._seen: set[str] = set()
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        self._in_forward = True
+        self._in_forward = self._undo is not None  # a model that was compiled inside keeps calling this hook
         self._grad_enabled = torch.is_grad_enabled()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -44,9 +44,20 @@ class _Capture:
         """Installs the hooks, and pushes onto `undo` the callbacks that remove them."""
         raise NotImplementedError
 
+    def _captured_modules(self) -> Mapping[str, nn.Module]:
+        """The modules that are captured, by the layers' names."""
+        raise NotImplementedError
+
     def _reasons_for_nothing(self) -> str:
         """The possible reasons why nothing was captured, for the error message."""
         raise NotImplementedError
+
+    def _hidden_layers(self) -> list[str]:
+        """The layers of which nothing was captured, and which are in a part of the model that was compiled."""
+        compiled = [module for module in self._transformer.modules() if _is_compiled(module)]
+        inside = {id(child) for module in compiled for child in module.modules()}
+        modules = self._captured_modules().items()
+        return [name for name, module in modules if name not in self._seen and id(module) in inside]
 
     def __enter__(self) -> Any:
         if self._undo is not None:
@@ -67,6 +78,17 @@ class _Capture:
         self._undo, self._in_forward = None, False
         if error_type is None and not self._seen:
             raise RuntimeError(f"{type(self).__name__} captured nothing: {self._reasons_for_nothing()}")
+        if error_type is None and (hidden := self._hidden_layers()):
+            raise RuntimeError(
+                f"{type(self).__name__} captured nothing of layers {', '.join(hidden)}: they were compiled before the "
+                "capture began"
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module was given to `torch.compile`, is what that returned, or has a forward method that is."""
+    wraps = "_orig_mod" in module._modules or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    return wraps or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _check_mapping(name: str, value: object, mapping_type: type) -> None:
@@ -99,8 +121,9 @@ class EraserOutputsCapture(_Capture):
         TypeError: the model is of no supported family, or `erasers` or `eraser_outputs` is not a mapping.
         ValueError: `low_rank` is set, and an eraser is neither an AdapterEraser nor ends in a `torch.nn.Linear` called
             `up`.
-        RuntimeError: at the end, if nothing was captured; in the forward pass, if gradient checkpointing is reentrant,
-            because captured outputs then have no gradient, or if `low_rank` is set and an eraser is offloaded.
+        RuntimeError: at the end, if nothing was captured, or nothing of layers that were compiled before; in a forward
+            pass, if gradient checkpointing is reentrant, because captured outputs then have no gradient, or if
+            `low_rank` is set and an eraser is offloaded.
     """
 
     def __init__(
@@ -134,6 +157,9 @@ class EraserOutputsCapture(_Capture):
                 undo.callback(last.register_forward_hook(self._hook(name, eraser)).remove)
             else:
                 undo.callback(eraser.register_forward_hook(self._hook(name, eraser)).remove)
+
+    def _captured_modules(self) -> Mapping[str, nn.Module]:
+        return self._erasers
 
     def _hook(self, name: str, eraser: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -190,7 +216,7 @@ class AttnMapsCapture(_Capture):
             integers.
         ValueError: `token_indices` is empty; in the forward pass, if it does not fit the batch or the text, or if the
             batch, the size or the token grid of a call differs from that of earlier calls.
-        RuntimeError: at the end, if nothing was captured.
+        RuntimeError: at the end, if nothing was captured, or nothing of layers that were compiled before.
     """
 
     def __init__(
@@ -216,8 +242,11 @@ class AttnMapsCapture(_Capture):
         self._calls.clear()
         self._grid = None
         undo.callback(self._transformer.register_forward_pre_hook(self._keep_grid, with_kwargs=True).remove)
-        for name, attention in attentions(self._transformer, self._family.text_attended).items():
+        for name, attention in self._captured_modules().items():
             undo.callback(self._wrap(name, attention))
+
+    def _captured_modules(self) -> Mapping[str, nn.Module]:
+        return attentions(self._transformer, self._family.text_attended)
 
     def _keep_grid(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         latents = kwargs.get("hidden_states", args[0] if args else None)

@@ -6,6 +6,8 @@ from eraser_cases import in_another_thread, velocity_of, with_two_sets
 from tiny_models import cogvideox, train_a_little, wan, wan_inputs
 
 from fastunlearn import (
+    AttnMapsCapture,
+    EraserOutputsCapture,
     as_velocity_model,
     attach_erasers,
     detach_erasers,
@@ -91,6 +93,45 @@ def test_all_that_changes_erasers_reaches_a_model_that_was_compiled_before(tmp_p
         assert not torch.equal(run(), plain)
     detach_erasers(model)
     assert torch.equal(run(), plain)
+
+
+def test_eraser_outputs_of_a_part_that_was_compiled_before_are_refused():
+    model, outputs = wan(), {}
+    erasers = attach_erasers(model, rank=4)
+    torch.compiler.reset()
+    model.blocks[1].attn2.compile(backend="eager")
+    velocity_of(model)
+    with pytest.raises(RuntimeError, match=r"nothing of layers blocks\.1\.attn2: they were compiled before"):  # noqa: SIM117
+        with EraserOutputsCapture(model, erasers, outputs):
+            velocity_of(model)
+    assert list(outputs) == ["blocks.0.attn2"]
+
+
+def test_attention_maps_of_a_part_that_was_compiled_before_are_right():
+    model, plain, maps, expected = wan(), wan(), {}, {}
+    torch.compiler.reset()
+    model.blocks[1].attn2.compile(backend="eager")
+    velocity_of(model)
+    for each, filled in ((model, maps), (plain, expected)):
+        with AttnMapsCapture(each, filled, token_indices=[1]):
+            velocity_of(each)
+    torch.testing.assert_close(maps, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_was_compiled_inside_a_capture_is_not_captured_after_it():
+    model, outputs = wan(num_layers=1), {}
+    erasers = attach_erasers(model, rank=4)
+    run, _ = compiled("torch.compile", model)
+    with EraserOutputsCapture(model, erasers, outputs):
+        run()
+    (kept,) = outputs.values()
+    run()
+    assert outputs["blocks.0.attn2"] is kept
+    with (
+        pytest.raises(RuntimeError, match="compiled before the capture began"),
+        EraserOutputsCapture(model, erasers, {}),
+    ):
+        run()
 
 
 def test_models_in_cuda_graphs_are_refused():
