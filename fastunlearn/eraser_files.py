@@ -22,7 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastunlearn.files import expand_home, read_json, read_versioned_json, replace_file
+from fastunlearn.files import (
+    expand_home,
+    load_torch,
+    one_line,
+    read_file,
+    read_json,
+    read_versioned_json,
+    replace_file,
+    shown,
+)
 
 CONFIG = "config.json"
 FORMAT, FORMAT_VERSION = "fastunlearn-erasers", 1
@@ -94,9 +103,9 @@ def read(folder: str | os.PathLike[str]) -> StoredErasers:
         ImportError: safetensors is needed and not installed.
     """
     folder = expand_home(folder)
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).exists():
         return _read_own(folder)
-    if (folder / UPSTREAM_CONFIG).is_file():
+    if (folder / UPSTREAM_CONFIG).exists():
         return _read_upstream(folder)
     raise FileNotFoundError(f"{folder}: expected {CONFIG} or {UPSTREAM_CONFIG} in this folder, found neither")
 
@@ -106,9 +115,11 @@ def _read_own(folder: Path) -> StoredErasers:
     config = read_versioned_json(path, format=FORMAT, version=FORMAT_VERSION, what="the configuration of saved erasers")
     layers, family = config.get("layers"), config.get("backbone")
     if not isinstance(layers, list) or not isinstance(family, str):
-        raise ValueError(f"{path}: expected a list 'layers' and a string 'backbone', got {layers!r} and {family!r}")
+        raise ValueError(
+            f"{path}: expected a list 'layers' and a string 'backbone', got {shown(layers)} and {shown(family)}"
+        )
     weights_path = _weights_path(folder, config)
-    weights = _existing(weights_path).read_bytes()
+    weights = _content(weights_path)
     if hashlib.sha256(weights).hexdigest() != config.get("sha256"):
         raise ValueError(
             f"{weights_path}: expected the checksum that {CONFIG} states, got another; "
@@ -119,7 +130,7 @@ def _read_own(folder: Path) -> StoredErasers:
         tensors = load(weights)
     except Exception as error:  # the checksum proves that the file is complete, not that it is valid
         raise ValueError(
-            f"{weights_path}: expected a safetensors file, got one that cannot be read ({error})"
+            f"{weights_path}: expected a safetensors file, got one that cannot be read ({one_line(error, 200)})"
         ) from error
     states = {
         str(layer): {key: tensors.pop(f"{layer}.{key}") for key in PARAMETERS if f"{layer}.{key}" in tensors}
@@ -127,25 +138,25 @@ def _read_own(folder: Path) -> StoredErasers:
     }
     if tensors:
         raise ValueError(
-            f"{weights_path}: expected tensors of the layers in {CONFIG}, got others too: {sorted(tensors)}"
+            f"{weights_path}: expected tensors of the layers in {CONFIG}, got others too: {shown(sorted(tensors))}"
         )
     return StoredErasers(states, _rank(path, config.get("rank")), family)
 
 
 def _read_upstream(folder: Path) -> StoredErasers:
-    path, weights_path = folder / UPSTREAM_CONFIG, _existing(folder / UPSTREAM_WEIGHTS)
+    path, weights_path = folder / UPSTREAM_CONFIG, folder / UPSTREAM_WEIGHTS
     config = read_json(path)
     if config.get("eraser_type") != "adapter":
-        raise ValueError(f"{path}: expected eraser_type 'adapter', got {config.get('eraser_type')!r}")
-    try:
-        content = torch.load(weights_path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise almost anything
-        raise ValueError(
-            f"{weights_path}: expected a file of weights only, got one that cannot be read so ({type(error).__name__})"
-        ) from error
+        raise ValueError(f"{path}: expected eraser_type 'adapter', got {shown(config.get('eraser_type'))}")
+    weights = _content(weights_path)
+    content = load_torch(weights_path, weights)
     if not isinstance(content, dict) or not all(isinstance(state, Mapping) for state in content.values()):
         raise ValueError(f"{weights_path}: expected a dict of state dicts by layer, got {type(content).__name__}")
     states = {str(layer).removesuffix(".adapter"): dict(state) for layer, state in content.items()}
+    # The numbers of a tensor may repeat a few bytes over and over: 3 kB can claim a tensor of any size.
+    tensors = [value for state in states.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > len(weights):
+        raise ValueError(f"{weights_path}: expected tensors that fit into {len(weights)} bytes, got larger ones")
     return StoredErasers(states, _rank(path, config.get("eraser_rank")), None)
 
 
@@ -153,21 +164,21 @@ def _weights_path(folder: Path, config: Mapping[str, Any]) -> Path:
     name = config.get("weights")
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
         raise ValueError(
-            f"{folder / CONFIG}: expected 'weights' to name a .safetensors file in the same folder, got {name!r}"
+            f"{folder / CONFIG}: expected 'weights' to name a .safetensors file in the same folder, got {shown(name)}"
         )
     return folder / name
 
 
 def _rank(path: Path, rank: object) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{path}: expected a positive integer as rank, got {rank!r}")
+        raise ValueError(f"{path}: expected a positive integer as rank, got {shown(rank)}")
     return rank
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
+def _content(path: Path) -> bytes:
+    if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
-    return path
+    return read_file(path)
 
 
 def _safetensors() -> ModuleType:

@@ -21,7 +21,7 @@ from fastunlearn.erasers.attached import (
 )
 from fastunlearn.erasers.parts import Model, Part, parts_of
 from fastunlearn.families import EXPERTS, Family, attentions, hidden_size
-from fastunlearn.files import expand_home
+from fastunlearn.files import expand_home, one_line, shown
 from fastunlearn.offloading import loaded_parameters
 
 Folder = str | os.PathLike[str]
@@ -214,7 +214,7 @@ def _read(transformer: nn.Module, family: Family, folder: Folder) -> dict[str, A
     """The erasers in a folder by layer, in the order of the model's layers."""
     stored = eraser_files.read(folder)
     if stored.family not in (None, family.name):
-        raise ValueError(f"{folder}: expected erasers for {family.name}, got erasers for {stored.family}")
+        raise ValueError(f"{folder}: expected erasers for {family.name}, got erasers for {one_line(stored.family, 80)}")
     # A block list must have erasers on all of its blocks, but not every list needs erasers: T2VUnlearning puts erasers
     # on HunyuanVideo's single blocks only.
     block_lists = {layer.partition(".")[0] for layer in stored.states}
@@ -224,7 +224,7 @@ def _read(transformer: nn.Module, family: Family, folder: Folder) -> dict[str, A
         missing, unknown = sorted(layers.keys() - stored.states.keys()), sorted(stored.states.keys() - layers.keys())
         raise ValueError(
             f"{folder}: expected erasers for all layers of the model and no others, "
-            f"got none for layers {missing} and some for unknown layers {unknown}"
+            f"got none for layers {shown(missing)} and some for unknown layers {shown(unknown)}"
         )
     dim = hidden_size(transformer)
     return {layer: _restored(layer, stored.states[layer], dim, stored.rank) for layer in layers}
@@ -251,7 +251,7 @@ def _check_shapes(layer: str, state: Mapping[str, Any], dim: int, rank: int) -> 
     expected = {"down.weight": (rank, dim), "down.bias": (rank,), "up.weight": (dim, rank), "up.bias": (dim,)}
     got = {key: tuple(value.shape) if isinstance(value, Tensor) else value for key, value in state.items()}
     if got != expected:
-        raise ValueError(f"{layer}: expected parameters {expected}, got {got}")
+        raise ValueError(f"{layer}: expected parameters {shown(expected, 300)}, got {shown(got, 300)}")
 
 
 def _check_saveable(layer: str, state: Mapping[str, Tensor]) -> None:

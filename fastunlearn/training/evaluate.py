@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastunlearn.devices import usable_device
 from fastunlearn.dtypes import model_dtype
 from fastunlearn.environment import PACKAGES, installed_version
-from fastunlearn.files import read_json, writable, write_json
+from fastunlearn.files import read_json, subfolder, writable, write_json
 from fastunlearn.training import prepare
 from fastunlearn.training.cache.changes import changes
 from fastunlearn.training.cache.reader import TeacherCache
@@ -81,6 +81,7 @@ def _model_and_cache(options: EvaluateOptions) -> tuple[VideoModel, TeacherCache
         cache = TeacherCache.open(options.cache_dir)
         _warn_if_trained_with(options, cache.point_prompts(), cache.facts.get("seed"))
         return erased.load_erased_model(options, dtype=dtype, device=device), cache
+    subfolder(options.output_dir, "cache")
     preparing = prepare_options(options)
     requests = read_requests(preparing)
     _warn_if_trained_with(options, [request.prompt for request in requests], options.seed)

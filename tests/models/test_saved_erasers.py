@@ -447,12 +447,12 @@ def archive(content):
 @pytest.mark.parametrize(
     ("weights", "config", "error", "message"),
     [
-        (pickle.dumps(Hostile(), protocol=2), {}, ValueError, "eraser_weights.pt: expected .* cannot be read"),
-        (archive({"x": Hostile()}), {}, ValueError, "eraser_weights.pt: expected .* cannot be read"),
+        (pickle.dumps(Hostile(), protocol=2), {}, ValueError, "eraser_weights.pt: expected .* fails to load"),
+        (archive({"x": Hostile()}), {}, ValueError, "eraser_weights.pt: expected .* fails to load"),
         (archive([1]), {}, ValueError, "expected a dict"),
         (archive({"x.adapter": {"down.weight": 1}}), {}, ValueError, "got none for layers"),
         (archive({f"{name}.adapter": {"down.weight": 1} for name in LAYERS}), {}, ValueError, "expected parameters"),
-        (b"", {}, ValueError, "eraser_weights.pt: expected .* cannot be read"),
+        (b"", {}, ValueError, "eraser_weights.pt: expected .* fails to load"),
         (None, {}, FileNotFoundError, "eraser_weights.pt is missing"),
         (b"", {"eraser_type": "lora"}, ValueError, "eraser_type 'adapter', got 'lora'"),
     ],

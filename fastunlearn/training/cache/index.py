@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastunlearn.files import read_versioned_json, shown
+from fastunlearn.files import open_file, read_versioned_json, shown
 
 INDEX, PROMPTS = "index.json", "prompts.safetensors"
 FORMAT, FORMAT_VERSION = "fastunlearn-teacher-cache", 1
@@ -36,7 +36,7 @@ def sealed(index: Mapping[str, Any]) -> dict[str, Any]:
 def file_entry(path: Path) -> dict[str, Any]:
     """The index entry of a file: its name, its size in bytes and its SHA-256."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fastunlearn.files import expand_home
+from fastunlearn.files import expand_home, read_file
 from fastunlearn.training.data.words import Span, occurrences, other_forms
 
 
@@ -28,10 +28,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptLine]:
             side of a tab.
     """
     file = expand_home(path)
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"{path}: expected a text file with one prompt per line, but there is no such file")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_file(file).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text, got bytes that are not ({error}); save it as UTF-8") from error
     if "\0" in text:

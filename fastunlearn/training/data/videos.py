@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastunlearn.files import expand_home, replace_file
+from fastunlearn.files import check_file, expand_home, replace_file
 
 # H.264 with the colour matrix that players assume for high definition; the file names it as well.
 _MP4 = (
@@ -138,8 +138,9 @@ def _to_floats(frames: np.ndarray) -> Tensor:
 def _frames(path: str | os.PathLike[str], count: int | None) -> Iterator[np.ndarray]:
     """The first `count` frames of a video file, or all: each (H, W, 3) bytes."""
     path = expand_home(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: expected a video file, but there is no such file")
+    check_file(path)
     yield from (_frames_of_gif if path.suffix.lower() == ".gif" else _frames_by_ffmpeg)(path, count)
 
 

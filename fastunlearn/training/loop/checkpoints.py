@@ -26,7 +26,15 @@ from typing import Any, NamedTuple
 import torch
 
 from fastunlearn import eraser_files
-from fastunlearn.files import expand_home, read_versioned_json, remove_folder, replace_file, shown
+from fastunlearn.files import (
+    expand_home,
+    load_torch,
+    read_file,
+    read_versioned_json,
+    remove_folder,
+    replace_file,
+    shown,
+)
 from fastunlearn.training.cache.changes import shown_apart
 
 ERASERS, STATE, METADATA = "erasers", "training_state.pt", "checkpoint.json"
@@ -187,7 +195,7 @@ def read(path: Path) -> Checkpoint:
         metadata = read_versioned_json(
             path / METADATA, format=FORMAT, version=FORMAT_VERSION, what="the metadata of a checkpoint"
         )
-        content = (path / STATE).read_bytes()
+        content = read_file(path / STATE)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"checkpoint {path} is incomplete: {Path(error.filename).name} is missing") from None
     except ValueError as error:
@@ -201,13 +209,7 @@ def read(path: Path) -> Checkpoint:
             f"got {shown(step)} and {shown(settings)}"
         )
     _check_archive(path / STATE, content)
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a matching checksum does not rule out a malicious file
-        raise ValueError(
-            f"{path / STATE}: expected a readable file of tensors alone, got one that fails to load "
-            f"({type(error).__name__})"
-        ) from error
+    state = load_torch(path / STATE, content)  # a matching checksum does not rule out a malicious file
     if not isinstance(state, dict):
         raise ValueError(f"{path / STATE}: expected a dict, got {type(state).__name__}")
     return Checkpoint(path, step, settings, state)
