@@ -136,6 +136,12 @@ def pipeline(help: str = "the diffusers pipeline: a folder, or a name on the Hug
     return option(help, group="model", is_path=True, **metadata)
 
 
+def trust_remote_code() -> Any:
+    """Whether the pipeline may run code."""
+    help = "let the pipeline run code of its own: only if you trust whoever made it"
+    return option(help, False, group="model", free_on_resume=True)
+
+
 def erasers() -> Any:
     """The folders of the erasers to load."""
     return option("one or more folders of erasers, which are applied together", group="model")

@@ -94,6 +94,8 @@ class PrepareOptions:
         "only print how much disk, how many forward passes and how much memory it would take", False, group="memory"
     )
 
+    trust_remote_code: bool = shared.trust_remote_code()
+
     def __post_init__(self) -> None:
         expand_homes(self)
         check_fields(self)
@@ -276,6 +278,8 @@ class TrainingOptions:
         "torch device, such as cuda:1; the device that Accelerate chooses if left out", free_on_resume=True
     )
 
+    trust_remote_code: bool = shared.trust_remote_code()
+
     def __post_init__(self) -> None:
         expand_homes(self)
         check_fields(self)
@@ -337,6 +341,8 @@ class EvaluateOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision()
     device: str | None = shared.device()
 
+    trust_remote_code: bool = shared.trust_remote_code()
+
     def __post_init__(self) -> None:
         expand_homes(self)
         _check_erasers(self.erasers, self.eraser_scales)
@@ -376,6 +382,8 @@ class SampleOptions:
     format: Literal["mp4", "gif"] = option("file format of the videos", "mp4", group="output")
     mixed_precision: Literal["no", "fp16", "bf16"] = shared.mixed_precision()
     device: str | None = shared.device()
+
+    trust_remote_code: bool = shared.trust_remote_code()
 
     def __post_init__(self) -> None:
         expand_homes(self)

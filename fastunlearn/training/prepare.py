@@ -126,6 +126,7 @@ def encoded_prompts(
         device=device,
         must_contain=targets,
         must_not_contain=[prompt for prompt in prompts if prompt not in targets],
+        trust_remote_code=options.trust_remote_code,
     )
     return {
         text: prompt._replace(condition={keyword: value.cpu() for keyword, value in prompt.condition.items()})
@@ -158,7 +159,13 @@ def run(options: PrepareOptions) -> None:
     # Only one process encodes: others might round differently, but a cache holds one condition per prompt.
     encoded = _broadcast_from_main_process(state, check_and_encode)
     needs_vae = any(request.needs_vae for request in requests)
-    model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=needs_vae)
+    model = load_model(
+        options.pretrained_model_name_or_path,
+        dtype=dtype,
+        device=device,
+        vae=needs_vae,
+        trust_remote_code=options.trust_remote_code,
+    )
     with progress_bar("prepare", is_visible=state.is_main_process) as progress:
         prepare(
             model,
@@ -178,7 +185,7 @@ def run(options: PrepareOptions) -> None:
 def _check_folder_and_size(options: PrepareOptions) -> None:
     """Finds mistakes in the output folder and the video size before weights are loaded, which takes minutes."""
     refuse_foreign_files(writable(options.output_dir))
-    model = outline_pipeline(options.pretrained_model_name_or_path).model
+    model = outline_pipeline(options.pretrained_model_name_or_path, trust_remote_code=options.trust_remote_code).model
     model.latent_shape(*model.defaults.size(options.height, options.width, options.num_frames))
 
 

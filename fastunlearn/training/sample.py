@@ -67,7 +67,14 @@ def run(options: SampleOptions) -> list[Path]:
     device, dtype = usable_device(options.device), model_dtype(options.mixed_precision)
     texts = [options.negative_prompt, *prompts]
     with explained_out_of_memory(options):
-        encoded = encode_prompts(options.pretrained_model_name_or_path, texts, None, dtype=dtype, device=device)
+        encoded = encode_prompts(
+            options.pretrained_model_name_or_path,
+            texts,
+            None,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=options.trust_remote_code,
+        )
     model = erased.load_erased_model(options, dtype=dtype, device=device, vae=True)
     size = model.defaults.size(options.height, options.width, options.num_frames)
     model.latent_shape(*size)  # raises before any sampling if the model does not support this size

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastunlearn.devices import is_cpu, usable_device
 from fastunlearn.dtypes import model_dtype
-from fastunlearn.files import writable
+from fastunlearn.files import subfolder, writable
 from fastunlearn.training.cache.provenance import check_cache_fits
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.loop import processes
@@ -45,6 +45,7 @@ def run(options: TrainingOptions) -> TrainingSummary:
             options.pretrained_model_name_or_path,
             dtype=model_dtype(options.mixed_precision),
             device="cpu" if is_sharded else device,
+            trust_remote_code=options.trust_remote_code,
         )
     try:
         summary = train(model, cache, output_dir, options)
@@ -101,6 +102,8 @@ def train(
         targets = (TargetGroup(guidance_scale=options.negative_guidance_scale),)
     output_dir = writable(output_dir)
     logging_dir = output_dir / "logs" if options.logging_dir is None else Path(options.logging_dir)
+    if options.report_to is not None and options.logging_dir is None:
+        subfolder(output_dir, "logs")
     plugin = processes.fsdp_plugin(options)
     on_cpu = is_cpu(options.device) or (plugin is None and model.device.type == "cpu")
     accelerator = processes.connect(options, logging_dir, cpu=on_cpu)

@@ -1,5 +1,7 @@
 """What the tests of loaded pipelines share: families, a prompt, a size, noise, and a record of a module's calls."""
 
+import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -40,3 +42,12 @@ def recorded_calls(*modules):
     yield calls
     for handle in handles:
         handle.remove()
+
+
+def copy_of(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+def edit(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))

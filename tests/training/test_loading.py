@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from pipeline_cases import FP32, ONE_OF_EACH, PROMPT, batched, every_family, noise, one_of_each
+from pipeline_cases import FP32, ONE_OF_EACH, PROMPT, batched, copy_of, edit, every_family, noise, one_of_each
 from tiny_models import cogvideox
 
 from fastunlearn.training.model.loading import load_model
@@ -47,11 +46,11 @@ def test_half_precision_is_used_by_everything_but_wans_vae(tiny_pipeline, family
 def test_defaults_equal_the_pipelines(loaded_model):
     defaults = {family: loaded_model(family).defaults for family in ONE_OF_EACH}
     assert defaults["cogvideox"] == Defaults(6.0, 64, 64, 9, 8)
-    assert defaults["hunyuan_video"] == Defaults(1.0, 720, 1280, 129, 15)
-    assert defaults["wan-2.2"] == Defaults(5.0, 480, 832, 81, 16)
+    assert defaults["hunyuan_video"] == Defaults(1.0, 64, 64, 9, 15)
+    assert defaults["wan-2.2"] == Defaults(5.0, 64, 64, 9, 16)
 
 
-def test_a_path_without_a_pipeline_is_refused(tmp_path, monkeypatch):
+def test_a_path_without_a_pipeline_is_refused(tmp_path):
     for path in (tmp_path / "none", "./none", "none", "a/b/c"):
         with pytest.raises(
             FileNotFoundError,
@@ -62,13 +61,6 @@ def test_a_path_without_a_pipeline_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="expected a saved diffusers pipeline") as error:
         load_model(tmp_path, **FP32)
     assert "\n" not in str(error.value)
-
-    def unreachable(*args, **kwargs):
-        raise OSError("cannot reach the Hub\nsecond line")
-
-    monkeypatch.setattr(DiffusionPipeline, "load_config", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"got 'some/model' \(cannot reach the Hub\)$"):
-        encode_prompts("some/model", [PROMPT], None, **FP32)
 
 
 @pytest.mark.parametrize(
@@ -88,21 +80,12 @@ def test_pipelines_with_a_timestep_per_token_are_refused(tmp_path):
         load_model(tmp_path, **FP32)
 
 
-def copy_of(folder, to):
-    shutil.copytree(folder, to)
-    return to
-
-
-def edit(file, **entries):
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
-
-
 def test_pickled_weights_are_not_read(tiny_pipeline, tmp_path):
     folder = copy_of(tiny_pipeline("cogvideox"), tmp_path / "pipeline")
     weights = next((folder / "transformer").glob("*.safetensors"))
     torch.save(cogvideox().state_dict(), weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="transformer cannot be read: expected weights in .safetensors files"):
         load_model(folder, **FP32)
 
 
@@ -110,14 +93,14 @@ def test_an_incomplete_pipeline_is_refused(tiny_pipeline, tmp_path):
     folder = copy_of(tiny_pipeline("cogvideox"), tmp_path / "pipeline")
     weights = next((folder / "text_encoder").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="whole files of weights in '.*pipeline', got a truncated or damaged one"):
+    with pytest.raises(ValueError, match="text_encoder/model.safetensors: not a whole safetensors file"):
         encode_prompts(folder, [PROMPT], None, **FP32)
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(FileNotFoundError, match="expected a folder 'tokenizer' in '.*pipeline', got none"):
         encode_prompts(folder, [PROMPT], None, **FP32)
     load_model(folder, **FP32)  # needs neither
     (folder / "model_index.json").write_text("[]")
-    with pytest.raises(ValueError, match=", a None$"):
+    with pytest.raises(ValueError, match="model_index.json: expected a JSON object, got list$"):
         load_model(folder, **FP32)
 
 

@@ -69,7 +69,7 @@ def estimate(options: PrepareOptions) -> Estimate:
     Raises: what `read_requests` and `outline_pipeline` raise.
     """
     requests = read_requests(options)
-    outline = outline_pipeline(options.pretrained_model_name_or_path)
+    outline = outline_pipeline(options.pretrained_model_name_or_path, trust_remote_code=options.trust_remote_code)
     model, itemsize = outline.model, model_dtype(options.mixed_precision).itemsize
     masked_groups = {request.group for request in requests if occurrences(request.prompt, options.concept)}
     plan = Plan(requests, options, model.defaults.guidance(options.guidance_scale), masked_groups)

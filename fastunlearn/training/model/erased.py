@@ -42,7 +42,13 @@ def load_erased_model(
         MemoryError: memory ran out; the message says what would help.
     """
     with explained_out_of_memory(options):
-        model = load_model(options.pretrained_model_name_or_path, dtype=dtype, device=device, vae=vae)
+        model = load_model(
+            options.pretrained_model_name_or_path,
+            dtype=dtype,
+            device=device,
+            vae=vae,
+            trust_remote_code=options.trust_remote_code,
+        )
         names = [f"erasers-{number}" for number in range(1, len(options.erasers) + 1)]
         model.load_erasers(options.erasers, names, options.eraser_scales or None)
     return model

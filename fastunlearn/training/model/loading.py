@@ -13,15 +13,30 @@ from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
-from safetensors import SafetensorError
+from torch import nn
 
 from fastunlearn.devices import round_buffers
 from fastunlearn.families import FAMILIES, Family
+from fastunlearn.files import one_line, shown
+from fastunlearn.training.model.pipeline_folder import (
+    check_folder,
+    check_index,
+    component_class,
+    model_without_weights,
+    one_line_errors,
+    read_config,
+    read_index,
+)
 from fastunlearn.training.model.video_model import Defaults, VideoModel
 
 
 def load_model(
-    path: str | os.PathLike[str], *, dtype: torch.dtype, device: torch.device | str, vae: bool = False
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    vae: bool = False,
+    trust_remote_code: bool = False,
 ) -> VideoModel:
     """Loads the transformers and the scheduler of a saved pipeline, but no text encoder.
 
@@ -31,16 +46,18 @@ def load_model(
             unless its family needs another (Wan's VAE is always float32).
         device: where to load the model.
         vae: load the VAE as well. Only `decode` and `encode_video` need it.
+        trust_remote_code: let the pipeline run code of its own.
 
     Raises:
-        FileNotFoundError: there is no pipeline at `path`.
-        ValueError: the pipeline's class, or the variant of its transformer, is not supported.
+        FileNotFoundError: there is no pipeline at `path`, or the Hub cannot be reached.
+        ValueError: the pipeline's class, or the variant of its transformer, is not supported, a file is damaged, or the
+            pipeline would run code of its own.
     """
     path = os.path.expanduser(path)
-    cls, family = pipeline_class(path)
+    cls, family = pipeline_class(path, trust_remote_code)
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     without = family.text_components if vae else (*family.text_components, "vae")
-    pipeline = load_components(cls, path, dtypes, without)
+    pipeline = load_components(cls, path, dtypes, without, trust_remote_code)
     round_buffers(pipeline.components.values(), torch.device(device))
     pipeline.to(device)
     boundary_ratio = pipeline.config.get("boundary_ratio")
@@ -55,7 +72,14 @@ def load_model(
     if vae:
         # Without tiling it would take more memory than the transformer. A small video is a single tile.
         pipeline.vae.enable_tiling()
-    return _video_model(path, transformers, pipeline.scheduler, boundary_ratio, vae=pipeline.vae if vae else None)
+    return _video_model(
+        path,
+        transformers,
+        pipeline.scheduler,
+        boundary_ratio,
+        pipeline.vae if vae else None,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 class Outline(NamedTuple):
@@ -72,76 +96,89 @@ class Outline(NamedTuple):
     text_length: int
 
 
-def outline_pipeline(path: str | os.PathLike[str]) -> Outline:
+def outline_pipeline(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Outline:
     """Reads a saved pipeline's configuration files only: no weights, however large the model is.
 
     Args:
         path: a folder that `save_pretrained` wrote, or a Hub id.
+        trust_remote_code: as for `load_model`.
 
-    Raises:
-        FileNotFoundError: there is no pipeline at `path`.
-        ValueError: the pipeline's class, or the variant of its transformer, is not supported.
+    Raises: what `load_model` raises.
     """
-    import diffusers
-    import transformers
-
     path = os.path.expanduser(path)
-    cls, family = pipeline_class(path)
-    index = diffusers.DiffusionPipeline.load_config(path)
+    cls, family = pipeline_class(path, trust_remote_code)
+    index = read_index(path)
     boundary_ratio = index.get("boundary_ratio")
     experts, encoder_parameters = [], 0
-    with torch.device("meta"):
-        for name in _denoisers_in_use(family, boundary_ratio):
-            transformer_class = _component_class(diffusers, index, name)
-            experts.append(transformer_class.from_config(transformer_class.load_config(path, subfolder=name)))
-        for name in family.text_components:
-            encoder_class = _component_class(transformers, index, name)
-            if hasattr(encoder_class, "config_class"):  # tokenizers have none
-                encoder = encoder_class(encoder_class.config_class.from_pretrained(path, subfolder=name))
-                encoder_parameters += sum(parameter.numel() for parameter in encoder.parameters())
-    scheduler = _component_class(diffusers, index, "scheduler").from_pretrained(path, subfolder="scheduler")
-    model = _video_model(path, experts, scheduler, boundary_ratio)
-    return Outline(model, encoder_parameters, family.text_length(cls, path))
+    for name in _denoisers_in_use(family, boundary_ratio):
+        experts.append(_without_weights(path, index, name, trust_remote_code))
+    for name in family.text_components:
+        if issubclass(component_class(index, name), nn.Module):  # tokenizers are none
+            encoder = _without_weights(path, index, name, trust_remote_code)
+            encoder_parameters += sum(parameter.numel() for parameter in encoder.parameters())
+    scheduler_class: Any = component_class(index, "scheduler")
+    with one_line_errors(f"the scheduler of {shown(path, 300)}"):
+        config = read_config(path, "scheduler/scheduler_config.json", trust_remote_code)
+        scheduler = scheduler_class.from_config(config)
+    model = _video_model(path, experts, scheduler, boundary_ratio, trust_remote_code=trust_remote_code)
+    return Outline(model, encoder_parameters, text_length(cls, family, path, trust_remote_code))
 
 
-def pipeline_class(path: str | os.PathLike[str]) -> tuple[Any, Family]:
+def _without_weights(path: str, index: Mapping[str, Any], name: str, trust_remote_code: bool) -> Any:
+    with one_line_errors(f"{name} of {shown(path, 300)}"):
+        config = read_config(path, f"{name}/config.json", trust_remote_code)
+        return model_without_weights(component_class(index, name), config)
+
+
+def pipeline_class(path: str | os.PathLike[str], trust_remote_code: bool = False) -> tuple[Any, Family]:
     """The diffusers class and the family of a saved pipeline. Reads its model_index.json only.
 
     Raises:
-        FileNotFoundError: there is no pipeline at `path`.
-        ValueError: the pipeline's class, or an option that it is saved with, is not supported.
+        FileNotFoundError: there is no pipeline at `path`, or the Hub cannot be reached.
+        ValueError: the pipeline's class, or an option that it is saved with, is not supported, or a component is of no
+            class of diffusers or transformers and `trust_remote_code` is False.
     """
     import diffusers
 
     name = os.path.expanduser(path)
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
         raise FileNotFoundError(
-            f"pretrained_model_name_or_path: expected a folder or a Hub id like 'owner/name', got {name!r}, "
+            f"pretrained_model_name_or_path: expected a folder or a Hub id like 'owner/name', got {shown(name, 300)}, "
             "which is neither"
         )
-    try:
-        index = diffusers.DiffusionPipeline.load_config(name)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FileNotFoundError(
-            f"pretrained_model_name_or_path: expected a saved diffusers pipeline, got {name!r} ({reason})"
-        ) from error
-    class_name = index.get("_class_name") if isinstance(index, dict) else None
+    index = read_index(name)
+    class_name = index.get("_class_name")
     family = next((family for family in FAMILIES if family.pipeline == class_name), None)
     if family is None:
         expected = " or ".join(family.pipeline for family in FAMILIES)
-        raise ValueError(f"pretrained_model_name_or_path: expected a {expected}, got {name!r}, a {class_name}")
+        raise ValueError(
+            f"pretrained_model_name_or_path: expected a {expected}, got {shown(name, 300)}, "
+            f"a {one_line(class_name, 80)}"
+        )
     for option, meaning in family.unsupported_options.items():
         if index.get(option):
             raise ValueError(
-                f"pretrained_model_name_or_path: expected a pipeline without {option}, got {name!r}, which has it "
-                f"({meaning}); this is not supported"
+                f"pretrained_model_name_or_path: expected a pipeline without {option}, got {shown(name, 300)}, "
+                f"which has it ({meaning}); this is not supported"
             )
+    check_index(index, trust_remote_code)
     return getattr(diffusers, family.pipeline), family
 
 
+def text_length(cls: Any, family: Family, path: str | os.PathLike[str], trust_remote_code: bool = False) -> int:
+    """The number of text tokens that a saved pipeline's transformer gets per prompt."""
+    name = os.fspath(path)
+    with one_line_errors(f"the configuration of the transformer of {shown(name, 300)}"):
+        read_config(name, "transformer/config.json", trust_remote_code)
+        return family.text_length(cls, name)
+
+
 def load_components(
-    cls: Any, path: str | os.PathLike[str], dtype: torch.dtype | dict[str, torch.dtype], without: Sequence[str]
+    cls: Any,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | dict[str, torch.dtype],
+    without: Sequence[str],
+    trust_remote_code: bool = False,
 ) -> Any:
     """Loads a pipeline without some of its components, from safetensors only: pickled weights are not read.
 
@@ -150,43 +187,32 @@ def load_components(
         path: a folder that `save_pretrained` wrote, or a Hub id.
         dtype: one for all components, or one by component name.
         without: the names of the components to leave out.
+        trust_remote_code: as for `load_model`.
 
     Raises:
         FileNotFoundError: the folder lacks a component.
-        ValueError: a file of weights is damaged.
+        ValueError: a file is damaged, or is or names code that is not trusted.
     """
     import diffusers
 
-    for name, entry in cls.load_config(path).items():
-        # transformers would silently make a tokenizer without a vocabulary if its folder were missing.
-        is_needed = isinstance(entry, list) and any(entry) and name not in without
-        if is_needed and Path(path).is_dir() and not Path(path, name).is_dir():
-            raise FileNotFoundError(
-                f"pretrained_model_name_or_path: expected a folder {name!r} in {os.fspath(path)!r}, got none"
-            )
+    left_out: dict[str, Any] = dict.fromkeys(without)
+    options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, **left_out}
+    path = os.fspath(path)
+    with one_line_errors(shown(path, 300)):
+        folder = Path(path) if Path(path).is_dir() else Path(cls.download(path, **options))
+    index = read_index(str(folder))
+    check_index(index, trust_remote_code)
+    needed = [name for name, entry in index.items() if isinstance(entry, list) and any(entry) and name not in without]
+    check_folder(folder, index, needed, trust_remote_code)
     # diffusers before 0.42 knows the older name only, and ignores the newer one.
     keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-    try:
-        return cls.from_pretrained(path, use_safetensors=True, **{keyword: dtype}, **dict.fromkeys(without))
-    except SafetensorError as error:
-        raise ValueError(
-            f"pretrained_model_name_or_path: expected whole files of weights in {os.fspath(path)!r}, got a truncated "
-            f"or damaged one ({error})"
-        ) from error
+    with one_line_errors(shown(path, 300)):
+        return cls.from_pretrained(str(folder), **options, **{keyword: dtype})
 
 
 def _denoisers_in_use(family: Family, boundary_ratio: float | None) -> tuple[str, ...]:
     """The components that denoise. Without a boundary a pipeline uses the first alone, though it may hold a second."""
     return family.denoisers if boundary_ratio is not None else family.denoisers[:1]
-
-
-def _component_class(library: Any, index: Mapping[str, Any], name: str) -> Any:
-    """The class that model_index.json names for a component. It must be one of the library's own."""
-    entry = index.get(name)
-    component = getattr(library, str(entry[1]), None) if isinstance(entry, list | tuple) and len(entry) == 2 else None
-    if not isinstance(component, type):
-        raise ValueError(f"model_index.json: expected {name} to be a class of {library.__name__}, got {entry!r}")
-    return component
 
 
 def _video_model(
@@ -195,10 +221,13 @@ def _video_model(
     scheduler: Any,
     boundary_ratio: float | None,
     vae: Any = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> VideoModel:
-    cls, family = pipeline_class(path)
-    latent_space = family.latent_space(_vae_config(path, family))
-    size = family.default_size(cls, transformers[0].config, latent_space)
+    cls, family = pipeline_class(path, trust_remote_code)
+    with one_line_errors(f"the configuration of {shown(os.fspath(path), 300)}"):
+        latent_space = family.latent_space(_vae_config(path, family))
+        size = family.default_size(cls, transformers[0].config, latent_space)
     return VideoModel(
         transformers,
         scheduler,
@@ -216,4 +245,4 @@ def _vae_config(path: str | os.PathLike[str], family: Family) -> dict[str, Any]:
 
     cls = getattr(diffusers, family.vae)
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls.__init__).parameters.items()}
-    return defaults | cls.load_config(path, subfolder="vae")
+    return defaults | read_config(os.fspath(path), "vae/config.json", trust_remote_code=False)

@@ -15,7 +15,7 @@ from fastunlearn.families import Family
 from fastunlearn.files import shown
 from fastunlearn.training.data.prompts import concept_tokens
 from fastunlearn.training.data.words import occurrences
-from fastunlearn.training.model.loading import load_components, pipeline_class
+from fastunlearn.training.model.loading import load_components, pipeline_class, text_length
 
 
 class EncodedPrompt(NamedTuple):
@@ -42,6 +42,7 @@ def encode_prompts(
     device: torch.device | str,
     must_contain: Collection[str] = (),
     must_not_contain: Collection[str] = (),
+    trust_remote_code: bool = False,
 ) -> dict[str, EncodedPrompt]:
     """Encodes prompts as the pipeline itself does, and finds the concept's tokens in them.
 
@@ -56,6 +57,7 @@ def encode_prompts(
         device: where to encode; the conditions stay there.
         must_contain: prompts that must contain the concept.
         must_not_contain: prompts that must not contain it.
+        trust_remote_code: let the pipeline run code of its own.
 
     Returns:
         Prompt -> encoded prompt.
@@ -70,11 +72,11 @@ def encode_prompts(
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a sequence of strings, got the string {prompts!r}")
     path = os.path.expanduser(path)
-    cls, family = pipeline_class(path)
-    length = family.text_length(cls, path)
+    cls, family = pipeline_class(path, trust_remote_code)
+    length = text_length(cls, family, path, trust_remote_code)
     # All prompts are checked before the encoders are loaded, which takes minutes.
     encoders = [name for name in family.text_components if name != "tokenizer"]
-    tokenizer = load_components(cls, path, dtype, without=(*family.denoisers, "vae", *encoders)).tokenizer
+    tokenizer = load_components(cls, path, dtype, (*family.denoisers, "vae", *encoders), trust_remote_code).tokenizer
     token_indices = {
         prompt: _token_indices(tokenizer, family, prompt, concept, length, prompt in must_contain) for prompt in prompts
     }
@@ -85,7 +87,7 @@ def encode_prompts(
                 f"pipeline reads as {shown(family.tokenizer_input(prompt).prompt)}"
             )
     _warn_of_long_prompts(tokenizer, family, list(token_indices), length)
-    pipeline = load_components(cls, path, dtype, without=(*family.denoisers, "vae")).to(device)
+    pipeline = load_components(cls, path, dtype, (*family.denoisers, "vae"), trust_remote_code).to(device)
     encoded = {}
     with torch.no_grad():
         for prompt, indices in token_indices.items():
