@@ -7,6 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fastunlearn.families.tiny import t5_tokenizer
 from fastunlearn.training.data.prompts import PromptLine, concept_tokens, occurrences, read_prompts
 
 
@@ -208,3 +209,11 @@ def test_wrong_prompt_files_are_refused(tmp_path, content, message):
 def test_a_missing_prompt_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="a text file with one prompt per line"):
         read_prompts(tmp_path / "none.txt")
+
+
+def test_errors_about_long_prompts_are_short() -> None:
+    tokenizer = t5_tokenizer()
+    for prompt, message in (("a circle" + "x" * 5000, "whole words"), ("a park " * 2000 + "circle", "first 16 tokens")):
+        with pytest.raises(ValueError, match=message) as info:
+            concept_tokens(tokenizer, prompt, "circle", max_length=16)
+        assert "the prompt's tokens: ▁a" in str(info.value) and len(str(info.value)) < 500

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastunlearn.files import shown
 from fastunlearn.training.data.requests import NEGATIVE, PROMPT, Request
 from fastunlearn.training.options import PrepareOptions
 from fastunlearn.training.random_numbers import random_generator
@@ -78,7 +79,7 @@ class Plan:
         if not steps:
             raise ValueError(
                 f"steps: expected a range with at least one of the {total} sampling steps in it, got "
-                f"{request.steps} for {request.prompt!r}"
+                f"{request.steps} for {shown(request.prompt)}"
             )
         count = min(self.options.timesteps_per_trajectory, len(steps))
         edges = [part * len(steps) // count for part in range(count + 1)]

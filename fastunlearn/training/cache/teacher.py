@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastunlearn.erasers import erasers_disabled
 from fastunlearn.families import attentions, find_transformer
+from fastunlearn.files import shown
 from fastunlearn.training.cache.concept_masks import ConceptMasks
 from fastunlearn.training.cache.plan import Plan, Unit
 from fastunlearn.training.cache.user_videos import read_latents
@@ -66,7 +67,9 @@ class Teacher:
         self.prompts = distinct_prompts(requests, options.negative_prompt)
         missing = [prompt for prompt in self.prompts if prompt not in encoded]
         if missing:
-            raise ValueError(f"encoded: expected every prompt and the negative prompt, but {missing[0]!r} is missing")
+            raise ValueError(
+                f"encoded: expected every prompt and the negative prompt, but {shown(missing[0])} is missing"
+            )
         guidance_scale = model.defaults.guidance(options.guidance_scale)
         self.plan = Plan(requests, options, guidance_scale, self._masked_groups(requests))
         layers = len(attentions(find_transformer(model.experts[0])[0], model.family.text_attended))
@@ -81,7 +84,7 @@ class Teacher:
             if request.group in masked and not self.encoded[request.prompt].token_indices:
                 raise ValueError(
                     f"concept: expected {self.options.concept!r} in all prompts of group {request.group!r} or in none, "
-                    f"got some with it, and {request.prompt!r} without: put these prompts into different groups"
+                    f"got some with it, and {shown(request.prompt)} without: put these prompts into different groups"
                 )
         return masked
 

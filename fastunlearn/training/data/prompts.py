@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fastunlearn.files import expand_home, read_file
+from fastunlearn.files import expand_home, read_file, shown
 from fastunlearn.training.data.words import Span, occurrences, other_forms
 
 
@@ -43,7 +43,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptLine]:
             continue
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) > 2 or not all(fields) or len(set(fields)) < len(fields):
-            raise ValueError(f"{path}, line {number}: expected 'prompt' or 'prompt<TAB>instead', got {line!r}")
+            raise ValueError(f"{path}, line {number}: expected 'prompt' or 'prompt<TAB>instead', got {shown(line)}")
         prompts.append(PromptLine(fields[0], fields[1] if len(fields) == 2 else None))
     if not prompts:
         raise ValueError(f"{path}: expected one prompt per line, got none")
@@ -95,15 +95,18 @@ def concept_tokens(
     kept = [token for token in sorted(matches) if token < len(kept_ids) and kept_ids[token] == ids[token]]
     positions = [token + padding - crop_start for token in kept if token + padding >= crop_start]
     if not positions:
-        tokens = "the prompt's tokens: " + " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[crop_start:])))
+        tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(ids[crop_start:])))
+        tokens = "the prompt's tokens: " + (tokens if len(tokens) <= 200 else tokens[:200] + "...")
         if matches:
             raise ValueError(
-                f"concept: expected {concept!r} in the first {max_length} tokens of the prompt {prompt!r}, got it only "
-                f"in the rest, which is cut off; shorten the prompt; {tokens}"
+                f"concept: expected {concept!r} in the first {max_length} tokens of the prompt {shown(prompt)}, got it "
+                f"only in the rest, which is cut off; shorten the prompt; {tokens}"
             )
         forms = other_forms(prompt, concept)
-        hint = f", which is there only as {forms[0]!r}: write {concept!r} in the prompt as well" if forms else ""
-        raise ValueError(f"concept: expected whole words of the prompt {prompt!r}, got {concept!r}{hint}; {tokens}")
+        hint = f", which is there only as {shown(forms[0])}: write {concept!r} in the prompt as well" if forms else ""
+        raise ValueError(
+            f"concept: expected whole words of the prompt {shown(prompt)}, got {concept!r}{hint}; {tokens}"
+        )
     return positions
 
 

@@ -217,7 +217,8 @@ def _refuse_concept(concept: str, text: str, where: str, place: str = "") -> Non
         raise ValueError(f"{where}: expected a prompt without {concept!r}{place}, got {shown(text)}")
     if forms:
         raise ValueError(
-            f"{where}: expected a prompt without {concept!r}{place}, got {forms[0]!r}, a form of it, in {shown(text)}"
+            f"{where}: expected a prompt without {concept!r}{place}, got {shown(forms[0])}, a form of it, "
+            f"in {shown(text)}"
         )
 
 
@@ -226,7 +227,8 @@ def _refuse_other_forms(concept: str, text: str, where: str) -> None:
     forms = other_forms(text, concept)
     if forms:
         raise ValueError(
-            f"{where}: expected {concept!r} as a word of its own or not at all, got {forms[0]!r} in {shown(text)}; "
+            f"{where}: expected {concept!r} as a word of its own or not at all, got {shown(forms[0])} in "
+            f"{shown(text)}; "
             f"write {concept!r} too if the concept is meant, so that it is found and erased, or else other words"
         )
 
