@@ -1,6 +1,8 @@
 """Prompts are encoded as the pipeline itself encodes them, and the concept's tokens are found."""
 
 import gc
+import json
+import shutil
 import warnings
 
 import pytest
@@ -146,3 +148,17 @@ def test_only_what_a_phase_needs_is_in_memory(tiny_pipeline, monkeypatch):
     assert model.vae is None
     assert alive(*denoisers, *encoders, *vaes) == before + 1
     assert load_model(folder, vae=True, **FP32).vae is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"model_max_length": "long"}, "the tokenizer of .* cannot be read"), ({"pad_token": "new"}, "a text encoder of")],
+)
+def test_a_tokenizer_that_does_not_fit_is_named(tiny_pipeline, tmp_path, change, message):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline("hunyuan_video"), folder)
+    path = folder / "tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message) as info:
+        encode_prompts(folder, ["a circle"], "circle", **FP32)
+    assert len(str(info.value)) < 1000

@@ -258,6 +258,7 @@ def one_line_errors(what: str) -> Iterator[None]:
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if isinstance(error, RuntimeError) and "not enough memory" in str(error):
+        lacks_memory = any(text in str(error) for text in ("not enough memory", "can't allocate memory"))
+        if isinstance(error, RuntimeError) and lacks_memory:
             raise
         raise ValueError(f"{ARGUMENT}: {what} cannot be read: {one_line(error, 300)}") from error

@@ -16,6 +16,7 @@ from fastunlearn.files import shown
 from fastunlearn.training.data.prompts import concept_tokens
 from fastunlearn.training.data.words import occurrences
 from fastunlearn.training.model.loading import load_components, pipeline_class, text_length
+from fastunlearn.training.model.pipeline_folder import one_line_errors
 
 
 class EncodedPrompt(NamedTuple):
@@ -77,6 +78,8 @@ def encode_prompts(
     # All prompts are checked before the encoders are loaded, which takes minutes.
     encoders = [name for name in family.text_components if name != "tokenizer"]
     tokenizer = load_components(cls, path, dtype, (*family.denoisers, "vae", *encoders), trust_remote_code).tokenizer
+    with one_line_errors(f"the tokenizer of {shown(path, 300)}"):
+        tokenizer("")  # fails here if it fails whatever the prompt
     token_indices = {
         prompt: _token_indices(tokenizer, family, prompt, concept, length, prompt in must_contain) for prompt in prompts
     }
@@ -89,7 +92,7 @@ def encode_prompts(
     _warn_of_long_prompts(tokenizer, family, list(token_indices), length)
     pipeline = load_components(cls, path, dtype, (*family.denoisers, "vae"), trust_remote_code).to(device)
     encoded = {}
-    with torch.no_grad():
+    with torch.no_grad(), one_line_errors(f"a text encoder of {shown(path, 300)}"):
         for prompt, indices in token_indices.items():
             condition = {key: value[0] for key, value in family.encode(pipeline, prompt, length).items()}
             encoded[prompt] = EncodedPrompt(prompt, condition, indices)
