@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from pipeline_cases import FP32, ONE_OF_EACH, PROMPT, batched, copy_of, edit, every_family, noise, one_of_each
+from safetensors.torch import load_file, save_file
 from tiny_models import cogvideox
 
 from fastunlearn.training.model.loading import load_model
@@ -124,3 +125,16 @@ def test_entries_missing_from_an_old_vae_configuration_get_their_defaults(tiny_p
         del config[entry]
     (folder / "vae" / "config.json").write_text(json.dumps(config))
     assert load_model(folder, **FP32).latent_space == loaded_model("wan").latent_space
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae"])
+def test_a_weight_under_another_name_is_missed(tiny_pipeline, tmp_path, component):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline("cogvideox"), folder)
+    (path,) = (folder / component).glob("*.safetensors")
+    weights = load_file(path)
+    lacking = sorted(weights)[-1]
+    weights["renamed"] = weights.pop(lacking)
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"expected all weights of {component} in .*, got none for '{lacking}'"):
+        load_model(folder, **FP32, vae=True)

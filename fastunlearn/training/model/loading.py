@@ -207,7 +207,21 @@ def load_components(
     # diffusers before 0.42 knows the older name only, and ignores the newer one.
     keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     with one_line_errors(shown(path, 300)):
-        return cls.from_pretrained(str(folder), **options, **{keyword: dtype})
+        pipeline = cls.from_pretrained(str(folder), **options, **{keyword: dtype})
+    _check_whole(path, pipeline)
+    return pipeline
+
+
+def _check_whole(path: str, pipeline: Any) -> None:
+    """Raises ValueError if a file lacks a weight: diffusers leaves it on the meta device, where it has no data."""
+    for name, component in pipeline.components.items():
+        parameters = component.named_parameters() if isinstance(component, nn.Module) else ()
+        for key, parameter in parameters:
+            if parameter.is_meta:
+                raise ValueError(
+                    f"pretrained_model_name_or_path: expected all weights of {name} in {shown(path, 300)}, got none "
+                    f"for {shown(key)}"
+                )
 
 
 def _denoisers_in_use(family: Family, boundary_ratio: float | None) -> tuple[str, ...]:
