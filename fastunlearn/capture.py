@@ -171,7 +171,7 @@ class EraserOutputsCapture(_Capture):
                     f"the output of eraser {name!r} has no gradient: checkpoint with use_reentrant=False"
                 )
             up: Any = module
-            if self._low_rank and up.weight.is_meta:
+            if self._low_rank and up.weight.device.type == "meta":
                 raise RuntimeError(
                     f"the weights of eraser {name!r} are offloaded as soon as it has run: capture it with "
                     "low_rank=False, or offload the model before its erasers are attached"

@@ -20,9 +20,14 @@ def test_the_commands_lead_from_prompts_to_videos(
 ) -> None:
     (tmp_path / "target.txt").write_text("a red circle\na nude person and a red circle in the park\n")
     (tmp_path / "kept.txt").write_text("# prompts to keep\na blue square\n\n")
+    (tmp_path / "target-held-out.txt").write_text("a blue circle\n")
+    (tmp_path / "kept-held-out.txt").write_text("a red square\n")
     model = ["--pretrained-model-name-or-path", str(tiny_pipeline(family)), "--mixed-precision", "no"]
-    prompts = ["--concept", "circle", "--target-prompts", tmp_path / "target.txt"]
-    prompts += ["--kept-prompts", tmp_path / "kept.txt"]
+
+    def prompts(suffix: str = "") -> list[object]:
+        target, kept = tmp_path / f"target{suffix}.txt", tmp_path / f"kept{suffix}.txt"
+        return ["--concept", "circle", "--target-prompts", target, "--kept-prompts", kept]
+
     sampling = ["--num-inference-steps", "4"]  # the size is the pipeline's default
     cache, trained = tmp_path / "cache", tmp_path / "trained"
 
@@ -31,15 +36,16 @@ def test_the_commands_lead_from_prompts_to_videos(
         return capsys.readouterr().out
 
     points = ["--num-trajectories", "2", "--timesteps-per-trajectory", "4"]
-    estimate = run("prepare", *prompts, *sampling, *points, "--output-dir", cache, "--estimate")
+    estimate = run("prepare", *prompts(), *sampling, *points, "--output-dir", cache, "--estimate")
     assert "points" in estimate and not cache.exists()
-    run("prepare", *prompts, *sampling, *points, "--output-dir", cache)
+    run("prepare", *prompts(), *sampling, *points, "--output-dir", cache)
 
     steps = ["--max-train-steps", "12", "--rank", "8", "--learning-rate", "3e-3", "--lr-warmup-steps", "0"]
     run("train", "--cache-dir", cache, "--output-dir", trained, *steps, "--train-batch-size", "2")
 
     erasers = trained / "erasers"
-    run("evaluate", *prompts, *sampling, *points, "--erasers", erasers, "--output-dir", tmp_path / "evaluation")
+    held_out = prompts("-held-out")
+    run("evaluate", *held_out, *sampling, *points, "--erasers", erasers, "--output-dir", tmp_path / "evaluation")
     report = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert report["erasure_coefficient"] < 1
     assert report["preserved_drift"] > 0

@@ -207,6 +207,7 @@ def test_another_evaluation_is_not_replaced(
     assert json.loads(path.read_text()) == json.loads(json.dumps(replaced))
 
 
+@pytest.mark.filterwarnings("ignore:.* of 2 prompts are used")
 def test_prompts_and_seeds_of_the_training_are_noticed(
     evaluated: tuple[EvaluateOptions, dict[str, Any]], tmp_path: Path
 ) -> None:

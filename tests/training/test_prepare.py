@@ -128,6 +128,7 @@ def test_erasers_are_disabled_during_prepare(model_and_prompts, tmp_path, undist
     assert contents(tmp_path) == undisturbed
 
 
+@pytest.mark.filterwarnings("ignore:kept_prompts")
 @pytest.mark.parametrize(
     ("size", "foreign", "error"),
     [

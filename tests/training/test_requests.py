@@ -145,6 +145,7 @@ def test_missing_groups_are_noticed_at_once(tmp_path):
         read_requests(options_for(data=tmp_path / "data", concept="dog"))
 
 
+@pytest.mark.filterwarnings("ignore:data")
 def test_every_kind_of_video_is_used_and_skipped_files_are_named(tmp_path):
     folder = captioned(tmp_path / "data", a="a dog")
     for name in ("b.MOV", "c.webm", "d.mkv", "e.avi", "f.M4V", "g.Gif"):
