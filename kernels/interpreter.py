@@ -1,4 +1,4 @@
-"""bfloat16 in Triton's interpreter, which runs kernels on CPU tensors under TRITON_INTERPRET=1."""
+"""bfloat16 in Triton's interpreter, which runs kernels on the CPU under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

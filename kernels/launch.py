@@ -214,9 +214,14 @@ def launch_options(x: Tensor, warps: int = WARPS) -> dict[str, int]:
     return options
 
 
+# Settled when kernels are decorated. The interpreter takes tensors of a GPU as well.
+_IS_INTERPRETED = not isinstance(tile_start, triton.JITFunction)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Make the tensor's device current: Triton launches on the current device. Every launch is inside this."""
-    if x.device.type == "cpu":
+    if _IS_INTERPRETED:
         make_bfloat16_exact()
+    if x.device.type == "cpu":
         return contextlib.nullcontext()
     return getattr(torch, x.device.type).device(x.device)

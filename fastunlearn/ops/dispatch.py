@@ -101,7 +101,7 @@ def _triton_obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str |
     # ROCm's device type is "cuda" too. Triton's interpreter runs kernels on CPU tensors.
     if device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    return f"Triton does not run on {device.type} tensors (on CPU tensors only under TRITON_INTERPRET=1)"
+    return f"Triton runs on GPUs, and on CPU tensors only under TRITON_INTERPRET=1, not on {device.type} tensors"
 
 
 def implementation(op: str, backend: str | None, *tensors: torch.Tensor | None) -> Callable[..., Any]:

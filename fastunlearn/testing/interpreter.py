@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on CPU tensors under TRITON_INTERPRET=1, made observable."""
+"""Triton's interpreter, which runs kernels on the CPU under TRITON_INTERPRET=1, made observable."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from fastunlearn.dtypes import dtype_name, widest_dtype
 from fastunlearn.ops.dispatch import OPS, choose_backend, has_kernel
 from fastunlearn.testing.cases import DTYPES, cases
 from fastunlearn.testing.error_bound import Comparison
+from fastunlearn.testing.interpreter import is_interpreted
 
 _EXPLANATION = """\
 error: the worst error, as a share of what is allowed: twice the error of eager torch, plus rounding
@@ -64,7 +65,7 @@ def verify(
     where = f"on {device}"
     if not any_kernel_ran:
         where += ", without any Triton kernel"
-    elif device.type == "cpu":
+    elif is_interpreted():
         where += ", kernels in Triton's interpreter"
     print(f"{len(failures)} of {count} cases failed {where}" if failures else f"all {count} cases passed {where}")
     return not failures

@@ -48,7 +48,7 @@ def test_kernels_run_on_gpus_and_in_the_interpreter(monkeypatch: pytest.MonkeyPa
     assert choose_backend("velocity_loss", torch.device("cuda")).name == "triton"
     assert choose_backend("velocity_loss", torch.device("cuda"), "torch").name == "torch"
     assert choose_backend("velocity_loss", CPU).name == "torch"
-    with pytest.raises(ValueError, match="does not run on cpu tensors"):
+    with pytest.raises(ValueError, match="not on cpu tensors"):
         choose_backend("velocity_loss", CPU, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend("velocity_loss", CPU).name == "torch"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastunlearn.cli import main
+from fastunlearn.kernels import launch
 from fastunlearn.kernels.launch import broadcast_index, broadcast_offsets, is_dense, same_layout, tile_start
 
 
@@ -100,3 +104,12 @@ def test_verify_says_that_kernels_were_interpreted(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "not run" not in out
     assert out.endswith("cases passed on cpu, kernels in Triton's interpreter\n")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_bfloat16_is_made_exact_wherever_the_tensors_are(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(launch, "make_bfloat16_exact", lambda: calls.append(None))
+    tensor: Any = SimpleNamespace(device=torch.device(device))
+    launch.on_device(tensor)
+    assert calls
