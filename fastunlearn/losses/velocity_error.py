@@ -16,6 +16,7 @@ from fastunlearn.losses.velocity_models import VelocityModelLike
 from fastunlearn.ops.arguments import check_choice, check_tensor
 from fastunlearn.ops.dispatch import Backend
 from fastunlearn.ops.sharded import check_group
+from fastunlearn.ops.spatial_masks import covers
 from fastunlearn.schedule import PREDICTION_TYPES, PredictionType, velocity_error_weight
 from fastunlearn.velocity_model import VelocityModel
 
@@ -103,11 +104,13 @@ class VelocityErrorLoss(nn.Module):
             raise ValueError(
                 f"channel_dim: expected {model.channel_dim} for this model's masks, got {self.channel_dim}"
             )
-        if isinstance(model, VelocityModel) or (x_t.dim(), mask.dim()) != (5, 4) or self.channel_dim not in (1, 2):
+        is_video = (x_t.dim(), mask.dim()) == (5, 4) and self.channel_dim in (1, 2)
+        if isinstance(model, VelocityModel) or not is_video or mask.shape[1] == 1:
             return
         other_dim = 3 - self.channel_dim
-        mask_frames, frames, other_frames = mask.shape[1], x_t.shape[other_dim], x_t.shape[self.channel_dim]
-        if mask_frames > 1 and other_frames % mask_frames == 0 and other_frames <= frames:
+        fits_both = all(covers(mask, x_t.shape, dim) for dim in (1, 2))
+        # The other reading is the likelier one if the mask is as fine or finer in it.
+        if fits_both and x_t.shape[self.channel_dim] <= x_t.shape[other_dim]:
             self._warn_once(
                 f"mask: {tuple(mask.shape)} fits x_t of {tuple(x_t.shape)} with channel_dim={other_dim} as well as "
                 f"with channel_dim={self.channel_dim}, which is used; pass the dimension of the channels: 2 if x_t is "

@@ -51,9 +51,9 @@ def check_whole_steps(mask: Tensor, shape: Sequence[int], channel_dim: int) -> N
     Raises:
         ValueError: a size of the mask does not divide that of the tensor, or height and width are exchanged.
     """
-    if _covers(mask, shape, channel_dim):
+    if covers(mask, shape, channel_dim):
         return
-    others = [dim for dim in range(1, len(shape)) if dim != channel_dim and _covers(mask, shape, dim)]
+    others = [dim for dim in range(1, len(shape)) if dim != channel_dim and covers(mask, shape, dim)]
     hint = f" ({others[0]} would fit)" if others else ""
     raise ValueError(
         f"mask: expected sizes that divide {tuple(_spatial(shape, channel_dim))}, those of {tuple(shape)} without the "
@@ -66,11 +66,15 @@ def _spatial(shape: Sequence[int], channel_dim: int) -> list[int]:
     return [*shape[1:channel_dim], *shape[channel_dim + 1 :]]
 
 
-def _covers(mask: Tensor, shape: Sequence[int], channel_dim: int) -> bool:
-    """Whether mask positions cover whole numbers of positions, and height and width are not exchanged."""
+def covers(mask: Tensor, shape: Sequence[int], channel_dim: int) -> bool:
+    """Whether every position of a mask without channel dim covers a whole number of positions of a tensor of `shape`.
+
+    A mask whose height and width are exchanged does not, whatever its sizes.
+    """
     sizes = _spatial(shape, channel_dim)
+    pairs = zip(mask.shape[1:], sizes, strict=True)
     # A dim without positions fits any mask.
-    if any(size and size % mask_size for mask_size, size in zip(mask.shape[1:], sizes, strict=True)):
+    if any(size and (not mask_size or size % mask_size) for mask_size, size in pairs):
         return False
     if len(sizes) < 2 or 1 in mask.shape[-2:] or 0 in sizes:
         return True

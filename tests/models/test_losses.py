@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,15 @@ def test_a_mask_that_fits_other_axes_as_well_warns_once(
         call()
         call()
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("mask_size", [(2, 2, 12, 16), (2, 2, 4, 3)])  # finer, and height and width exchanged
+def test_a_mask_that_fits_no_axes_raises_and_does_not_warn(mask_size: tuple[int, ...]) -> None:
+    shape = (2, 2, 4, 6, 8)
+    loss_fn = ConceptPreservationLoss()
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="mask: expected sizes that divide"):
+        warnings.simplefilter("error")
+        loss_fn(Table(0, shape), Table(10, shape), random(*shape, seed=1), T, "kept", torch.ones(mask_size))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

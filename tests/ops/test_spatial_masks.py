@@ -85,6 +85,7 @@ def test_masks_that_cover_whole_steps(mask: tuple[int, ...], shape: tuple[int, .
         ((1, 13, 45, 30), (1, 13, 16, 60, 90), 2, r"got \(1, 13, 45, 30\)"),  # height and width exchanged
         ((1, 3, 60, 30), (1, 3, 16, 60, 120), 2, r"equal steps along height and width, got \(1, 3, 60, 30\)"),
         ((2, 32, 32), (2, 64, 64, 4), 1, r"check channel_dim \(3 would fit\)"),  # channels last
+        ((2, 0, 5), (2, 3, 0, 7), 1, r"got \(2, 0, 5\); check channel_dim, "),
     ],
 )
 def test_masks_on_other_axes(mask: tuple[int, ...], shape: tuple[int, ...], channel_dim: int, message: str) -> None:
