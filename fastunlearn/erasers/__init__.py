@@ -5,6 +5,9 @@ attention then returns a + sum_k s_k o_k, with scales s_k that are 1 unless set.
 eraser made of it, so that erasers trained separately can be used together in any order.
 
     adapter.py    AdapterEraser, one eraser of one attention
+    stack.py      all erasers of one attention, and the hook that adds what they return
+    switches.py   which of them are off, in which thread, and when gradient checkpointing computes again
+    parts.py      where erasers go: the transformers of a model or pipeline, and their attentions
     attached.py   erasers on a model: attach, detach, disable, scale
     saved.py      erasers of a model to a folder and back; the folder's format is in `fastunlearn.eraser_files`
 

@@ -11,9 +11,8 @@ from fastunlearn.erasers.adapter import AdapterEraser
 from fastunlearn.erasers.stack import EraserStack
 from fastunlearn.families import Family, attentions, experts, find_transformer
 
-Model = (
-    Any  # a module, or a diffusers pipeline, which is known by its components: importing fastunlearn needs torch only
-)
+# A module, or a diffusers pipeline, which is known by its components: importing fastunlearn needs torch only.
+Model = Any
 
 
 class Part(NamedTuple):
