@@ -10,8 +10,8 @@ import stat
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +64,7 @@ def replace_file(path: Path, content: bytes, *, beside: str = ".partial") -> Non
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes a folder and all that is in it.
+    """Deletes a folder and all that is in it. Of a symbolic link to a folder, only the link is deleted.
 
     The folder is renamed first. If the process dies on the way, the folder is still whole or it is called
     NAME.removed.partial, so that nobody takes what is left for the whole.
@@ -74,7 +74,20 @@ def remove_folder(folder: Path) -> None:
     """
     removed = folder.with_name(folder.name + ".removed.partial")
     folder.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    with suppress(OSError):
+        delete(removed)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it. Of a symbolic link, only the link is deleted.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def writable(folder: str | os.PathLike[str]) -> Path:
@@ -92,14 +105,20 @@ def subfolder(folder: Path, name: str) -> Path:
     Raises:
         FileExistsError: it is a symbolic link, through which files would be written somewhere else, or it is a file.
     """
+    refuse_links(folder, name)
     path = folder / name
-    if path.is_symlink():
-        raise FileExistsError(
-            f"{path}: expected a folder, got a symbolic link; nothing is written through it: delete the link, or "
-            "choose another output folder"
-        )
     path.mkdir(exist_ok=True)
     return path
+
+
+def refuse_links(folder: Path, *names: str) -> None:
+    """Raises FileExistsError if one of these entries of an output folder is a symbolic link."""
+    for path in (folder / name for name in names):
+        if path.is_symlink():
+            raise FileExistsError(
+                f"{path}: expected a folder, got a symbolic link; nothing is written through it: delete the link, or "
+                "choose another output folder"
+            )
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -165,7 +184,7 @@ def shown(value: Any, most: int = 80) -> str:
 
 def one_line(error: object, most: int = MESSAGE_LENGTH) -> str:
     """The text of an error in one line of at most about `most` characters, whatever somebody's file put into it."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
@@ -270,7 +289,7 @@ def load_torch(path: Path, content: bytes | None = None) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not such a file, or its content would take more memory than the file itself.
+        ValueError: it is not such a file, or its tensors claim more memory than the file itself takes.
     """
     import torch
 
@@ -279,7 +298,11 @@ def load_torch(path: Path, content: bytes | None = None) -> Any:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size <= len(content):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            # The numbers of a tensor may repeat a few bytes over and over: 3 kB can claim a tensor of any size.
+            size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(loaded))
+            if size <= len(content):
+                return loaded
     except Exception as error:  # a damaged pickle can raise almost anything
         # Without torch's own text, which advises to load the file without the check.
         raise ValueError(
@@ -288,3 +311,18 @@ def load_torch(path: Path, content: bytes | None = None) -> Any:
     raise ValueError(
         f"{path}: expected a file as torch.save writes it, got {len(content)} bytes that claim to hold {size}"
     )
+
+
+def _tensors(content: Any) -> Iterator[Any]:
+    """The tensors in nested dicts and lists."""
+    import torch
+
+    left = [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value

@@ -44,11 +44,11 @@ def save_erasers(model: Model, folder: Folder, name: str = "default", concept: s
         TypeError: the model is of no supported family, or `concept` is not a string.
         ValueError: no erasers are called `name`, or their parameters are not what `load_erasers` can read: other names
             or shapes, quantised, sharded, not loaded, rounded to a narrow dtype, or not finite. Nothing is written.
-        FileExistsError: the folder holds a config.json that is not of erasers.
+        FileExistsError: the folder holds a config.json that is not of erasers, or links called like a transformer.
         ImportError: safetensors is not installed.
     """
     for prefix, states, entries in collect_erasers(model, name, concept):
-        eraser_files.write(Path(folder) / prefix, states, entries)
+        eraser_files.write(folder, prefix, states, entries)
 
 
 def collect_erasers(

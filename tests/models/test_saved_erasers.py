@@ -363,7 +363,7 @@ def set_weights(change):
         config = json.loads((folder / "config.json").read_text())
         states = eraser_files.read(folder).states
         change(states)
-        eraser_files.write(folder, states, {key: config[key] for key in ("backbone", "rank", "dim")})
+        eraser_files.write(folder, "", states, {key: config[key] for key in ("backbone", "rank", "dim")})
 
     return apply
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -319,6 +320,24 @@ def test_files_without_a_video_are_refused(made: Callable[..., Path], tmp_path: 
     for path in (sound, cut, playlist):
         with pytest.raises(ValueError, match=f"{path.name}: expected a video, got a file that cannot be read as one"):
             list(read_first_frames(path, 9))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["pipe.mp4", "pipe.gif", "device.mp4", "folder.mp4"])
+def test_what_is_no_file_is_not_read_as_a_video(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name.startswith("pipe"):
+        os.mkfifo(path)
+        got = "a named pipe"
+    elif name.startswith("device"):
+        path.symlink_to("/dev/zero")
+        got = "a device"
+    else:
+        path.mkdir()
+        got = "a folder"
+    for read in (read_video, lambda path: next(read_first_frames(path, 3))):
+        with pytest.raises(ValueError, match=f"{name}: expected a file, got {got}$"):
+            read(path)
 
 
 def test_a_gif_may_have_one_frame_and_transparent_parts(tmp_path: Path) -> None:

@@ -16,10 +16,9 @@ import io
 import json
 import os
 import re
-import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ import torch
 
 from fastunlearn import eraser_files
 from fastunlearn.files import (
+    delete,
     expand_home,
     load_torch,
     read_file,
@@ -147,21 +147,23 @@ def write(
     path = folder / f"checkpoint-{step}"
     partial = path.with_name(path.name + ".partial")
     replaced = path.with_name(path.name + ".replaced.partial")
-    for stale in folder.glob("checkpoint-*.partial"):
-        shutil.rmtree(stale)
     try:
+        for stale in folder.glob("checkpoint-*.partial"):
+            delete(stale)
         partial.mkdir()
         save_erasers(partial / ERASERS)
         _write_state(partial, step, state, settings)
-        if path.exists():  # by a run that was later resumed from an earlier checkpoint
+        if os.path.lexists(path):  # by a run that was later resumed from an earlier checkpoint
             path.rename(replaced)
         partial.rename(path)
         _sync(folder)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            delete(partial)
         reason = error.strerror or str(error)
         raise OSError(error.errno, f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from error
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        delete(replaced)
     if limit is not None:
         for oldest in [path for path in existing(folder) if _step(path) <= step][:-limit]:
             remove_folder(oldest)
@@ -208,22 +210,10 @@ def read(path: Path) -> Checkpoint:
             f"{path / METADATA}: expected a number of steps as 'step' and an object as 'settings', "
             f"got {shown(step)} and {shown(settings)}"
         )
-    _check_archive(path / STATE, content)
     state = load_torch(path / STATE, content)  # a matching checksum does not rule out a malicious file
     if not isinstance(state, dict):
         raise ValueError(f"{path / STATE}: expected a dict, got {type(state).__name__}")
     return Checkpoint(path, step, settings, state)
-
-
-def _check_archive(path: Path, content: bytes) -> None:
-    """Raises ValueError unless torch will allocate no more than the size of the file to load it."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-    except zipfile.BadZipFile as error:  # torch would read it as a pickle, which may state any size
-        raise ValueError(f"{path}: expected an archive that torch.save wrote, got another file ({error})") from error
-    if size > len(content):
-        raise ValueError(f"{path}: expected an archive that is not compressed, got {size} bytes in {len(content)}")
 
 
 def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:

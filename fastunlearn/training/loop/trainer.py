@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fastunlearn.files import remove_folder
+from fastunlearn.families import EXPERTS
+from fastunlearn.files import refuse_links, remove_folder, subfolder
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.loop import checkpoints, processes, record
 from fastunlearn.training.loop.batches import Batches, Draw
@@ -42,7 +43,11 @@ class TrainingSummary:
 
 
 def refuse_earlier_run(output_dir: Path, options: TrainingOptions) -> None:
-    """Raises FileExistsError if the folder holds an earlier run, which is neither to be resumed nor overwritten."""
+    """Raises FileExistsError if the folder holds an earlier run, which is neither to be resumed nor overwritten.
+
+    Also if there is a symbolic link where the trained erasers will be written, hours later.
+    """
+    refuse_links(output_dir, ERASERS, *(f"{ERASERS}/{expert}" for expert in EXPERTS))
     if options.overwrite_output_dir or options.resume_from_checkpoint is not None:
         return
     if earlier := checkpoints.existing(output_dir):
@@ -120,8 +125,8 @@ class Trainer:
 
     def _checkpoint_to_resume(self) -> checkpoints.Checkpoint | None:
         options, folder = self._options, self._output_dir
+        refuse_earlier_run(folder, options)
         if options.resume_from_checkpoint is None:
-            refuse_earlier_run(folder, options)
             self._remove_checkpoints()
             return None
         path = checkpoints.find(folder, options.resume_from_checkpoint)
@@ -201,7 +206,7 @@ class Trainer:
         self._optimizer.drop_gradients()
         erasers = self._output_dir / ERASERS
         if is_main:
-            self._save_erasers(erasers, options.max_train_steps)
+            self._save_erasers(subfolder(self._output_dir, ERASERS), options.max_train_steps)
         self._accelerator.wait_for_everyone()
         return TrainingSummary(
             erasers, options.max_train_steps, None if self._resumed is None else self._resumed.path, metrics

@@ -274,8 +274,9 @@ class VideoModel:
         """
         # All are checked before any are written, so that a folder does not end up with half of them replaced.
         collected = [content for expert in self.experts for content in collect_erasers(expert, name, concept)]
-        for expert_folder, (_, states, entries) in zip(self._expert_folders(folder), collected, strict=True):
-            eraser_files.write(expert_folder, states, entries)
+        parts = EXPERTS if len(self.experts) > 1 else ("",)
+        for part, (_, states, entries) in zip(parts, collected, strict=True):
+            eraser_files.write(folder, part, states, entries)
 
     def load_erasers(
         self,
