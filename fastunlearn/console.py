@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LONGEST = 1000  # letters of a message
+from fastunlearn.files import one_line
+
+LONGEST = 1000  # letters of a message
 _INTERRUPTED, _READER_LEFT = 130, 141  # what shells report for a process that SIGINT, and SIGPIPE, ended
 _CLEAR_LINE = "\r\x1b[K"  # of a terminal, where a progress bar may be
 
@@ -45,16 +47,10 @@ def one_line_messages(command: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise SystemExit(f"{command}: {error}; it needs the train extra: pip install 'fastunlearn[train]'") from None
     except (ImportError, ValueError, OSError, MemoryError, FloatingPointError) as error:
-        message = one_line(str(error)) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
-        raise SystemExit(f"{command}: {message}") from None
+        said = "out of memory" if isinstance(error, MemoryError) and not str(error) else error
+        raise SystemExit(f"{command}: {one_line(said, LONGEST)}") from None
     finally:
         warnings.formatwarning = format_of_python
-
-
-def one_line(text: str) -> str:
-    """The text with a space for every line break, cut off where it is too long to be read."""
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."
 
 
 def quiet_libraries(command: str) -> None:
@@ -76,4 +72,4 @@ def quiet_libraries(command: str) -> None:
 
 def _warning(command: str, message: str, level: str = "warning") -> str:
     start = _CLEAR_LINE if sys.stderr is not None and sys.stderr.isatty() else ""
-    return f"{start}{command}: {level}: {one_line(message)}"
+    return f"{start}{command}: {level}: {one_line(message, LONGEST)}"

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
-from fastunlearn.console import one_line
+from fastunlearn.console import LONGEST
+from fastunlearn.files import one_line
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -20,7 +21,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with one line, where argparse prints the usage too."""
-        self.exit(2, f"{self.prog}: {one_line(message.removeprefix('argument '))}\n")
+        self.exit(2, f"{self.prog}: {one_line(message.removeprefix('argument '), LONGEST)}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuses what it does not know, although argparse's method of this name returns it."""

@@ -36,7 +36,7 @@ def message_of(error: BaseException) -> str:
         (MemoryError("Unable to allocate 1 TiB"), "Unable to allocate 1 TiB"),
         (OSError(errno.ENOSPC, "No space left on device", "cache/a"), "[Errno 28] No space left on device: 'cache/a'"),
         (ValueError(), "ValueError"),
-        (ValueError("x" * 10**6), "x" * 1000 + "..."),
+        (ValueError("x" * 10**6 + "; do that"), "x" * 500 + " ... " + "x" * 491 + "; do that"),
         (ImportError("libcudart.so: not found"), "libcudart.so: not found"),
         (
             ModuleNotFoundError("No module named 'diffusers'"),
