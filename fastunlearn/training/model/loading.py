@@ -19,9 +19,11 @@ from fastunlearn.devices import round_buffers
 from fastunlearn.families import FAMILIES, Family
 from fastunlearn.files import one_line, shown
 from fastunlearn.training.model.pipeline_folder import (
+    ARGUMENT,
     check_folder,
     check_index,
     component_class,
+    local_folder,
     model_without_weights,
     one_line_errors,
     read_config,
@@ -58,6 +60,7 @@ def load_model(
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     without = family.text_components if vae else (*family.text_components, "vae")
     pipeline = load_components(cls, path, dtypes, without, trust_remote_code)
+    _check_complete(path, pipeline.components)
     round_buffers(pipeline.components.values(), torch.device(device))
     pipeline.to(device)
     boundary_ratio = pipeline.config.get("boundary_ratio")
@@ -80,6 +83,16 @@ def load_model(
         pipeline.vae if vae else None,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _check_complete(path: str, components: Mapping[str, Any]) -> None:
+    """Raises ValueError if the files lack a weight, which diffusers then leaves on the meta device."""
+    for name, part in components.items():
+        for key, parameter in part.named_parameters() if isinstance(part, nn.Module) else ():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{ARGUMENT}: expected weights for {shown(key)} of the {name} of {shown(path, 300)}, got none"
+                )
 
 
 class Outline(NamedTuple):
@@ -141,24 +154,20 @@ def pipeline_class(path: str | os.PathLike[str], trust_remote_code: bool = False
     import diffusers
 
     name = os.path.expanduser(path)
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
+    if not os.path.isdir(name) and (Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1):
         raise FileNotFoundError(
-            f"pretrained_model_name_or_path: expected a folder or a Hub id like 'owner/name', got {shown(name, 300)}, "
-            "which is neither"
+            f"{ARGUMENT}: expected a folder or a Hub id like 'owner/name', got {shown(name, 300)}, which is neither"
         )
     index = read_index(name)
     class_name = index.get("_class_name")
     family = next((family for family in FAMILIES if family.pipeline == class_name), None)
     if family is None:
         expected = " or ".join(family.pipeline for family in FAMILIES)
-        raise ValueError(
-            f"pretrained_model_name_or_path: expected a {expected}, got {shown(name, 300)}, "
-            f"a {one_line(class_name, 80)}"
-        )
+        raise ValueError(f"{ARGUMENT}: expected a {expected}, got {shown(name, 300)}, a {one_line(class_name, 80)}")
     for option, meaning in family.unsupported_options.items():
         if index.get(option):
             raise ValueError(
-                f"pretrained_model_name_or_path: expected a pipeline without {option}, got {shown(name, 300)}, "
+                f"{ARGUMENT}: expected a pipeline without {option}, got {shown(name, 300)}, "
                 f"which has it ({meaning}); this is not supported"
             )
     check_index(index, trust_remote_code)
@@ -170,7 +179,7 @@ def text_length(cls: Any, family: Family, path: str | os.PathLike[str], trust_re
     name = os.fspath(path)
     with one_line_errors(f"the configuration of the transformer of {shown(name, 300)}"):
         read_config(name, "transformer/config.json", trust_remote_code)
-        return family.text_length(cls, name)
+        return family.text_length(cls, str(local_folder(name) or name))
 
 
 def load_components(
@@ -199,7 +208,7 @@ def load_components(
     options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, **left_out}
     path = os.fspath(path)
     with one_line_errors(shown(path, 300)):
-        folder = Path(path) if Path(path).is_dir() else Path(cls.download(path, **options))
+        folder = local_folder(path) or Path(cls.download(path, **options))
     index = read_index(str(folder))
     check_index(index, trust_remote_code)
     needed = [name for name, entry in index.items() if isinstance(entry, list) and any(entry) and name not in without]

@@ -7,9 +7,12 @@ its own, configurations can name code on the Hub, and a file of 1 kB can ask for
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,21 @@ ARGUMENT = "pretrained_model_name_or_path"
 _TRUST = "; if you trust whoever made it, allow its code with trust_remote_code"
 _CONFIG_BYTES = 16 << 20
 _FILES = 10_000
+_HUB_SECONDS = 10  # to wait for an answer
 # How often a configuration may repeat a part of a model, and how large its other counts may be.
 _MOST_LAYERS, _MOST = 1000, 10_000_000
+_QUANTISED_PER_NUMBER = 16  # 2 bits each, in numbers of 32
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder of a pipeline; None if it has to come from the Hub, which has then been found to answer.
+
+    If the Hub cannot be reached, it is the folder of the copy that was downloaded earlier, with a warning.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such model on the Hub, or the Hub cannot be reached.
+    """
+    return Path(path) if os.path.isdir(path) else _offline_copy(path)
 
 
 def read_index(path: str) -> dict[str, Any]:
@@ -35,14 +51,11 @@ def read_index(path: str) -> dict[str, Any]:
         FileNotFoundError: there is none, or the Hub cannot be reached.
         ValueError: the file is not a JSON object.
     """
-    if Path(path).is_dir():
-        file = Path(path, INDEX)
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{ARGUMENT}: expected a saved diffusers pipeline, got {shown(path, 300)} ({INDEX} is missing)"
-            )
-    else:
-        file = _from_hub(path)
+    file = _file(path, INDEX)
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{ARGUMENT}: expected a saved diffusers pipeline, got {shown(path, 300)} ({INDEX} is missing)"
+        )
     return read_json(file, most=_CONFIG_BYTES)
 
 
@@ -51,26 +64,60 @@ def read_config(path: str, name: str, trust_remote_code: bool) -> dict[str, Any]
 
     Raises: what `check_config` and `read_json` raise.
     """
-    import huggingface_hub
-
-    file = Path(path, name) if Path(path).is_dir() else Path(huggingface_hub.hf_hub_download(path, name))
+    file = _file(path, name)
     content = read_json(file, most=_CONFIG_BYTES)
     check_config(file, content, trust_remote_code)
     return content
 
 
-def _from_hub(name: str) -> Path:
-    """Downloads model_index.json. Asks first whether the Hub can be reached: a download tries for half a minute."""
+def _file(path: str, name: str) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    cached = huggingface_hub.try_to_load_from_cache(name, INDEX)
-    if isinstance(cached, str) and huggingface_hub.constants.HF_HUB_OFFLINE:
-        return Path(cached)
+    if (folder := local_folder(path)) is not None:
+        return folder / name
+    with _hub_errors(path):
+        return Path(huggingface_hub.hf_hub_download(path, name))
+
+
+@cache
+def _offline_copy(name: str) -> Path | None:
+    """Asks the Hub once, because every download would try to reach it for half a minute."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    with _hub_errors(name):
+        try:
+            huggingface_hub.HfApi().model_info(name, timeout=_HUB_SECONDS)
+        except (RepositoryNotFoundError, HFValidationError):
+            raise
+        except Exception as error:  # a connection fails in as many ways as there are libraries below
+            cached = huggingface_hub.try_to_load_from_cache(name, INDEX)
+            if not isinstance(cached, str):
+                raise
+            folder = Path(cached).parent
+            if not isinstance(error, OfflineModeIsEnabled):
+                warnings.warn(
+                    f"{ARGUMENT}: the Hub cannot be reached ({one_line(error, 120)}); going on with the copy of "
+                    f"{shown(name)} that was downloaded earlier, {folder}",
+                    stacklevel=2,
+                )
+            return folder
+    return None
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Tells what is wrong with a name on the Hub, or with the way there."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
     wanted = f"{ARGUMENT}: expected a folder, or the name of a pipeline on the Hugging Face Hub, got {shown(name)}: "
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=10)
-        return Path(huggingface_hub.hf_hub_download(name, INDEX))
+        yield
     except GatedRepoError as error:
         raise FileNotFoundError(
             f"{wanted}there is no such folder, and access to the model on the Hub must be asked for; accept its "
@@ -80,14 +127,14 @@ def _from_hub(name: str) -> Path:
         raise FileNotFoundError(
             f"{wanted}there is no such folder, and no such model on the Hub, or it is private; check the spelling"
         ) from error
-    except huggingface_hub.errors.EntryNotFoundError as error:
-        raise FileNotFoundError(f"{wanted}that model on the Hub has no {INDEX}, so it is no pipeline") from error
-    except Exception as error:  # a connection fails in as many ways as there are libraries below
-        if isinstance(cached, str):
-            return Path(cached)
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{wanted}that model on the Hub is no pipeline in diffusers' format: {one_line(error, 200)}"
+        ) from error
+    except Exception as error:
         raise FileNotFoundError(
             f"{wanted}there is no such folder, and the Hub cannot be reached ({one_line(error, 120)}); give a folder "
-            "that holds the pipeline, or download it first: with HF_HUB_OFFLINE=1 it is then found without a network"
+            "that holds the pipeline, or download it first: it is then found without a network"
         ) from error
 
 
@@ -165,7 +212,7 @@ def _files(folder: Path) -> Iterator[Path]:
     for number, path in enumerate(folder.rglob("*")):
         if number == _FILES:
             raise ValueError(f"{folder}: expected at most {_FILES} files, got more")
-        if not path.is_dir() or path.suffix:
+        if not path.is_dir() or path.suffix in (".json", ".safetensors"):  # a folder in the place of a file
             yield path
 
 
@@ -217,22 +264,27 @@ def _check_parameters(place: Path, index: Mapping[str, Any], name: str) -> None:
         cls: Any = component_class(index, name)
     except ValueError:
         return  # code that the user trusts
-    file = place / "config.json"
-    if not issubclass(cls, nn.Module) or (file.exists() and "quantization_config" in read_json(file)):
+    if not issubclass(cls, nn.Module):
         return
+    file = place / "config.json"
     files = list(place.glob("*.safetensors"))
     if not files:
         raise ValueError("expected weights in .safetensors files, got none; pickled weights are not read")
     if not file.exists():
         raise ValueError("expected a config.json, got none")
+    config = read_json(file)
     elements = 0
     for weights in files:
         with open_safetensors(weights) as opened:
             for tensor in tensor_names(opened):
                 elements += torch.Size(opened.get_slice(tensor).get_shape()).numel()
-    model = model_without_weights(cls, read_json(file))
+    model = model_without_weights(cls, config)
     needed = sum(parameter.numel() for parameter in model.parameters())
-    if needed > elements:
+    # An honest folder may hold fewer numbers than its model has: quantised ones share a number, and an embedding that
+    # transformers ties to another is stored once, though a model without weights may have both.
+    packed = _QUANTISED_PER_NUMBER if "quantization_config" in config else 1
+    tied = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Embedding))
+    if needed > packed * elements + min(tied, elements):
         raise ValueError(
             f"expected weights for the {needed} parameters that config.json describes, got {elements} in its "
             ".safetensors files"
@@ -251,12 +303,15 @@ def model_without_weights(cls: Any, config: Mapping[str, Any]) -> nn.Module:
 def one_line_errors(what: str) -> Iterator[None]:
     """Turns whatever a library raises while it reads somebody's pipeline into one line, with what could not be read.
 
-    A missing package and a lack of memory are not the pipeline's fault, and pass.
+    A lack of memory is not the pipeline's fault, and passes. A missing package stays an ImportError, but says what
+    wanted it: a configuration can ask for any.
     """
     try:
         yield
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:
+        raise ImportError(f"{ARGUMENT}: {what} cannot be read: {one_line(error, 300)}") from error
     except Exception as error:
         lacks_memory = any(text in str(error) for text in ("not enough memory", "can't allocate memory"))
         if isinstance(error, RuntimeError) and lacks_memory:
