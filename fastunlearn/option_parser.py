@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from fastunlearn.console import LONGEST
-from fastunlearn.files import one_line
+from fastunlearn.files import one_line, shown
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -42,6 +42,15 @@ class OptionParser(argparse.ArgumentParser):
             is_option = name.startswith("--") and " " not in name  # as argparse sees it
             if is_option and not any(option.startswith(name) for option in options):
                 self.error(f"unknown option {name}{_did_you_mean(name, options) or '; --help lists the options'}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        kinds = {int: "a whole number", float: "a number"}
+        if action.type not in kinds:
+            return super()._get_value(action, arg_string)
+        try:
+            return action.type(arg_string)
+        except ValueError:
+            raise argparse.ArgumentError(action, f"expected {kinds[action.type]}, got {shown(arg_string)}") from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

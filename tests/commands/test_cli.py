@@ -92,10 +92,14 @@ def test_an_unknown_concept(capsys: pytest.CaptureFixture[str]) -> None:
             "verify --dtype float16 float23",
             "--dtype: expected one of float16, bfloat16, float32, float64, got 'float23'",
         ),
+        ("train --rank 3.5", "train: --rank: expected a whole number, got '3.5'"),
+        ("train --eraser-scale half", "train: unknown option --eraser-scale"),
+        ("evaluate --eraser-scales 1 half", "evaluate: --eraser-scales: expected a number, got 'half'"),
+        ("bench kernels --runs ten", "kernels: --runs: expected a whole number, got 'ten'"),
         ("prepare --num 3", "--num could match --num-trajectories, --num-inference-steps, --num-frames"),
         ("env x", "fastunlearn env: unexpected 'x'; a value that has spaces needs quotes"),
         ("demo --seed 1 big", "fastunlearn demo: unexpected 'big'; a value that has spaces needs quotes"),
-        ("demo --seed one", "fastunlearn demo: --seed: invalid int value: 'one'"),
+        ("demo --seed one", "fastunlearn demo: --seed: expected a whole number, got 'one'"),
     ],
 )
 def test_a_misspelt_command_is_one_line_with_what_may_be_meant(
