@@ -100,6 +100,8 @@ def test_words_of_every_script_are_found_whole(text, concept, words):
         ("कुत्ते", "कुत्ता", [], ["कुत्ते"]),
         ("개미가 번개가", "개", [], ["개미가", "번개가"]),
         ("הכלב", "כלב", [], ["הכלב"]),
+        ("he smokes, a smoker, smog", "smoking", [], ["smokes", "smoker"]),
+        ("strict, strolling", "string", [], []),
         ("the magic arena", "car", [], []),
         ("a dog, dog’s, DOG", "dog", [], []),
         ("vitamin c", "c++", [], []),

@@ -76,8 +76,8 @@ def other_forms(text: str, concept: str) -> list[str]:
 def similar_words(text: str, concept: str) -> list[str]:
     """The words of `text` that may have to do with `concept`: "hotdog" with "dog", "cafe" with "café".
 
-    They contain its letters, with or without accents, or have all of them but the last. What `occurrences` finds is not
-    among them.
+    They contain its letters, with or without accents, or start with all of them but the last, or but "ing". What
+    `occurrences` finds is not among them.
     """
     found = occurrences(text, concept)
     parts = _fold(concept, without=_INVISIBLE + _OPTIONAL_MARKS).text.split()
@@ -86,7 +86,8 @@ def similar_words(text: str, concept: str) -> list[str]:
     folded = _fold(text, without=_INVISIBLE + _OPTIONAL_MARKS)
     pattern = r"\s+".join(map(re.escape, parts))
     if _is_in_word(parts[-1][-1]) and len(parts[-1]) > _LEAST_STEM:
-        pattern = rf"{pattern}|(?<!\w){pattern[:-1]}"
+        ending = 3 if parts[-1].endswith("ing") and len(parts[-1]) >= _LEAST_STEM + 3 else 1
+        pattern = rf"{pattern}|(?<!\w){pattern[:-ending]}"
     spans = [_widened(text, folded.span(match)) for match in re.finditer(pattern, folded.text)]
     return _distinct_words(text, [span for span in spans if not _overlaps(span, found)])
 
