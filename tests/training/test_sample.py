@@ -194,12 +194,14 @@ def test_mistakes_are_found_before_anything_is_loaded(
     tiny_pipeline: Pipelines, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(sample, "encode_prompts", lambda *a, **k: pytest.fail("loaded a model"))
-    pipeline, empty = tiny_pipeline("wan"), tmp_path / "empty"
+    pipeline, empty, trained = tiny_pipeline("wan"), tmp_path / "empty", tmp_path / "trained"
     empty.mkdir()
+    (trained / "erasers").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     for erasers, output, more, message in (
         (tmp_path / "no", tmp_path / "out", {}, r"^erasers: expected a folder, got .*no, which does not exist$"),
         (empty, tmp_path / "out", {}, r"^erasers: expected config.json in .*empty, as train writes it, got none$"),
+        (trained, tmp_path / "out", {}, r"in .*trained, as .* got none; did you mean .*trained.erasers\?$"),
         (empty, tmp_path / "file", {}, "file"),
     ):
         with pytest.raises(OSError, match=message):

@@ -26,7 +26,9 @@ def check_folders(folders: Sequence[Path]) -> None:
             raise FileNotFoundError(f"erasers: expected a folder, got {folder}, which does not exist")
         places = [folder / name for name in (CONFIG, UPSTREAM_CONFIG, f"transformer/{CONFIG}")]
         if not any(place.is_file() for place in places):
-            raise FileNotFoundError(f"erasers: expected {CONFIG} in {folder}, as train writes it, got none")
+            within = folder / "erasers"
+            hint = f"; did you mean {within}?" if within.is_dir() else ""
+            raise FileNotFoundError(f"erasers: expected {CONFIG} in {folder}, as train writes it, got none{hint}")
 
 
 def load_erased_model(
