@@ -190,9 +190,8 @@ def _train(model: VideoModel, cache: str, output: Path, seed: int) -> list[dict[
         model,
         TeacherCache.open(cache),
         output,
-        replace(
-            erase.training_options(seed), resume_from_checkpoint="latest"
-        ),  # there is none: an equal run may repeat
+        # There is no checkpoint, but "latest" lets the same demo run again in its folder.
+        replace(erase.training_options(seed), resume_from_checkpoint="latest"),
         targets=erase.TARGETS,
         kept=erase.KEPT,
         lr_lambda=erase.learning_rate_factor,

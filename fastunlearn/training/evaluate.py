@@ -37,6 +37,8 @@ _PLACES = ("erasers", "output_dir", "cache_dir", "target_prompts", "kept_prompts
 def run(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluates erasers: prints a table, and writes evaluation.json and evaluation.png.
 
+    Warns if the erasers were trained with some of the prompts or with the seed, as far as `train` recorded it.
+
     Returns:
         The content of evaluation.json.
 
@@ -45,8 +47,6 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
         FileExistsError: the folder holds another evaluation, which is not to be overwritten.
         ValueError: the erasers or the cache are for another model, the cache is damaged or was begun with other
             options, or the erased model's velocity is not finite.
-
-    Warns: the erasers were trained with some of the prompts or with the seed, as far as `train` recorded it.
         OSError: a file cannot be written.
         MemoryError: memory ran out; the message says what would help.
     """
