@@ -131,11 +131,11 @@ def negatively_guided_velocity_loss(
         cond: the teacher's velocity for a prompt with the concept, of `prediction`'s shape. Usually detached.
         guidance_scale: eta, how far to lead away from the concept.
         mask: (B or 1, *spatial), or the same with a channel dim of size 1. Its dtype may be bool, integer or floating,
-            and its values soft, but not NaN or infinite: that would be the loss's. It may be coarser than the velocity
-            by a whole number in each dim, as a grid of tokens is, and is then read as by
+            and its values soft, but finite: a NaN in it makes the loss NaN. It may be coarser than the velocity by a
+            whole number in each dim, as a grid of tokens is, and is then read as by
             `torch.nn.functional.interpolate(mode="nearest")`. It gets no gradient.
-        sample_weight: (B,), multiplies rho. It gets no gradient. An element contributes nothing, even if it is NaN,
-            where its sample weight or its mask is 0.
+        sample_weight: (B,), finite, multiplies rho. It gets no gradient. An element contributes nothing, even if it is
+            NaN, where its sample weight or its mask is 0.
         channel_dim: the channel's dim in the velocities: 1, or 2 in CogVideoX's (B, F, C, H, W). It says which dims the
             mask lacks; without a mask it changes nothing.
         loss_type: rho: "l2" is the square, "l1" the absolute value.

@@ -225,8 +225,10 @@ def erasers_disabled(model: Model, name: str | None = None) -> Iterator[None]:
 
     Contexts can be nested, an exception ends them properly, and they affect this model only: in a copy made inside,
     the erasers are on. They affect the current thread only (asyncio tasks share a thread, so do not await inside).
-    Gradient checkpointing computes again, in any thread, what the forward pass computed. Any module that contains a
-    model with erasers, or a pipeline, will do. Without a name, a module without erasers is left as it is.
+    Gradient checkpointing computes again, in any thread, what the forward pass computed, except in blocks that
+    `torch.compile` compiled one by one: compile the whole model to train through checkpoints with erasers disabled. Any
+    module that contains a model with erasers, or a pipeline, will do. Without a name, a module without erasers is left
+    as it is.
 
     Raises:
         TypeError: `model` is neither a module nor a pipeline.
