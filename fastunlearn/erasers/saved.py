@@ -42,9 +42,10 @@ def save_erasers(model: Model, folder: Folder, name: str = "default", concept: s
 
     Raises:
         TypeError: the model is of no supported family, or `concept` is not a string.
-        ValueError: no erasers are called `name`, or their parameters are not what `load_erasers` can read: other names
-            or shapes, quantised, sharded, not loaded, rounded to a narrow dtype, or not finite. Nothing is written.
-        FileExistsError: the folder holds a config.json that is not of erasers, or links called like a transformer.
+        ValueError: no erasers are called `name`, only one of a pipeline's two transformers has them, or their
+            parameters are not what `load_erasers` can read: other names or shapes, quantised, sharded, not loaded,
+            rounded to a narrow dtype, or not finite. Nothing is written.
+        FileExistsError: the folder holds a config.json that is not of erasers, or a link called like a transformer.
         ImportError: safetensors is not installed.
     """
     for prefix, states, entries in collect_erasers(model, name, concept):
@@ -61,10 +62,16 @@ def collect_erasers(
     if concept is not None and not isinstance(concept, str):
         raise TypeError(f"concept: expected a string or None, got {type(concept).__name__}")
     contents = []
-    for part in parts_of(model):
-        erasers = part.erasers(name)
+    parts = parts_of(model)
+    sets = [part.erasers(name) for part in parts]
+    if not any(sets):
+        raise no_such_erasers(name)
+    for part, erasers in zip(parts, sets, strict=True):
         if not erasers:
-            raise no_such_erasers(name)
+            raise ValueError(
+                f"model: expected erasers called {name!r} on both transformers of the pipeline, got none on "
+                f"{part.prefix}; give save_erasers the transformer that has them"
+            )
         states = _loaded_states(part.transformer, erasers, name)
         rank, dim = next(iter(states.values())).get("down.bias", torch.empty(0)).numel(), hidden_size(part.transformer)
         for layer, state in states.items():

@@ -135,8 +135,10 @@ def test_two_transformers_get_erasers_both_or_neither(monkeypatch):
     with pytest.raises(ValueError, match="name that no attached erasers have, got 'a'"):
         attach_erasers(pipe, rank=4, name="a")
     assert not has_erasers(pipe.transformer)
-    with pytest.raises(ValueError, match="name of attached erasers, got 'a'"):
+    with pytest.raises(ValueError, match="erasers called 'a' on both transformers .* got none on transformer; give"):
         save_erasers(pipe, "nowhere", "a")
+    with pytest.raises(ValueError, match="name of attached erasers, got 'b'"):
+        save_erasers(pipe, "nowhere", "b")
     attach_erasers(pipe, rank=4, name="b")
     detach_erasers(pipe, "a")
     detach_erasers(pipe)
