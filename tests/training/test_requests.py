@@ -91,8 +91,8 @@ def test_another_form_of_the_concept_is_refused_wherever_it_is_unclear_or_would_
         read_video_requests(captioned(tmp_path / "data", a=caption), concept)
     assert str(error.value) == (
         f"{tmp_path / 'data' / 'a.txt'}: expected {concept!r} as a word of its own or not at all, got {form!r} in "
-        f"{caption!r}; write {concept!r} too if the concept is meant, so that it is found and erased, or else other "
-        "words"
+        f"{caption!r}; if the concept is meant, write {concept!r} as well, so that it is found and erased; if not, use "
+        "other words"
     )
     (tmp_path / "data" / "a.txt").write_text(f"one {concept} and {caption}")
     assert read_video_requests(tmp_path / "data", concept)[0].group == "target"

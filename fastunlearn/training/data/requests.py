@@ -228,8 +228,8 @@ def _refuse_other_forms(concept: str, text: str, where: str) -> None:
     if forms:
         raise ValueError(
             f"{where}: expected {concept!r} as a word of its own or not at all, got {shown(forms[0])} in "
-            f"{shown(text)}; "
-            f"write {concept!r} too if the concept is meant, so that it is found and erased, or else other words"
+            f"{shown(text)}; if the concept is meant, write {concept!r} as well, so that it is found and erased; if "
+            "not, use other words"
         )
 
 
