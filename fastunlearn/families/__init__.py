@@ -14,6 +14,7 @@ from fastunlearn.families.base import AttentionPlaces, Condition, Family, Latent
 from fastunlearn.families.cogvideox import COGVIDEOX
 from fastunlearn.families.hunyuan_video import HUNYUAN_VIDEO
 from fastunlearn.families.wan import WAN
+from fastunlearn.files import shown
 
 __all__ = [
     "EXPERTS",
@@ -97,7 +98,7 @@ def _check_variant(transformer: nn.Module, family: Family) -> None:
         if got != expected:
             raise ValueError(
                 f"model: expected a text-to-video {family.transformer}, configured with {entry}={expected}; "
-                f"got {entry}={got!r}"
+                f"got {entry}={shown(got)}"
             )
 
 

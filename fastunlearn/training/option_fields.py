@@ -67,7 +67,7 @@ def below_1(name: str, value: float) -> None:
     """Checks that a number is from 0 to below 1."""
     within(0, 1)(name, value)
     if value == 1:
-        raise ValueError(f"{name}: expected a number from 0 to below 1, got {value!r}")
+        raise ValueError(f"{name}: expected a number from 0 to below 1, got {shown(value)}")
 
 
 def each(check: Check) -> Check:
@@ -101,7 +101,7 @@ is_weight = within(0, 1e6)
 def has_words(name: str, value: str) -> None:
     """Checks that a text is not blank."""
     if not value.strip():
-        raise ValueError(f"{name}: expected one or more words, got {value!r}")
+        raise ValueError(f"{name}: expected one or more words, got {shown(value)}")
 
 
 def check_fields(options: Any) -> None:

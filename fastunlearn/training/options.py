@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastunlearn.files import shown
 from fastunlearn.training import option_fields as shared
 from fastunlearn.training.option_fields import (
     below_1,
@@ -292,7 +293,7 @@ class TrainingOptions:
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             raise ValueError(
                 "overwrite_output_dir: expected no resume_from_checkpoint beside it, got "
-                f"{self.resume_from_checkpoint!r}; give one of them"
+                f"{shown(self.resume_from_checkpoint)}; give one of them"
             )
 
 
@@ -351,7 +352,7 @@ class EvaluateOptions:
             for name in ("concept", "target_prompts", "kept_prompts"):
                 if not getattr(self, name):
                     raise ValueError(
-                        f"{name}: expected a value where there is no cache_dir, got {getattr(self, name)!r}"
+                        f"{name}: expected a value where there is no cache_dir, got {shown(getattr(self, name))}"
                     )
 
 

@@ -9,6 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastunlearn.families.tiny import t5_tokenizer
 from fastunlearn.training.data.prompts import PromptLine, concept_tokens, occurrences, read_prompts
+from fastunlearn.training.data.requests import Request, _refuse_concept
+from fastunlearn.training.loop.batches import _experts
+from fastunlearn.training.options import PrepareOptions
 
 
 class WithoutOffsets:
@@ -217,3 +220,18 @@ def test_errors_about_long_prompts_are_short() -> None:
         with pytest.raises(ValueError, match=message) as info:
             concept_tokens(tokenizer, prompt, "circle", max_length=16)
         assert "the prompt's tokens: ▁a" in str(info.value) and len(str(info.value)) < 500
+
+
+def test_errors_about_long_concepts_are_short() -> None:
+    concept, tokenizer = "circle" * 100_000, t5_tokenizer()
+    for find in (
+        lambda: concept_tokens(tokenizer, "a park", concept),
+        lambda: occurrences("a park", " " * 10**6),
+        lambda: _refuse_concept(concept, f"a {concept}", "data"),
+        lambda: PrepareOptions("tiny", "cache", " " * 10**6),
+        lambda: Request(concept, follow="instead"),
+        lambda: _experts({concept: None, "b" * 10**6: None}, concept + "s"),
+    ):
+        with pytest.raises(ValueError, match="expected") as info:
+            find()
+        assert len(str(info.value)) < 1000

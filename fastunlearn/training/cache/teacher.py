@@ -83,8 +83,9 @@ class Teacher:
         for request in requests:
             if request.group in masked and not self.encoded[request.prompt].token_indices:
                 raise ValueError(
-                    f"concept: expected {self.options.concept!r} in all prompts of group {request.group!r} or in none, "
-                    f"got some with it, and {shown(request.prompt)} without: put these prompts into different groups"
+                    f"concept: expected {shown(self.options.concept)} in all prompts of group {shown(request.group)} "
+                    f"or in none, got some with it, and {shown(request.prompt)} without: put these prompts into "
+                    "different groups"
                 )
         return masked
 

@@ -105,7 +105,8 @@ def check_conditions(path: Path, prompts: Sequence[str], facts: Mapping[str, Any
             dtypes = ("I64", "BOOL") if dims == ("L",) else (latents,)  # ("L",): a text mask
             if dtype not in dtypes or len(shape) != len(dims) or 0 in shape:
                 raise ValueError(
-                    f"{path}: expected ({', '.join(dims)}) of {' or '.join(dtypes)} as {name!r}, got {shape} of {dtype}"
+                    f"{path}: expected ({', '.join(dims)}) of {' or '.join(dtypes)} as {shown(name)}, "
+                    f"got {shown(shape)} of {dtype}"
                 )
     return {name.partition(".")[2]: shape for name, (_, shape) in got.items() if name.startswith("0.")}
 

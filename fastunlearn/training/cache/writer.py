@@ -77,7 +77,7 @@ class CacheWriter:
         dtype = dtype_named(self._facts["dtype"])
         if dtype is None or self._facts["dtype"] not in SAFETENSORS_DTYPES:
             expected = ", ".join(SAFETENSORS_DTYPES)
-            raise ValueError(f"facts: expected one of {expected} as 'dtype', got {self._facts['dtype']!r}")
+            raise ValueError(f"facts: expected one of {expected} as 'dtype', got {shown(self._facts['dtype'])}")
         self._dtype = dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         content = _serialized(conditions)

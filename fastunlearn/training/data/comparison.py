@@ -99,10 +99,10 @@ def _check_same_size(videos: Sequence[Tensor], labels: Sequence[str]) -> None:
     if not videos or len(videos) != len(labels):
         raise ValueError(f"labels: expected one per video, got {len(labels)} for {len(videos)} videos")
     for video, label in zip(videos, labels, strict=True):
-        check_frames(f"the video {label!r}", video)
+        check_frames(f"the video {shown(label)}", video)
         if video.shape != videos[0].shape:
             raise ValueError(
-                f"the video {label!r}: expected shape {tuple(videos[0].shape)}, as the first video has; got "
+                f"the video {shown(label)}: expected shape {tuple(videos[0].shape)}, as the first video has; got "
                 f"{tuple(video.shape)}"
             )
 

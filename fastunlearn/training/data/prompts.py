@@ -99,13 +99,15 @@ def concept_tokens(
         tokens = "the prompt's tokens: " + (tokens if len(tokens) <= 200 else tokens[:200] + "...")
         if matches:
             raise ValueError(
-                f"concept: expected {concept!r} in the first {max_length} tokens of the prompt {shown(prompt)}, got it "
-                f"only in the rest, which is cut off; shorten the prompt; {tokens}"
+                f"concept: expected {shown(concept)} in the first {max_length} tokens of the prompt {shown(prompt)}, "
+                f"got it only in the rest, which is cut off; shorten the prompt; {tokens}"
             )
         forms = other_forms(prompt, concept)
-        hint = f", which is there only as {shown(forms[0])}: write {concept!r} in the prompt as well" if forms else ""
+        hint = (
+            f", which is there only as {shown(forms[0])}: write {shown(concept)} in the prompt as well" if forms else ""
+        )
         raise ValueError(
-            f"concept: expected whole words of the prompt {shown(prompt)}, got {concept!r}{hint}; {tokens}"
+            f"concept: expected whole words of the prompt {shown(prompt)}, got {shown(concept)}{hint}; {tokens}"
         )
     return positions
 

@@ -43,12 +43,14 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.follow not in (PROMPT, INSTEAD):
-            raise ValueError(f"follow: expected 'prompt' or 'instead', got {self.follow!r}")
+            raise ValueError(f"follow: expected 'prompt' or 'instead', got {shown(self.follow)}")
         if self.follow == INSTEAD and self.instead is None:
-            raise ValueError(f"instead: expected a prompt, because follow is 'instead'; got None for {self.prompt!r}")
+            raise ValueError(
+                f"instead: expected a prompt, because follow is 'instead'; got None for {shown(self.prompt)}"
+            )
         start, end = self.steps
         if not 0 <= start < end <= 1:
-            raise ValueError(f"steps: expected a start below an end, both from 0 to 1; got {self.steps!r}")
+            raise ValueError(f"steps: expected a start below an end, both from 0 to 1; got {shown(self.steps)}")
 
     @property
     def baseline(self) -> str:
@@ -97,12 +99,12 @@ def read_requests(options: PrepareOptions) -> list[Request]:
     if "target" not in groups:
         where = "target_prompts" if options.data is None else "data"
         raise ValueError(
-            f"{where}: expected at least one prompt with {options.concept!r}, which training needs, got none"
+            f"{where}: expected at least one prompt with {shown(options.concept)}, which training needs, got none"
         )
     if "kept" not in groups:
         where = "kept_prompts" if options.data is None else "data"
         warnings.warn(
-            f"{where}: got no prompt without {options.concept!r}; train cannot use this cache unless "
+            f"{where}: got no prompt without {shown(options.concept)}; train cannot use this cache unless "
             "--preservation-weight is 0",
             stacklevel=2,
         )
@@ -214,10 +216,10 @@ def _refuse_concept(concept: str, text: str, where: str, place: str = "") -> Non
     """Checks a prompt that must not contain the concept, nor another form of it."""
     forms = other_forms(text, concept)
     if occurrences(text, concept):
-        raise ValueError(f"{where}: expected a prompt without {concept!r}{place}, got {shown(text)}")
+        raise ValueError(f"{where}: expected a prompt without {shown(concept)}{place}, got {shown(text)}")
     if forms:
         raise ValueError(
-            f"{where}: expected a prompt without {concept!r}{place}, got {shown(forms[0])}, a form of it, "
+            f"{where}: expected a prompt without {shown(concept)}{place}, got {shown(forms[0])}, a form of it, "
             f"in {shown(text)}"
         )
 
@@ -227,9 +229,9 @@ def _refuse_other_forms(concept: str, text: str, where: str) -> None:
     forms = other_forms(text, concept)
     if forms:
         raise ValueError(
-            f"{where}: expected {concept!r} as a word of its own or not at all, got {shown(forms[0])} in "
-            f"{shown(text)}; if the concept is meant, write {concept!r} as well, so that it is found and erased; if "
-            "not, use other words"
+            f"{where}: expected {shown(concept)} as a word of its own or not at all, got {shown(forms[0])} in "
+            f"{shown(text)}; if the concept is meant, write {shown(concept)} as well, so that it is found and erased; "
+            "if not, use other words"
         )
 
 
@@ -238,8 +240,8 @@ def _warn_of_similar_words(concept: str, texts: Iterable[str], where: str) -> No
     words = list(dict.fromkeys(word for text in texts for word in similar_words(text, concept)))
     if words:
         warnings.warn(
-            f"{where}: {_listed(words)} count as other words than {concept!r}; if the concept is meant, write "
-            f"{concept!r} as a word of its own, and in the target prompts",
+            f"{where}: {_listed(words)} count as other words than {shown(concept)}; if the concept is meant, write "
+            f"{shown(concept)} as a word of its own, and in the target prompts",
             stacklevel=4,
         )
 
@@ -247,7 +249,7 @@ def _warn_of_similar_words(concept: str, texts: Iterable[str], where: str) -> No
 def _listed(names: Sequence[str], most: int = 8) -> str:
     """Names in quotation marks, of which the first few are shown."""
     further = f" and {len(names) - most} others" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + further
+    return ", ".join(map(shown, names[:most])) + further
 
 
 def distinct_prompts(requests: Sequence[Request], negative_prompt: str) -> list[str]:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from fastunlearn.files import shown
+
 Span = tuple[int, int]  # of characters: start and end
 
 # Scripts that put no spaces between words: Chinese characters, kana, bopomofo, Thai, Lao, Burmese, Khmer. A word of
@@ -55,7 +57,7 @@ def occurrences(text: str, concept: str) -> list[Span]:
     """
     words = [re.escape(word) for word in _fold(concept).text.split()]
     if not _fold(concept, without=_INVISIBLE).text.strip():
-        raise ValueError(f"concept: expected one or more words, got {concept!r}")
+        raise ValueError(f"concept: expected one or more words, got {shown(concept)}")
     return list(_whole_words(_fold(text), re.compile(r"\s+".join(words))))
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastunlearn.files import one_line, shown
 from fastunlearn.training.options import TargetGroup
 from fastunlearn.training.random_numbers import random_generator
 
@@ -72,8 +73,8 @@ class Batches:
                 kept_points = points[:0] if kept_experts is None else (kept_experts == expert).nonzero()[:, 0]
                 if kept_experts is not None and not len(kept_points):
                     raise ValueError(
-                        f"kept: expected points for transformer {expert} in group {kept!r}, because {len(points)} "
-                        f"points of group {target.name!r} are for it, got none; prepare more kept prompts, or set "
+                        f"kept: expected points for transformer {expert} in group {shown(kept)}, because {len(points)} "
+                        f"points of group {shown(target.name)} are for it, got none; prepare more kept prompts, or set "
                         "preservation_weight to 0"
                     )
                 self._pools.append(_Pool(target, expert, points, kept_points))
@@ -100,11 +101,11 @@ class Batches:
 
 def _experts(groups: Mapping[str, Any], name: str) -> Tensor:
     if name not in groups:
-        expected = ", ".join(map(repr, groups)) or "none, because the cache is empty"
-        raise ValueError(f"group: expected one of the cache's groups ({expected}), got {name!r}")
+        expected = one_line(", ".join(map(shown, groups)) or "none, because the cache is empty")
+        raise ValueError(f"group: expected one of the cache's groups ({expected}), got {shown(name)}")
     experts: Tensor = groups[name].experts
     if not len(experts):
-        raise ValueError(f"group {name!r} of the cache: expected at least one point, got none")
+        raise ValueError(f"group {shown(name)} of the cache: expected at least one point, got none")
     return experts
 
 

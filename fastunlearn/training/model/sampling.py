@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn.families import Condition
+from fastunlearn.files import one_line, shown
 from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.random_numbers import random_generator
 from fastunlearn.velocity_model import VelocityModel
@@ -146,7 +147,8 @@ def denoise(
     needed = [follow] if guidance_scale == 1 else [follow, guide_from]
     for argument, name in zip(("follow", "guide_from"), needed, strict=False):
         if name not in conditions:
-            raise ValueError(f"{argument}: expected one of {', '.join(map(repr, conditions))}, got {name!r}")
+            expected = one_line(", ".join(map(shown, conditions)))
+            raise ValueError(f"{argument}: expected one of {expected}, got {shown(name)}")
     scheduler = scheduler_for(model, num_inference_steps)
     advance = _advance(scheduler, generators or [random_generator(sample) for sample in range(len(noise))])
     x_t = noise.to(model.device, torch.float32 if model.family.float32_latents else model.dtype)

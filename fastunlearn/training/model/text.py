@@ -71,7 +71,7 @@ def encode_prompts(
         TypeError: `prompts` is a single string.
     """
     if isinstance(prompts, str):
-        raise TypeError(f"prompts: expected a sequence of strings, got the string {prompts!r}")
+        raise TypeError(f"prompts: expected a sequence of strings, got the string {shown(prompts)}")
     path = os.path.expanduser(path)
     cls, family = pipeline_class(path, trust_remote_code)
     length = text_length(cls, family, path, trust_remote_code)
@@ -86,8 +86,8 @@ def encode_prompts(
     for prompt in must_not_contain:
         if token_indices.get(prompt):
             raise ValueError(
-                f"concept: expected {concept!r} in no prompt but the targets, got it in {shown(prompt)}, which the "
-                f"pipeline reads as {shown(family.tokenizer_input(prompt).prompt)}"
+                f"concept: expected {shown(concept)} in no prompt but the targets, got it in {shown(prompt)}, which "
+                f"the pipeline reads as {shown(family.tokenizer_input(prompt).prompt)}"
             )
     _warn_of_long_prompts(tokenizer, family, list(token_indices), length)
     pipeline = load_components(cls, path, dtype, (*family.denoisers, "vae"), trust_remote_code).to(device)
