@@ -20,7 +20,7 @@ from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.model import load
 from fastunlearn.demo.world import FRAMES, HEIGHT, SHAPES, WIDTH, Nouns, prompt_of
 from fastunlearn.devices import round_buffers, usable_device
-from fastunlearn.files import read_json, writable, write_json
+from fastunlearn.files import read_json, refuse_links, writable, write_json
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.requests import Request
 from fastunlearn.training.loop import checkpoints
@@ -59,6 +59,7 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[
         raise ValueError(f"concept: expected one of {', '.join(SHAPES)}, got {concept!r}")
     torch_device = usable_device(device)
     output = writable(output)
+    refuse_links(output, checkpoints.ERASERS)
     if earlier := checkpoints.existing(output):
         raise FileExistsError(
             f"output: expected a folder without checkpoints, got {output} with {earlier[-1].name}; choose another one"

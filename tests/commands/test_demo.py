@@ -322,3 +322,12 @@ def test_pretraining_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixtu
         pretrain(["--steps", "2", "--output", str(parts)])
     assert whole.read_bytes() == parts.read_bytes()
     assert not parts.with_suffix(".checkpoint").exists()
+
+
+def test_erasers_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "erasers").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match="output/erasers: expected a folder, got a symbolic link"):
+        run("circle", tmp_path / "output")
+    assert not list((tmp_path / "elsewhere").iterdir())
