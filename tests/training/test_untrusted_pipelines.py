@@ -309,7 +309,7 @@ def test_weights_under_another_name_are_missed(tiny_pipeline, tmp_path):
         folder / "transformer" / "diffusion_pytorch_model.safetensors",
         lambda tensors: tensors.update({"another": tensors.pop(key)}),
     )
-    with pytest.raises(ValueError, match=f"expected weights for '{key}' of the transformer of .*, got none"):
+    with pytest.raises(ValueError, match=f"expected all weights of transformer in .*, got none for '{key}'"):
         load_model(folder, **FP32)
 
 

@@ -60,7 +60,6 @@ def load_model(
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     without = family.text_components if vae else (*family.text_components, "vae")
     pipeline = load_components(cls, path, dtypes, without, trust_remote_code)
-    _check_complete(path, pipeline.components)
     round_buffers(pipeline.components.values(), torch.device(device))
     pipeline.to(device)
     boundary_ratio = pipeline.config.get("boundary_ratio")
@@ -83,16 +82,6 @@ def load_model(
         pipeline.vae if vae else None,
         trust_remote_code=trust_remote_code,
     )
-
-
-def _check_complete(path: str, components: Mapping[str, Any]) -> None:
-    """Raises ValueError if the files lack a weight, which diffusers then leaves on the meta device."""
-    for name, part in components.items():
-        for key, parameter in part.named_parameters() if isinstance(part, nn.Module) else ():
-            if parameter.is_meta:
-                raise ValueError(
-                    f"{ARGUMENT}: expected weights for {shown(key)} of the {name} of {shown(path, 300)}, got none"
-                )
 
 
 class Outline(NamedTuple):
@@ -228,8 +217,7 @@ def _check_whole(path: str, pipeline: Any) -> None:
         for key, parameter in parameters:
             if parameter.is_meta:
                 raise ValueError(
-                    f"pretrained_model_name_or_path: expected all weights of {name} in {shown(path, 300)}, got none "
-                    f"for {shown(key)}"
+                    f"{ARGUMENT}: expected all weights of {name} in {shown(path, 300)}, got none for {shown(key)}"
                 )
 
 
