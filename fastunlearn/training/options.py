@@ -334,7 +334,7 @@ class EvaluateOptions:
         check=is_size,
     )
     overwrite_output_dir: bool = shared.overwrite_output_dir(
-        "replace evaluation.json and evaluation.png of another evaluation in output_dir", "data"
+        "replace evaluation.json and evaluation.png in output_dir; its cache must be of the same prompts", "data"
     )
     seed: int = option(
         "random seed of the trajectories; use another one than for prepare", 1000, group="sampling", check=is_seed

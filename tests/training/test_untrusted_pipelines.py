@@ -313,6 +313,26 @@ def test_weights_under_another_name_are_missed(tiny_pipeline, tmp_path):
         load_model(folder, **FP32)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "key"),
+    [
+        ("cogvideox", "text_encoder", "encoder.final_layer_norm.weight"),
+        ("wan", "text_encoder", "encoder.final_layer_norm.weight"),
+        ("hunyuan_video", "text_encoder", "layers.0.input_layernorm.weight"),
+        ("hunyuan_video", "text_encoder_2", "final_layer_norm.weight"),
+    ],
+)
+def test_weights_of_a_text_encoder_under_another_name_are_missed(tiny_pipeline, tmp_path, family, name, key):
+    """transformers would fill them with random numbers, and encode each prompt differently in each process."""
+    folder = copy_of(tiny_pipeline(family), tmp_path / "pipeline")
+    rewrite_weights(
+        folder / name / "model.safetensors",
+        lambda tensors: tensors.update({"another": tensors.pop(next(k for k in tensors if k.endswith(key)))}),
+    )
+    with pytest.raises(ValueError, match=f"expected all weights of {name} in .*, got none for '{key}'"):
+        encode_prompts(folder, ["a circle"], "circle", **FP32)
+
+
 @pytest.mark.parametrize("family", ["cogvideox", "wan", "hunyuan_video"])
 @pytest.mark.parametrize("stored", ["once", "twice"])
 def test_an_embedding_may_be_stored_once_or_twice(tiny_pipeline, tmp_path, family, stored):

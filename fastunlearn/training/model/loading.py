@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,20 +205,47 @@ def load_components(
     # diffusers before 0.42 knows the older name only, and ignores the newer one.
     keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     with one_line_errors(shown(path, 300)):
+        loaded = {} if isinstance(dtype, dict) else _load_text_encoders(folder, index, needed, dtype)
+    for name, (_, lacking) in loaded.items():
+        _refuse_lacking(path, name, lacking)
+    options |= {name: encoder for name, (encoder, _) in loaded.items()}
+    with one_line_errors(shown(path, 300)):
         pipeline = cls.from_pretrained(str(folder), **options, **{keyword: dtype})
-    _check_whole(path, pipeline)
+    for name, component in pipeline.components.items():
+        # diffusers leaves a weight that the files lack on the meta device, where it has no data.
+        parameters = component.named_parameters() if isinstance(component, nn.Module) else ()
+        _refuse_lacking(path, name, [key for key, parameter in parameters if parameter.is_meta])
     return pipeline
 
 
-def _check_whole(path: str, pipeline: Any) -> None:
-    """Raises ValueError if a file lacks a weight: diffusers leaves it on the meta device, where it has no data."""
-    for name, component in pipeline.components.items():
-        parameters = component.named_parameters() if isinstance(component, nn.Module) else ()
-        for key, parameter in parameters:
-            if parameter.is_meta:
-                raise ValueError(
-                    f"{ARGUMENT}: expected all weights of {name} in {shown(path, 300)}, got none for {shown(key)}"
-                )
+def _load_text_encoders(
+    folder: Path, index: Mapping[str, Any], names: Sequence[str], dtype: torch.dtype
+) -> dict[str, tuple[Any, Collection[str]]]:
+    """The models of transformers among some components, each with the names of the weights that its files lack.
+
+    transformers gives random values to a weight that the files lack. A pipeline that loads its encoders itself would
+    not say so.
+    """
+    import transformers
+
+    loaded = {}
+    for name in names:
+        library, class_name = index[name]
+        cls: Any = getattr(transformers, class_name, None) if library == "transformers" else None
+        is_encoder = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if is_encoder:
+            encoder, report = cls.from_pretrained(
+                folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            loaded[name] = (encoder, report["missing_keys"])
+    return loaded
+
+
+def _refuse_lacking(path: str, name: str, lacking: Collection[str]) -> None:
+    if lacking:
+        raise ValueError(
+            f"{ARGUMENT}: expected all weights of {name} in {shown(path, 300)}, got none for {shown(min(lacking))}"
+        )
 
 
 def _denoisers_in_use(family: Family, boundary_ratio: float | None) -> tuple[str, ...]:
