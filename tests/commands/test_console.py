@@ -54,8 +54,12 @@ def test_a_mistake_in_the_code_keeps_its_traceback() -> None:
 
 
 def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info, one_line_messages(COMMAND):
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(SystemExit) as exit_info, one_line_messages(COMMAND):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == f"{COMMAND}: interrupted\n"
 
