@@ -14,30 +14,21 @@ from fastunlearn.training.cache.index import cache_fingerprint, file_entry, seal
 def resign(path: Path) -> bool:
     """Makes the checksums of an edited file fit it again, as an attacker would. Returns whether there are any."""
     try:
-        return any(sign(path) for sign in (_sign_checkpoint, _sign_erasers, _sign_cache))
+        return any(sign(path) for sign in (_sign_one, _sign_cache))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _sign_checkpoint(path: Path) -> bool:
-    metadata = path.parent / "checkpoint.json"
-    if path.name != "training_state.pt":
+def _sign_one(path: Path) -> bool:
+    """A checkpoint's state and a file of erasers have their checksum in a file beside them."""
+    if path.name == "training_state.pt":
+        signed = path.parent / "checkpoint.json"
+    elif path.name.startswith("erasers-"):
+        signed = path.parent / "config.json"
+    else:
         return False
-    content = json.loads(metadata.read_bytes())
-    write(metadata, json.dumps(content | {"sha256": _sha256(path)}).encode())
-    return True
-
-
-def _sign_erasers(path: Path) -> bool:
-    config = path.parent / "config.json"
-    if not path.name.startswith("erasers-"):
-        return False
-    content = json.loads(config.read_bytes())
-    write(config, json.dumps(content | {"sha256": _sha256(path)}).encode())
+    content = json.loads(signed.read_bytes())
+    write(signed, json.dumps(content | {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}).encode())
     return True
 
 
