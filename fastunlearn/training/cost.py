@@ -5,9 +5,11 @@
 At batch size 1, with weights in bfloat16 and the commands' default options:
 
 * A forward pass of S tokens through P parameters in L blocks of D features takes 2 P S + 4 L D S^2 operations.
-* `prepare` makes two passes per sampling step, with the prompt and without (classifier-free guidance). For a
-  guidance-distilled model it makes one, and one more without the prompt at every point it stores. It holds the text
-  encoders, frees them, and then holds the transformers and the activations of a pass.
+* `prepare` makes two passes per sampling step, with the prompt and without (classifier-free guidance); for a
+  guidance-distilled model it makes one, and one more without the prompt at every point it stores. It makes a further
+  one at the points of a target trajectory, with the prompt in which the concept is replaced; on a trajectory that
+  follows that prompt, the further one has the target prompt instead, also at every step of which the attention is
+  recorded. It holds the text encoders, frees them, and then holds the transformers and the activations of a pass.
 * A training step is two passes of the student, each about three forward passes with gradient checkpointing: forward,
   forward again, and backward to the activations (the frozen weights need no gradient). A pass keeps the input of every
   block, S D L numbers, and the hidden states of the erasers, N r L numbers for N video tokens at rank r. The outputs of
@@ -21,11 +23,15 @@ gradients once per step (the last column of the table). `--fsdp` shards the weig
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 from fastunlearn.families import FAMILIES
 from fastunlearn.families.base import PublishedModel
 from fastunlearn.training.cache.estimate import ACTIVATIONS_PER_FEATURE
+from fastunlearn.training.cache.plan import Plan
+from fastunlearn.training.data.prompts import PromptLine
+from fastunlearn.training.data.requests import Request, target_requests
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 
 # An assumption: 40% of the 989 TFLOP/s that an H100 has in dense bfloat16.
@@ -59,9 +65,10 @@ def cost_of(model: PublishedModel, *, has_guidance: bool) -> Cost:
     weights = _BFLOAT16 * model.transformers * model.parameters
     at_work = _BFLOAT16 * tokens * model.features * ACTIVATIONS_PER_FEATURE
 
-    passes_per_trajectory = PrepareOptions.num_inference_steps
-    passes_per_trajectory += passes_per_trajectory if has_guidance else PrepareOptions.timesteps_per_trajectory
-    passes = 2 * PrepareOptions.num_trajectories * passes_per_trajectory
+    options = PrepareOptions("", Path(), "nude")
+    requests = target_requests([PromptLine("a nude person")], options)
+    requests += [Request("a person", "kept")] * options.num_trajectories
+    passes = Plan(requests, options, 6.0 if has_guidance else 1.0, {"target"}).num_forwards
     encoders = _BFLOAT16 * model.text_encoder_parameters
 
     rank = TrainingOptions.rank

@@ -68,10 +68,13 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def prepare_options(options: EvaluateOptions) -> PrepareOptions:
-    """The options of `prepare` for the cache in `output_dir`: those with the same name as here, and defaults."""
+    """The options of `prepare` for the cache in `output_dir`: those with the same name as here, and defaults.
+
+    Its trajectories follow the target prompts, because they are the ones to be erased.
+    """
     shared = {field.name for field in fields(PrepareOptions)} & {field.name for field in fields(EvaluateOptions)}
     chosen = {name: getattr(options, name) for name in shared}
-    return PrepareOptions(**{**chosen, "output_dir": options.output_dir / "cache"})
+    return PrepareOptions(**{**chosen, "output_dir": options.output_dir / "cache", "follow_replacement": 0.0})
 
 
 def _model_and_cache(options: EvaluateOptions) -> tuple[VideoModel, TeacherCache]:

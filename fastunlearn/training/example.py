@@ -16,7 +16,8 @@ import torch
 
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.comparison import write_strip
-from fastunlearn.training.data.requests import Request
+from fastunlearn.training.data.prompts import PromptLine
+from fastunlearn.training.data.requests import Request, distinct_prompts, target_requests
 from fastunlearn.training.data.videos import check_ffmpeg, write_video
 from fastunlearn.training.model.erased import without_erasers
 from fastunlearn.training.model.loading import load_model
@@ -46,21 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-    # 1. Encode the prompts. The text encoders are freed afterwards, which leaves their memory to the model.
-    #    The empty prompt is the negative prompt of classifier-free guidance.
-    encoded = encode_prompts(path, ["", *TARGET_PROMPTS, *KEPT_PROMPTS], CONCEPT, dtype=dtype, device=device)
+    # 1. Say what to sample: trajectories that cycle through the prompts. Dropping the concept's words from a target
+    #    prompt gives the prompt for its absence. Then encode all prompts. The text encoders are freed afterwards, which
+    #    leaves their memory to the model. The empty prompt is the negative prompt of classifier-free guidance.
+    prepare_options = PrepareOptions(
+        path,
+        output / "cache",
+        CONCEPT,
+        num_trajectories=chosen.trajectories,
+        num_inference_steps=sampling_steps,
+        height=chosen.height,
+        width=chosen.width,
+        num_frames=chosen.num_frames,
+    )
+    requests = target_requests([PromptLine(prompt) for prompt in TARGET_PROMPTS], prepare_options)
+    for number in range(chosen.trajectories):
+        requests.append(Request(KEPT_PROMPTS[number % len(KEPT_PROMPTS)], group="kept"))
+    encoded = encode_prompts(path, distinct_prompts(requests, ""), CONCEPT, dtype=dtype, device=device)
     model = load_model(path, dtype=dtype, device=device, vae=True)
     size = model.defaults.size(chosen.height, chosen.width, chosen.num_frames)
 
-    # 2. Sample trajectories with the frozen model, cycling through the prompts, and cache training points from them:
-    #    noisy latents, the velocities with and without the prompt, and a mask of where the concept is.
-    requests = []
-    for number in range(chosen.trajectories):
-        requests.append(Request(TARGET_PROMPTS[number % len(TARGET_PROMPTS)], group="target"))
-        requests.append(Request(KEPT_PROMPTS[number % len(KEPT_PROMPTS)], group="kept"))
-    prepare_options = PrepareOptions(
-        path, output / "cache", CONCEPT, num_inference_steps=sampling_steps, **size._asdict()
-    )
+    # 2. Sample the trajectories with the frozen model, and cache training points from them: noisy latents, the
+    #    velocities with the concept in the prompt and without, and a mask of where the concept is.
     prepare(model, encoded, requests, output / "cache", prepare_options)
 
     # 3. Train the erasers: away from the concept where it is visible, and no change anywhere else. They are saved in

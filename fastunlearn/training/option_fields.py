@@ -170,6 +170,30 @@ def overwrite_output_dir(help: str, group: str, **metadata: Any) -> Any:
     return option(help, False, group=group, **metadata)
 
 
+def negative_prompt() -> Any:
+    """The prompt that guidance leads away from."""
+    help = "negative prompt of sampling; with --baseline negative, it also stands for the absence of the concept"
+    return option(f"{help}; empty if left out", "", group="sampling")
+
+
+def replacement() -> Any:
+    """What comes in the place of the concept's words."""
+    help = (
+        "what replaces the concept's words in a target prompt, to stand for the absence of the concept; if left out, "
+        "they are dropped, and where nothing else is left, the negative prompt is taken"
+    )
+    return option(help, "", group="data")
+
+
+def baseline() -> Any:
+    """The prompt of the velocity without the concept."""
+    help = (
+        "prompt of the velocity without the concept: the target prompt with the replacement, or the negative prompt, "
+        "as in the paper; a prompt after a tab comes before both"
+    )
+    return option(help, "replacement", group="data")
+
+
 def num_trajectories(default: int) -> Any:
     """The number of sampled trajectories."""
     help = "trajectories to sample for the target prompts, and as many again for the kept prompts"

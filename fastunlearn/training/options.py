@@ -41,7 +41,7 @@ class PrepareOptions:
     output_dir: Path = option("folder of the cache: a new folder, or an unfinished cache to complete", group="data")
     concept: str = option("the concept to erase, worded as in the target prompts", group="data", check=has_words)
     target_prompts: Path | None = option(
-        "file of prompts with the concept, one per line; after a tab, optionally one without it",
+        "file of prompts with the concept, one per line; after a tab, optionally the prompt that replaces it",
         None,
         group="data",
     )
@@ -53,10 +53,15 @@ class PrepareOptions:
         None,
         group="data",
     )
-    negative_prompt: str = option(
-        "negative prompt, which also stands for the absence of the concept; empty if left out",
-        "",
+    replacement: str = shared.replacement()
+    baseline: Literal["replacement", "negative"] = shared.baseline()
+    negative_prompt: str = shared.negative_prompt()
+    follow_replacement: float = option(
+        "share of the target trajectories, from 0 to 1, whose sampling follows the replacement instead of the prompt, "
+        "as the erased model will",
+        0.5,
         group="sampling",
+        check=is_fraction,
     )
     num_trajectories: int = shared.num_trajectories(32)
     timesteps_per_trajectory: int = shared.timesteps_per_trajectory(5)
@@ -317,9 +322,9 @@ class EvaluateOptions:
         "folder of a cache that prepare wrote for held-out prompts; made in output_dir if left out", None, group="data"
     )
     eraser_scales: tuple[float, ...] = shared.eraser_scales()
-    negative_prompt: str = option(
-        "negative prompt, which also stands for the absence of the concept; empty if left out", "", group="sampling"
-    )
+    replacement: str = shared.replacement()
+    baseline: Literal["replacement", "negative"] = shared.baseline()
+    negative_prompt: str = shared.negative_prompt()
     num_trajectories: int = shared.num_trajectories(8)
     timesteps_per_trajectory: int = shared.timesteps_per_trajectory(10)
     num_inference_steps: int = shared.num_inference_steps()

@@ -15,7 +15,8 @@ from fastunlearn.training.prepare import prepare
 
 TARGETS = ("a red circle in the street", "a circle")
 KEPT = ("a square", "a red square in the street")
-PROMPTS = (*TARGETS, *KEPT, "", "bad quality")
+WITHOUT = "a red in the street"  # the first target without the concept; nothing is left of the other one
+PROMPTS = (*TARGETS, *KEPT, WITHOUT, "", "bad quality")
 REQUESTS = [
     Request(TARGETS[0]),
     Request(TARGETS[1]),

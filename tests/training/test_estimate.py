@@ -76,7 +76,9 @@ def test_an_estimate_of_a_real_size(tiny_pipeline, tmp_path):
     paths = write_prompts(tmp_path, target_prompts=TARGETS[0], kept_prompts=KEPT[0])
     options = PrepareOptions(str(folder), tmp_path / "cache", "circle", **paths)
     estimated = estimate(options)
-    assert (estimated.points, estimated.forward_passes) == (320, 6400)
+    # A pass more at the 5 points of the 16 trajectories that follow the target prompt. On the 16 that follow the
+    # replacement there are 25 at the steps with masks, and those at the 39 points before these.
+    assert (estimated.points, estimated.forward_passes) == (320, 64 * 100 + 16 * 5 + 16 * 25 + 39)
     # The model's README says 1.69 billion parameters, of 2 bytes each.
     assert 3.3e9 < estimated.transformers < 3.5e9
     assert 320 * 3 * 13 * 16 * 60 * 90 * 2 < estimated.disk < 320 * 6.8e6

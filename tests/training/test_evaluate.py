@@ -17,6 +17,7 @@ from PIL import Image
 
 from fastunlearn.training import evaluate, prepare
 from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.requests import read_requests
 from fastunlearn.training.evaluate import run
 from fastunlearn.training.evaluation.measure import KEPT, batches, group_timesteps, measure
 from fastunlearn.training.evaluation.report import draw, table
@@ -69,6 +70,21 @@ def evaluated(
     pipeline, folder = tiny_pipeline("wan-2.2"), tmp_path_factory.mktemp("evaluated")
     chosen = options(pipeline, folder, save_erasers(pipeline, folder / "erasers", 0.3))
     return chosen, run(chosen)
+
+
+def test_the_cache_has_the_chosen_baseline_on_trajectories_of_the_target_prompts(
+    tiny_pipeline: Pipelines, tmp_path: Path
+) -> None:
+    chosen = options(tiny_pipeline("cogvideox"), tmp_path, tmp_path)
+    for changes, baselines in (
+        ({}, ["a red", "a blue square", "a red"]),
+        ({"replacement": "star"}, ["a red star", "a blue square", "a red star"]),
+        ({"baseline": "negative"}, [None, "a blue square", None]),
+    ):
+        preparing = evaluate.prepare_options(dataclasses.replace(chosen, **changes))  # type: ignore[arg-type]
+        requests = read_requests(preparing)
+        assert [request.instead for request in requests[:3]] == baselines
+        assert {request.follow for request in requests} == {"prompt"}
 
 
 def test_the_report_agrees_with_the_metrics_definitions(

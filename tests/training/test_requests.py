@@ -1,11 +1,12 @@
 """What `prepare` is asked for: prompt files, the user's own videos, and what is wrong with them."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import safetensors.torch
 import torch
-from prepare_cases import KEPT, TARGETS, assert_close, options_for, velocity, write_prompts
+from prepare_cases import KEPT, TARGETS, WITHOUT, assert_close, options_for, velocity, write_prompts
 
 from fastunlearn.training.cache import TeacherCache
 from fastunlearn.training.data.requests import Request, read_requests, read_video_requests
@@ -18,7 +19,7 @@ def test_the_prompts_of_a_file_take_turns(tmp_path):
     paths = write_prompts(
         tmp_path, target_prompts="a circle\n# a comment\n\na red circle\ta red square\n", kept_prompts="a dog\n"
     )
-    requests = read_requests(options_for(num_trajectories=3, **paths))
+    requests = read_requests(options_for(num_trajectories=3, baseline="negative", follow_replacement=0.0, **paths))
     assert requests == [
         Request("a circle"),
         Request("a red circle", instead="a red square"),
@@ -43,6 +44,57 @@ def test_the_prompts_of_a_file_take_turns(tmp_path):
         read_requests(options_for())
     with pytest.raises(ValueError, match="data: expected no target_prompts or kept_prompts"):
         read_requests(options_for(data=tmp_path, **paths))
+
+
+def test_the_concept_is_dropped_or_replaced_in_the_prompts_of_the_baseline(tmp_path):
+    lines = "a red circle\ta blue square\na red, big circle in the street\na circle\n"
+    paths = write_prompts(tmp_path, target_prompts=lines, kept_prompts="a dog\n")
+
+    def baselines(**changes):
+        requests = read_requests(options_for(num_trajectories=3, **paths, **changes))
+        assert [request.instead for request in requests[3:]] == [None] * 3  # kept
+        return [request.instead for request in requests[:3]]
+
+    assert baselines() == ["a blue square", "a red, big in the street", None]
+    assert baselines(replacement="octagon") == ["a blue square", "a red, big octagon in the street", "an octagon"]
+    assert baselines(baseline="negative", replacement="octagon") == ["a blue square", None, None]
+    with pytest.raises(
+        ValueError, match="replacement: expected a prompt without 'circle', got 'two circles'|a form of"
+    ):
+        read_requests(options_for(replacement="two circles", **paths))
+    folder = captioned(tmp_path / "data", a="a red circle", b="a red circle\ta square", c="a red square")
+    for changes, expected in (({}, "a red"), ({"replacement": "dog"}, "a red dog"), ({"baseline": "negative"}, None)):
+        requests = read_requests(options_for(data=folder, **changes))
+        assert [request.instead for request in requests] == [expected, "a square", None]
+        assert all(request.follow == "prompt" for request in requests)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "share", "following"),
+    [
+        (1, 0.5, [1, 3, 5, 7, 9, 11]),
+        (2, 0.5, [1, 2, 5, 6, 9, 10]),
+        (3, 0.25, [5, 7, 9]),
+        (3, 0.0, []),
+        (2, 1.0, list(range(12))),
+        (12, 0.25, [3, 7, 11]),
+    ],
+)
+def test_a_share_of_every_prompt_s_trajectories_follows_the_replacement(tmp_path, prompts, share, following):
+    lines = "\n".join(f"circle {number}" for number in range(prompts))
+    paths = write_prompts(tmp_path, target_prompts=lines, kept_prompts="a dog")
+    options = options_for(num_trajectories=12, follow_replacement=share, **paths)
+    requests = read_requests(options)
+    assert [number for number, request in enumerate(requests) if request.follow == "instead"] == following
+    paths = write_prompts(tmp_path, target_prompts="a circle\ta dog\n" + "a circle\n" * (prompts - 1))
+    with pytest.warns(UserWarning) if prompts > 2 else contextlib.nullcontext():
+        requests = read_requests(dataclasses.replace(options, baseline="negative"))
+        followed = [request.follow for request in requests if request.instead is not None]
+        assert {request.follow for request in requests if request.instead is None} <= {"prompt"}
+        assert followed == ["instead" if number in following else "prompt" for number in range(0, 12, prompts)]
+        requests = read_requests(options)
+    assert [number for number, request in enumerate(requests) if request.follow != "prompt"] == following
+    assert {request.follow for request in requests if request.instead is None} <= {"prompt", "negative"}
 
 
 def captioned(folder, **captions):
@@ -191,7 +243,9 @@ def test_wrong_requests_are_refused():
         Request("x", steps=(0.5, 0.5))
     with pytest.raises(ValueError, match="instead: expected a prompt"):
         Request("x", follow="instead")
-    with pytest.raises(ValueError, match="follow: expected 'prompt' or 'instead'"):
+    with pytest.raises(ValueError, match="instead: expected None, because follow is 'negative'; got 'y' for 'x'"):
+        Request("x", instead="y", follow="negative")
+    with pytest.raises(ValueError, match="follow: expected 'prompt', 'instead' or 'negative', got 'other'"):
         Request("x", follow="other")
 
 
@@ -246,7 +300,7 @@ def test_points_of_given_videos(tiny_pipeline, model_and_prompts, loaded_model, 
             noise = torch.randn(x_0.shape, generator=generator)
             noised.append(model.add_noise(x_0[None], noise[None], t[None])[0])
     assert_close(rows.x_t, torch.stack(noised))
-    for name, prompts in (("v_cond", TARGETS), ("v_uncond", ("", KEPT[1]))):
+    for name, prompts in (("v_cond", TARGETS), ("v_uncond", (WITHOUT, KEPT[1]))):
         expected = velocity(model, encoded, rows.x_t, rows.t, [prompt for prompt in prompts for _ in range(3)])
         assert_close(getattr(rows, name), expected)
     assert rows.mask.any() and not rows.mask.all()

@@ -142,6 +142,23 @@ def test_v_uncond_of_another_prompt(model_and_prompts, tmp_path, guidance_scale)
     assert cache.groups["away"].t.tolist() == scheduler_for(model, STEPS).timesteps.tolist()[STEPS // 2 :]
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_trajectory_that_follows_the_negative_prompt(model_and_prompts, tmp_path, guidance_scale):
+    model, encoded = model_and_prompts("cogvideox")
+    requests = [Request(TARGETS[1], follow="negative")]
+    cache = prepare_and_open(
+        model, encoded, tmp_path, requests, guidance_scale=guidance_scale, timesteps_per_trajectory=STEPS
+    )
+    rows = cache.groups["target"].rows(range(STEPS))
+    noise = torch.randn(model.latent_shape(**SIZE), generator=random_generator(0, "noise", 0))[None]
+    conditions = {"negative": stack_conditions([encoded[""].condition], model.device)}
+    steps = list(denoise(model, noise, conditions, follow="negative", num_inference_steps=STEPS))
+    assert_close(rows.x_t, torch.cat([step.x_t for step in steps]))
+    assert_close(rows.v_cond, velocity(model, encoded, rows.x_t, rows.t, [TARGETS[1]] * STEPS))
+    assert_close(rows.v_uncond, velocity(model, encoded, rows.x_t, rows.t, [""] * STEPS))
+    assert rows.mask.any() and not rows.mask.all()
+
+
 def test_without_guidance_the_negative_prompt_is_evaluated_at_points_only(model_and_prompts, tmp_path):
     model, encoded = model_and_prompts("hunyuan_video")
     cache = prepare_and_open(model, encoded, tmp_path, guidance_scale=None, timesteps_per_trajectory=1, batch_size=3)

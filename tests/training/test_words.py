@@ -10,7 +10,7 @@ from tokenizers.normalizers import NFKC
 from transformers import AutoTokenizer
 
 from fastunlearn.training.data.prompts import concept_tokens
-from fastunlearn.training.data.words import occurrences, other_forms, similar_words
+from fastunlearn.training.data.words import occurrences, other_forms, replace_concept, similar_words
 
 
 def found(text, concept):
@@ -171,3 +171,53 @@ def test_positions_in_prompts_that_the_tokenizer_normalises(tokenizers, name, pr
     positions = concept_tokens(tokenizer, prompt, concept, max_length=64, template=template, crop_start=crop)
     ids = tokenizer(template.replace("{}", prompt))["input_ids"][crop:]
     assert set(tokenizer.convert_ids_to_tokens([ids[position] for position in positions])) == tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "concept", "rest"),
+    [
+        ("a nude person", "nude", "a person"),
+        ("a nude woman is walking, in the red light", "nude", "a woman is walking, in the red light"),
+        # commas, brackets, quotation marks and hyphens
+        ("a red, nude person", "nude", "a red person"),
+        ("a nude, smiling person", "nude", "a smiling person"),
+        ("In the park, nude people walk", "nude", "In the park, people walk"),
+        ("beach, sunset, nude woman, photo", "nude", "beach, sunset, woman, photo"),
+        ("people, nude, walking", "nude", "people, walking"),
+        ("nude, walking", "nude", "walking"),
+        ("a person, nude.", "nude", "a person."),
+        ("a (nude) person", "nude", "a person"),
+        ('"nude" art', "nude", "art"),
+        ("hot-dog park", "dog", "hot park"),
+        # articles and connectives that have lost their noun
+        ("a circle", "circle", ""),
+        ("a circle in the street", "circle", "in the street"),
+        ("a car, a circle, a tree", "circle", "a car, a tree"),
+        ("a picture of a nude!", "nude", "a picture!"),
+        ("red circle and blue square", "circle", "red and blue square"),
+        ("blue square and circle", "circle", "blue square"),
+        ("circle and blue square", "circle", "blue square"),
+        ("a cat and a circle and a dog", "circle", "a cat and a dog"),
+        ("A nude owl and an evil cat", "nude", "An owl and an evil cat"),
+        ("A nude owl and an evil cat", "evil", "A nude owl and a cat"),
+        # endings, other forms, and scripts without spaces
+        ("the dog’s ball", "dog", "the ball"),
+        ("one dog and two dogs", "dog", "one and two"),
+        ("一只狗在跑", "狗", "一只在跑"),
+        ("강아지가 달린다", "강아지", "달린다"),
+        # nothing but the concept
+        ("nude, nude", "nude", ""),
+    ],
+)
+def test_dropping_the_concept_leaves_a_prompt(text, concept, rest):
+    assert replace_concept(text, concept) == rest
+    assert not occurrences(rest, concept) and not other_forms(rest, concept)
+
+
+def test_something_else_takes_the_concept_s_place():
+    assert replace_concept("a circle, two circles", "circle", "octagon") == "an octagon, two octagon"
+    assert replace_concept("an owl’s (owl)", "owl", "cat") == "a cat’s (cat)"
+    assert replace_concept("강아지가 달린다", "강아지", "고양이") == "고양이가 달린다"
+    assert replace_concept("a cat", "dog", "owl") == replace_concept("a cat", "dog") == "a cat"
+    with pytest.raises(ValueError, match="concept: expected one or more words, got ' '"):
+        replace_concept("a cat", " ")

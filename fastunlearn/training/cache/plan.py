@@ -91,7 +91,8 @@ class Plan:
 
     def conditions_at_every_step(self, request: Request) -> list[str]:
         """The conditions that sampling needs at every step, in the order in which they are batched."""
-        return [request.follow] if self.guidance_scale == 1 else [NEGATIVE, request.follow]
+        is_guided = self.guidance_scale != 1 and request.follow != NEGATIVE
+        return [NEGATIVE, request.follow] if is_guided else [request.follow]
 
     def extra_condition(self, request: Request) -> str | None:
         """The condition that points or masks need but sampling does not; None if there is none. There are never two.

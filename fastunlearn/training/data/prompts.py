@@ -14,7 +14,7 @@ class PromptLine(NamedTuple):
     """A line of a prompt file: a prompt, and optionally the same prompt with something else in the concept's place."""
 
     prompt: str
-    instead: str | None
+    instead: str | None = None
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[PromptLine]:

@@ -6,16 +6,19 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from fastunlearn.files import expand_home, shown
 from fastunlearn.training.data.prompts import PromptLine, read_prompts
-from fastunlearn.training.data.words import occurrences, other_forms, similar_words
+from fastunlearn.training.data.words import occurrences, other_forms, replace_concept, similar_words
 from fastunlearn.training.options import PrepareOptions
 
-NEGATIVE, PROMPT, INSTEAD = "negative", "prompt", "instead"  # the names of a trajectory's conditions
+# The names of a trajectory's conditions.
+NEGATIVE: Final = "negative"
+PROMPT: Final = "prompt"
+INSTEAD: Final = "instead"
 _VIDEOS = (".mp4", ".gif", ".mov", ".webm", ".mkv", ".avi", ".m4v")  # the suffixes of a request's source
 _LATENTS = ".safetensors"
 
@@ -28,7 +31,8 @@ class Request:
         prompt: the prompt that `v_cond` is computed with.
         group: the group of the points in the cache.
         instead: the prompt that `v_uncond` is computed with; the negative prompt if None.
-        follow: which of these two prompts sampling follows; guidance always leads away from the negative prompt.
+        follow: which of these two prompts sampling follows: "prompt", or the other by the name "instead", or "negative"
+            if `instead` is None. Guidance always leads away from the negative prompt.
         steps: the part of the sampling steps, from 0 to 1, that points are taken from.
         source: a file with a video or its latents. Points are then taken from the noised video, without sampling, and
             `follow` is ignored.
@@ -37,23 +41,28 @@ class Request:
     prompt: str
     group: str = "target"
     instead: str | None = None
-    follow: Literal["prompt", "instead"] = "prompt"
+    follow: Literal["prompt", "instead", "negative"] = "prompt"
     steps: tuple[float, float] = (0, 1)
     source: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.follow not in (PROMPT, INSTEAD):
-            raise ValueError(f"follow: expected 'prompt' or 'instead', got {shown(self.follow)}")
+        if self.follow not in (PROMPT, INSTEAD, NEGATIVE):
+            raise ValueError(f"follow: expected 'prompt', 'instead' or 'negative', got {shown(self.follow)}")
         if self.follow == INSTEAD and self.instead is None:
             raise ValueError(
                 f"instead: expected a prompt, because follow is 'instead'; got None for {shown(self.prompt)}"
+            )
+        if self.follow == NEGATIVE and self.instead is not None:
+            raise ValueError(
+                f"instead: expected None, because follow is 'negative'; got {shown(self.instead)} for "
+                f"{shown(self.prompt)}"
             )
         start, end = self.steps
         if not 0 <= start < end <= 1:
             raise ValueError(f"steps: expected a start below an end, both from 0 to 1; got {shown(self.steps)}")
 
     @property
-    def baseline(self) -> str:
+    def baseline(self) -> Literal["negative", "instead"]:
         """The name of the condition that `v_uncond` is computed with."""
         return NEGATIVE if self.instead is None else INSTEAD
 
@@ -86,6 +95,7 @@ def read_requests(options: PrepareOptions) -> list[Request]:
             that needs the concept.
     """
     _refuse_concept(options.concept, options.negative_prompt, "negative_prompt")
+    _refuse_concept(options.concept, options.replacement, "replacement")
     if options.data is None:
         requests = _read_prompt_requests(options)
     elif options.target_prompts is not None or options.kept_prompts is not None:
@@ -94,7 +104,7 @@ def read_requests(options: PrepareOptions) -> list[Request]:
             "prompt; got both"
         )
     else:
-        requests = read_video_requests(options.data, options.concept)
+        requests = [_with_baseline(request, options) for request in read_video_requests(options.data, options.concept)]
     groups = {request.group for request in requests}
     if "target" not in groups:
         where = "target_prompts" if options.data is None else "data"
@@ -129,9 +139,44 @@ def _read_prompt_requests(options: PrepareOptions) -> list[Request]:
                 "use them all",
                 stacklevel=3,
             )
-        chosen = [lines[index % len(lines)] for index in range(options.num_trajectories)]
-        requests += [Request(line.prompt, group, line.instead) for line in chosen]
+        if group == "target":
+            requests += target_requests(lines, options)
+        else:
+            chosen = [lines[index % len(lines)] for index in range(options.num_trajectories)]
+            requests += [Request(line.prompt, group, line.instead) for line in chosen]
     return requests
+
+
+def target_requests(lines: Sequence[PromptLine], options: PrepareOptions) -> list[Request]:
+    """Requests for trajectories of target prompts, which take turns.
+
+    Of each prompt's trajectories, and of each round of the prompts, the share `follow_replacement` follows the
+    replacement, evenly spread.
+
+    Args:
+        lines: the prompts, each with the one that replaces it or None for the one that the options describe.
+        options: `concept`, `replacement`, `baseline`, `follow_replacement` and `num_trajectories` are used.
+    """
+    requests = []
+    for index in range(options.num_trajectories):
+        turn, number = divmod(index, len(lines))
+        line, position, share = lines[number], turn + number, options.follow_replacement
+        request = _with_baseline(Request(line.prompt, instead=line.instead), options)
+        has_replacement = request.instead is not None or options.baseline == "replacement"
+        if has_replacement and int((position + 1) * share) > int(position * share):
+            request = replace(request, follow=request.baseline)
+        requests.append(request)
+    return requests
+
+
+def _with_baseline(request: Request, options: PrepareOptions) -> Request:
+    """A request for a target prompt with its replacement, unless it has one or is not to have any."""
+    if request.group != "target" or request.instead is not None or options.baseline == NEGATIVE:
+        return request
+    replacement = replace_concept(request.prompt, options.concept, options.replacement)
+    # They are the same if the concept is there only after the pipeline has cleaned the prompt.
+    is_prompt = any(map(str.isalnum, replacement)) and replacement != request.prompt
+    return replace(request, instead=replacement) if is_prompt else request
 
 
 def _check_lines(concept: str, group: str, path: Path, lines: Sequence[PromptLine]) -> None:

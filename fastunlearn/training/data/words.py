@@ -43,6 +43,30 @@ _ENDINGS = (
     *(("person", "people"), ("child", "children"), ("foot", "feet"), ("tooth", "teeth"), ("goose", "geese")),
     *(("mouse", "mice"), ("", "ness"), ("e", "ity"), ("e", "ist"), ("e", "ists"), ("e", "ism")),
 )
+# What is left where the concept's words stood, and what comes in its place, one after the other.
+_GAP = "\0"  # marks where they stood: no prompt has it
+_CONNECTIVE = r"(?:and|or|with|of)\b"
+_NO_NOUN = r"(?:and|or|with|of|in|on|at|by|from|to|near|under|over|beside|behind|is|are|was|were|who|that)\b"
+_LEFT_BEHIND = tuple(
+    (re.compile(pattern, re.IGNORECASE), instead)
+    for pattern, instead in (
+        (r"[\s_-]+\0[\s_\0-]*|\0[\s_\0-]+", " \0 "),
+        (r"\( ?\0 ?\)|\[ ?\0 ?\]|\" ?\0 ?\"|“ ?\0 ?”|' ?\0 ?'|‘ ?\0 ?’", "\0"),
+        (rf"\b(?:an?|the) \0(?= ?(?:$|[^\w\s,]|,? ?{_NO_NOUN}|, ?(?:an?|the)\b))", "\0"),  # "a nude."
+        (r"^\W*\0[ ,;:.!?、，。]+|([,;:.!?、，。] ?)\0 ?[,;:、，]+ ?", r"\1\0"),  # "men, nude, on a beach"
+        (r"\b(an?|the) ?\0 ?, ?", r"\1 \0"),  # "a nude, smiling man"
+        (r"((?:^|[^\w\s] ?)(?:an?|the) \w+), ?\0 ?(?=\w)(?!an?\b|the\b)", r"\1 \0"),  # "a smiling, nude man"
+        (rf"(^|[^\w\s] ?)\0 ?{_CONNECTIVE} ?", r"\1\0"),  # "nude and smiling"
+        (rf" ?\b{_CONNECTIVE} ?\0 ?(?=$|[^\w\s]|{_CONNECTIVE})", " \0"),  # "smiling and nude"
+        (r"[ ,;:、，]*\0 ?(?=$|[.!?;:)。！？])", "\0"),
+        (r"(\s)\0 ", r"\1\0"),
+    )
+)
+# Of the article before the gap with the word after it, by the letters alone.
+_AGREEMENT = (
+    (re.compile(r"\b([Aa])( ?\0 ?[aeiou])"), r"\1n\2"),
+    (re.compile(r"\b([Aa])n( ?\0 ?[b-df-hj-np-tv-z])"), r"\1\2"),
+)
 _LEAST_FORM = 3  # letters of a form
 _LEAST_STEM = 4  # letters that a word must share with the concept to be similar without containing it
 
@@ -58,7 +82,8 @@ def occurrences(text: str, concept: str) -> list[Span]:
     words = [re.escape(word) for word in _fold(concept).text.split()]
     if not _fold(concept, without=_INVISIBLE).text.strip():
         raise ValueError(f"concept: expected one or more words, got {shown(concept)}")
-    return list(_whole_words(_fold(text), re.compile(r"\s+".join(words))))
+    folded = _fold(text)
+    return [folded.span(match) for match in _whole_words(folded, re.compile(r"\s+".join(words)))]
 
 
 def other_forms(text: str, concept: str) -> list[str]:
@@ -66,13 +91,26 @@ def other_forms(text: str, concept: str) -> list[str]:
 
     Only English forms are known. What `occurrences` finds is not among them.
     """
-    found = occurrences(text, concept)
-    parts = [part for part in re.split(r"[\s_-]+", _fold(concept, without=_INVISIBLE).text) if part]
-    if not parts:  # a concept of hyphens
-        return []
-    pattern = r"[\s_-]*".join("(?:" + "|".join(map(_spelling, _forms(part))) + ")" for part in parts)
-    spans = _whole_words(_fold(text, without=_INVISIBLE), re.compile(pattern))
-    return _distinct_words(text, [span for span in spans if not _overlaps(span, found)])
+    return _distinct_words(text, _spans_of_other_forms(text, concept))
+
+
+def replace_concept(text: str, concept: str, replacement: str = "") -> str:
+    """The text with `replacement` wherever `occurrences` and `other_forms` find the concept; dropped if that is empty.
+
+    Dropping also removes what the words leave behind: blanks, commas, empty brackets, a possessive ending, Korean
+    particles, and the English words "a", "the", "and", "or", "with" and "of" that have nothing to refer to any more.
+    What is left may be empty.
+
+    Raises:
+        ValueError: the concept is blank.
+    """
+    spans = sorted(occurrences(text, concept) + _spans_of_other_forms(text, concept))
+    for start, end in reversed(spans):
+        after = text[end:] if replacement else _without_ending(text[start:end], text[end:])
+        text = text[:start] + _GAP + replacement + after
+    for pattern, instead in _AGREEMENT if replacement else (*_LEFT_BEHIND, *_AGREEMENT):
+        text = pattern.sub(instead, text)
+    return text.replace(_GAP, "").strip()
 
 
 def similar_words(text: str, concept: str) -> list[str]:
@@ -97,6 +135,25 @@ def similar_words(text: str, concept: str) -> list[str]:
 def has_unspaced_script(text: str) -> bool:
     """Whether a text has letters of a script that puts no spaces between words, such as Chinese."""
     return _UNSPACED.search(text) is not None
+
+
+def _spans_of_other_forms(text: str, concept: str) -> list[Span]:
+    found = occurrences(text, concept)
+    parts = [part for part in re.split(r"[\s_-]+", _fold(concept, without=_INVISIBLE).text) if part]
+    if not parts:  # a concept of hyphens
+        return []
+    pattern = r"[\s_-]*".join("(?:" + "|".join(map(_spelling, _forms(part))) + ")" for part in parts)
+    folded = _fold(text, without=_INVISIBLE)
+    spans = [folded.span(match) for match in _whole_words(folded, re.compile(pattern))]
+    return [span for span in spans if not _overlaps(span, found)]
+
+
+def _without_ending(word: str, after: str) -> str:
+    """What comes after a word, without its possessive ending or its Korean particles."""
+    last, folded = _fold(word).text[-1], _fold(after)
+    possessive = re.compile(r"'s?(?!\w)" if last == "s" else r"'s(?!\w)")
+    ending = (_particles_after(last) if _is_hangul(last) else possessive).match(folded.text)
+    return after[folded.span(ending)[1] :] if ending is not None and ending.group() else after
 
 
 class _Folded(NamedTuple):
@@ -129,11 +186,11 @@ def _fold(text: str, without: str = "") -> _Folded:
     return _Folded("".join(characters), origins)
 
 
-def _whole_words(folded: _Folded, pattern: re.Pattern[str]) -> Iterator[Span]:
+def _whole_words(folded: _Folded, pattern: re.Pattern[str]) -> Iterator[re.Match[str]]:
     position = 0
     while (match := pattern.search(folded.text, position)) is not None:
         if _starts_word(folded, match.start()) and _ends_word(folded, match.end()):
-            yield folded.span(match)
+            yield match
             position = match.end()
         else:
             position = match.start() + 1
@@ -156,8 +213,7 @@ def _ends_word(folded: _Folded, end: int) -> bool:
         return False
     if not _is_in_word(after) or _changes_word(last, after):
         return True
-    particles = _PARTICLES_AFTER_CONSONANT if "\u11a8" <= last <= "\u11ff" else _PARTICLES_AFTER_VOWEL
-    return _is_hangul(last) and particles.match(folded.text, end) is not None
+    return _is_hangul(last) and _particles_after(last).match(folded.text, end) is not None
 
 
 def _changes_word(left: str, right: str) -> bool:
@@ -175,6 +231,10 @@ def _is_in_word(character: str) -> bool:
 
 def _is_hangul(character: str) -> bool:
     return "\u1100" <= character <= "\u11ff"  # folding takes syllables apart
+
+
+def _particles_after(letter: str) -> re.Pattern[str]:
+    return _PARTICLES_AFTER_CONSONANT if "\u11a8" <= letter <= "\u11ff" else _PARTICLES_AFTER_VOWEL
 
 
 def _particles(own: str) -> re.Pattern[str]:
