@@ -1,7 +1,8 @@
 """Makes videos before and after erasing: without the erasers and with them, from the same noise.
 
 Every prompt gets NAME-before.mp4, NAME-after.mp4, both side by side as NAME.mp4, and frames of both as NAME.png.
-Where no installed font has a prompt's letters, NAME.png shows its number in prompts.txt.
+Where no installed font has a prompt's letters, NAME.png shows its number in prompts.txt. Videos of less than 192 pixels
+of width are written enlarged.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastunlearn.files import replace_file, shown, writable
 from fastunlearn.training.data.comparison import side_by_side, write_strip
 from fastunlearn.training.data.fonts import font_for
 from fastunlearn.training.data.prompts import read_prompts
-from fastunlearn.training.data.videos import check_ffmpeg, write_video
+from fastunlearn.training.data.videos import check_ffmpeg, enlarged, write_video
 from fastunlearn.training.data.words import has_unspaced_script
 from fastunlearn.training.model import erased
 from fastunlearn.training.model.memory import explained_out_of_memory
@@ -242,10 +243,10 @@ def _refuse_to_replace(files: Sequence[Path], options: SampleOptions) -> None:
 
 def _write(files: list[Path], videos: dict[str, Tensor], title: str, fps: float) -> list[Path]:
     """Writes the files of one prompt, which `_files` names, and returns their paths."""
-    frames = list(videos.values())
+    frames = [enlarged(video) for video in videos.values()]
     for file, version in zip(files, frames, strict=False):
         write_video(file, version, fps)
     if len(videos) > 1:
         write_video(files[len(videos)], side_by_side(frames, list(videos)), fps)
-    write_strip(files[-1], frames, list(videos), title)
+    write_strip(files[-1], list(videos.values()), list(videos), title)
     return files

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastunlearn.files import writable, write_json
 from fastunlearn.training.data import comparison, fonts, videos
 from fastunlearn.training.data.comparison import side_by_side, write_strip
-from fastunlearn.training.data.videos import check_ffmpeg, read_first_frames, read_video, write_video
+from fastunlearn.training.data.videos import check_ffmpeg, enlarged, read_first_frames, read_video, write_video
 
 
 def moving(frames: int = 5, height: int = 32, width: int = 48, colour: tuple[float, ...] = (0.9, 0.2, 0.1)) -> Tensor:
@@ -119,6 +119,15 @@ def test_bad_arguments(
     with pytest.raises(error, match=message):
         write_video(tmp_path / name, frames, fps)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "factor"), [((16, 24), 8), ((20, 95), 3), ((100, 191), 2), ((10, 192), 1)])
+def test_small_frames_are_enlarged_by_a_whole_factor(size: tuple[int, int], factor: int) -> None:
+    frames = torch.rand(2, 3, *size)
+    larger = enlarged(frames)
+    assert larger.shape == (2, 3, factor * size[0], factor * size[1])
+    for row in (0, factor - 1):
+        assert torch.equal(larger[:, :, row::factor, factor - 1 - row :: factor], frames)
 
 
 def test_side_by_side_keeps_the_pixels_below_the_labels() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastunlearn.files import check_file, expand_home, replace_file
 
+_LEAST_WIDTH = 192
 # H.264 with the colour matrix that players assume for high definition; the file names it as well.
 _MP4 = (
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv", "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p"),
@@ -91,6 +92,15 @@ def write_video(path: str | os.PathLike[str], frames: Tensor, fps: float) -> Non
         if process.returncode:
             raise OSError(f"{path}: cannot be written: {_reason(process.stderr, process.returncode)}")
         replace_file(path, encoded.read_bytes())
+
+
+def enlarged(frames: Tensor) -> Tensor:
+    """Enlarges frames (F, 3, H, W) by a whole factor, to at least 192 pixels of width, so that a small video is seen.
+
+    Larger frames are returned as they are.
+    """
+    factor = -(-_LEAST_WIDTH // frames.shape[3])
+    return frames.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3) if factor > 1 else frames
 
 
 def check_ffmpeg(format: str | None = None) -> None:
