@@ -193,6 +193,12 @@ class TrainingOptions:
     lr_power: float = option(
         "exponent of the schedule polynomial", 1.0, group="optimization", check=within(0, 100), free_on_resume=True
     )
+    relative: bool = option(
+        "take the learning rates and the weights of the losses as they are, not relative to the model's velocities and "
+        "attention outputs",
+        True,
+        group="optimization",
+    )
     optimizer: Literal["adamw", "muon"] = option(
         "optimizer of the matrices; biases always use AdamW", "adamw", group="optimization"
     )

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastunlearn.files import shown
+from fastunlearn.training.loop.units import Units, learning_rates
+from fastunlearn.training.model.video_model import Erasers
 from fastunlearn.training.options import TrainingOptions
 
 LearningRateFactor = Callable[[int], float]
@@ -60,8 +62,9 @@ class ErasersOptimizer:
     A step is a call of `start`, any number of calls of `backward`, and a call of `finish`.
 
     Args:
-        experts: the parameters of the erasers of each transformer. A step trains those of one transformer.
+        erasers: the erasers of each transformer, by layer. A step trains those of one transformer.
         options: the options of training.
+        units: what the learning rates are relative to.
         factor: the factor of the learning rate, by step.
         processes: the number of processes to average gradients over.
         losses: the number of losses per step.
@@ -70,21 +73,22 @@ class ErasersOptimizer:
 
     def __init__(
         self,
-        experts: Sequence[Sequence[nn.Parameter]],
+        erasers: Sequence[Erasers],
         options: TrainingOptions,
+        units: Units,
         factor: LearningRateFactor,
         *,
         processes: int,
         losses: int,
         dtype: torch.dtype,
     ) -> None:
-        self._experts, self._factor, self._processes = experts, factor, processes
-        self._max_norm = options.max_grad_norm
-        parameters = [parameter for expert in experts for parameter in expert]
-        self._optimizers = _build_optimizers(parameters, options)
+        self._experts = [[p for eraser in layers.values() for p in eraser.parameters()] for layers in erasers]
+        self._factor, self._processes = factor, processes
+        self._max_norm, self._learning_rate = options.max_grad_norm, options.learning_rate
+        self._optimizers = _build_optimizers(erasers, options, units)
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
         self._losses = losses
-        device = parameters[0].device
+        device = self._experts[0][0].device
         self._flat = torch.empty(0, device=device)
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -150,7 +154,7 @@ class ErasersOptimizer:
                 group["lr"] = rate * factor
             self._scaler.step(optimizer)
         self._scaler.update()
-        metrics = {"gradient_norm": norm_value, "learning_rate": self._rates[0][0] * factor}
+        metrics = {"gradient_norm": norm_value, "learning_rate": self._learning_rate * factor}
         if scaled:
             metrics["loss_scale"] = self._scaler.get_scale()
             if metrics["loss_scale"] < _LEAST_LOSS_SCALE:
@@ -185,23 +189,35 @@ class ErasersOptimizer:
             self._scaler.load_state_dict(self._scaler.state_dict() | _checked_scale(state.get("scaler")))
 
 
-def _build_optimizers(parameters: Sequence[nn.Parameter], options: TrainingOptions) -> list[torch.optim.Optimizer]:
-    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-    biases = [parameter for parameter in parameters if parameter.ndim != 2]
-    rate = options.learning_rate
-    bias_rate = rate if options.bias_learning_rate is None else options.bias_learning_rate
+def _build_optimizers(
+    erasers: Sequence[Erasers], options: TrainingOptions, units: Units
+) -> list[torch.optim.Optimizer]:
+    """One parameter group for each learning rate."""
+    bias_rate = options.learning_rate if options.bias_learning_rate is None else options.bias_learning_rate
+    matrices: dict[float, list[nn.Parameter]] = {}
+    biases: dict[float, list[nn.Parameter]] = {}
+    for layers, sizes in zip(erasers, units.layers, strict=True):
+        for layer, eraser in layers.items():
+            relative = learning_rates(eraser, sizes[layer], options.optimizer) if options.relative else {}
+            for name, parameter in eraser.named_parameters():
+                is_matrix = parameter.ndim == 2
+                rate = (options.learning_rate if is_matrix else bias_rate) * relative.get(name, 1.0)
+                (matrices if is_matrix else biases).setdefault(rate, []).append(parameter)
     adam: dict[str, Any] = {
         "betas": (options.adam_beta1, options.adam_beta2),
         "eps": options.adam_epsilon,
         "weight_decay": options.adam_weight_decay,
     }
-    bias_group = {"params": biases, "lr": bias_rate}
+    matrix_groups, bias_groups = ([{"params": p, "lr": r} for r, p in by.items()] for by in (matrices, biases))
     if options.optimizer == "muon":
         muon = torch.optim.Muon(
-            matrices, lr=rate, weight_decay=options.adam_weight_decay, adjust_lr_fn="match_rms_adamw"
+            matrix_groups,
+            lr=options.learning_rate,
+            weight_decay=options.adam_weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         )
-        return [muon, torch.optim.AdamW([bias_group], **adam)]
-    return [torch.optim.AdamW([{"params": matrices, "lr": rate}, bias_group], **adam)]
+        return [muon, torch.optim.AdamW(bias_groups, **adam)]
+    return [torch.optim.AdamW([*matrix_groups, *bias_groups], **adam)]
 
 
 def _checked_moments(optimizer: torch.optim.Optimizer, entry: Any, groups: list[list[int]]) -> dict[int, Any]:

@@ -19,6 +19,7 @@ from fastunlearn.training.loop.checkpoints import ERASERS
 from fastunlearn.training.loop.optimizer import ErasersOptimizer, LearningRateFactor
 from fastunlearn.training.loop.run_settings import RunSettings
 from fastunlearn.training.loop.terms import TERMS, Terms
+from fastunlearn.training.loop.units import Units, measure_units, ones, scale_initial_weights
 from fastunlearn.training.model.video_model import Erasers, VideoModel
 from fastunlearn.training.options import TargetGroup, TrainingOptions
 
@@ -103,7 +104,6 @@ class Trainer:
         num_processes = accelerator.num_processes
         is_sharded = plugin is not None and num_processes > 1
         device, dtype = accelerator.device if is_sharded else model.device, model.dtype
-        self._terms = Terms(options, device=device, dtype=dtype, scale=1 / options.gradient_accumulation_steps)
         points = options.train_batch_size * options.gradient_accumulation_steps * num_processes
         self._batches = Batches(cache.groups, targets, kept, size=points, seed=options.seed)
         self._settings = RunSettings(
@@ -118,8 +118,10 @@ class Trainer:
                 processes.shard(expert, eraser_parameters, plugin, device)
         if options.gradient_checkpointing or (plugin is not None and plugin.activation_checkpointing):
             model.enable_gradient_checkpointing()
+        units = self._measure_units(targets)
+        self._terms = Terms(options, units, device=device, dtype=dtype, scale=1 / options.gradient_accumulation_steps)
         self._optimizer = ErasersOptimizer(
-            parameters, options, factor, processes=num_processes, losses=len(TERMS), dtype=dtype
+            self._erasers, options, units, factor, processes=num_processes, losses=len(TERMS), dtype=dtype
         )
         self._restore_optimizer()
 
@@ -172,6 +174,22 @@ class Trainer:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"checkpoint {self._resumed.path} is damaged: {error}") from error
         return loaded
+
+    def _measure_units(self, targets: Sequence[TargetGroup]) -> Units:
+        options = self._options
+        if not options.relative:
+            return ones(self._erasers)
+        units = measure_units(
+            self._model,
+            self._erasers,
+            self._cache,
+            targets,
+            loss_type=options.loss_type,
+            batch_size=options.train_batch_size,
+        )
+        if self._resumed is None:
+            scale_initial_weights(self._erasers, units)
+        return units
 
     def _restore_optimizer(self) -> None:
         if self._resumed is not None:
@@ -240,7 +258,9 @@ class Trainer:
         """Adds the gradients of one batch."""
         student, erasers = self._model.experts[draw.expert], self._erasers[draw.expert]
         target = self._cache.groups[draw.target.name].rows(draw.target_rows[rows])
-        unlearning, localization = self._terms.target_losses(student, erasers, target, draw.target.guidance_scale)
+        unlearning, localization = self._terms.target_losses(
+            student, erasers, draw.expert, target, draw.target.guidance_scale
+        )
         if self._kept is None:
             self._optimizer.backward([unlearning, None, localization])
             return
