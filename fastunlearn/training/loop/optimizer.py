@@ -64,7 +64,7 @@ class ErasersOptimizer:
     Args:
         erasers: the erasers of each transformer, by layer. A step trains those of one transformer.
         options: the options of training.
-        units: what the learning rates are relative to.
+        units: what the learning rates are relative to; None if they are as they are.
         factor: the factor of the learning rate, by step.
         processes: the number of processes to average gradients over.
         losses: the number of losses per step.
@@ -75,7 +75,7 @@ class ErasersOptimizer:
         self,
         erasers: Sequence[Erasers],
         options: TrainingOptions,
-        units: Units,
+        units: Units | None,
         factor: LearningRateFactor,
         *,
         processes: int,
@@ -190,15 +190,15 @@ class ErasersOptimizer:
 
 
 def _build_optimizers(
-    erasers: Sequence[Erasers], options: TrainingOptions, units: Units
+    erasers: Sequence[Erasers], options: TrainingOptions, units: Units | None
 ) -> list[torch.optim.Optimizer]:
     """One parameter group for each learning rate."""
     bias_rate = options.learning_rate if options.bias_learning_rate is None else options.bias_learning_rate
     matrices: dict[float, list[nn.Parameter]] = {}
     biases: dict[float, list[nn.Parameter]] = {}
-    for layers, sizes in zip(erasers, units.layers, strict=True):
+    for expert, layers in enumerate(erasers):
         for layer, eraser in layers.items():
-            relative = learning_rates(eraser, sizes[layer], options.optimizer) if options.relative else {}
+            relative = {} if units is None else learning_rates(eraser, units.layers[expert][layer], options.optimizer)
             for name, parameter in eraser.named_parameters():
                 is_matrix = parameter.ndim == 2
                 rate = (options.learning_rate if is_matrix else bias_rate) * relative.get(name, 1.0)

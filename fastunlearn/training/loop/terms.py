@@ -22,7 +22,7 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
-from fastunlearn.training.loop.units import Units
+from fastunlearn.training.loop.units import Units, divided
 from fastunlearn.training.options import TrainingOptions
 from fastunlearn.velocity_model import VelocityModel
 
@@ -32,39 +32,51 @@ TERMS = ("unlearning", "preservation", "localization")
 class Terms:
     """Computes the weighted losses. They are means over samples: with `scale`, those of batches add up to a step's.
 
-    Velocity errors are relative to what the concept changes: rho(v' - target) / mean rho(v_cond - v_uncond). The
-    localization loss is relative to the attentions' outputs, and a mean over all elements of a layer, whatever the size
-    of the mask: with L layers of N tokens with D features, 1/L sum_l 1/(B N D) sum_bnd rho(o^l (1 - mask) / size_l).
+    The localization loss is the mean over all elements of a layer, whatever the size of the mask: with L layers of N
+    tokens with D features, 1/L sum_l 1/(B N D) sum_bnd rho(o^l (1 - mask)).
 
     Args:
         options: the options of training.
-        units: what the losses are relative to.
+        units: what the losses are relative to: velocity errors to what the concept changes, an eraser's output to that
+            of its attention. If None, they are as they are.
         device: the device of the student.
         dtype: the dtype that it computes in.
         scale: an additional factor of every loss: the batch's share of the step.
     """
 
     def __init__(
-        self, options: TrainingOptions, units: Units, *, device: torch.device, dtype: torch.dtype, scale: float = 1.0
+        self,
+        options: TrainingOptions,
+        units: Units | None = None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        scale: float = 1.0,
     ) -> None:
-        self._options, self._layers, self._device, self._dtype = options, units.layers, device, dtype
+        self._options, self._units, self._device, self._dtype = options, units, device, dtype
+        velocity_scale = scale if units is None else scale / units.velocity
         self._weights = {
-            "unlearning": scale * options.unlearning_weight / units.velocity,
-            "preservation": scale * options.preservation_weight / units.velocity,
+            "unlearning": velocity_scale * options.unlearning_weight,
+            "preservation": velocity_scale * options.preservation_weight,
             "localization": scale * options.localization_weight,
         }
 
     def target_losses(
-        self, student: VelocityModel, erasers: Mapping[str, nn.Module], expert: int, points: Any, guidance_scale: float
+        self,
+        student: VelocityModel,
+        erasers: Mapping[str, nn.Module],
+        points: Any,
+        guidance_scale: float,
+        expert: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the unlearning loss and, unless its weight is 0, the localization loss.
 
         Args:
             student: the model with its erasers.
             erasers: the erasers by layer.
-            expert: the index of the transformer that they belong to.
             points: target points, see `fastunlearn.training.cache.reader.Points`.
             guidance_scale: eta, how far the target lies beyond the velocity without the concept.
+            expert: the index of the student among the model's transformers.
 
         Raises:
             ValueError: a mask is needed, and the points have none.
@@ -94,13 +106,10 @@ class Terms:
         ).loss
         if not weight or mask is None:
             return unlearning, None
-        relative = {
-            layer: output._replace(weight=output.weight / size, bias=output.bias / size)
-            for layer, size in self._layers[expert].items()
-            for output in [outputs[layer]]
-        }
+        if self._units is not None:
+            outputs = divided(outputs, self._units.layers[expert])
         localization = localization_loss(
-            relative, mask, loss_type=options.loss_type, normalization="mean", weight=weight
+            outputs, mask, loss_type=options.loss_type, normalization="mean", weight=weight
         ).loss
         return unlearning, localization
 

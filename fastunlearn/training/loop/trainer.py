@@ -19,7 +19,7 @@ from fastunlearn.training.loop.checkpoints import ERASERS
 from fastunlearn.training.loop.optimizer import ErasersOptimizer, LearningRateFactor
 from fastunlearn.training.loop.run_settings import RunSettings
 from fastunlearn.training.loop.terms import TERMS, Terms
-from fastunlearn.training.loop.units import Units, measure_units, ones, scale_initial_weights
+from fastunlearn.training.loop.units import Units, measure_units, scale_initial_weights
 from fastunlearn.training.model.video_model import Erasers, VideoModel
 from fastunlearn.training.options import TargetGroup, TrainingOptions
 
@@ -175,10 +175,10 @@ class Trainer:
             raise kind(f"checkpoint {self._resumed.path} is damaged: {error}") from error
         return loaded
 
-    def _measure_units(self, targets: Sequence[TargetGroup]) -> Units:
+    def _measure_units(self, targets: Sequence[TargetGroup]) -> Units | None:
         options = self._options
         if not options.relative:
-            return ones(self._erasers)
+            return None
         units = measure_units(
             self._model,
             self._erasers,
@@ -259,7 +259,7 @@ class Trainer:
         student, erasers = self._model.experts[draw.expert], self._erasers[draw.expert]
         target = self._cache.groups[draw.target.name].rows(draw.target_rows[rows])
         unlearning, localization = self._terms.target_losses(
-            student, erasers, draw.expert, target, draw.target.guidance_scale
+            student, erasers, target, draw.target.guidance_scale, draw.expert
         )
         if self._kept is None:
             self._optimizer.backward([unlearning, None, localization])

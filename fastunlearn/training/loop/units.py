@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn.erasers import set_eraser_scale
+from fastunlearn.functional import LowRankOutput
 from fastunlearn.training.cache.reader import PointSet, TeacherCache
 from fastunlearn.training.model.video_model import Erasers, VideoModel
 from fastunlearn.training.options import TargetGroup
@@ -34,11 +35,6 @@ class Units(NamedTuple):
 
     velocity: float
     layers: list[dict[str, float]]
-
-
-def ones(erasers: Sequence[Erasers]) -> Units:
-    """The units in which nothing is relative."""
-    return Units(1.0, [dict.fromkeys(layers, 1.0) for layers in erasers])
 
 
 def measure_units(
@@ -139,6 +135,14 @@ def scale_initial_weights(erasers: Sequence[Erasers], units: Units) -> None:
     for layers, sizes in zip(erasers, units.layers, strict=True):
         for layer, eraser in layers.items():
             eraser.down.weight /= sizes[layer]
+
+
+def divided(outputs: Mapping[str, LowRankOutput], sizes: Mapping[str, float]) -> dict[str, LowRankOutput]:
+    """Erasers' outputs divided by the sizes of what they are added to."""
+    return {
+        layer: LowRankOutput(hidden, weight / sizes[layer], None if bias is None else bias / sizes[layer])
+        for layer, (hidden, weight, bias) in outputs.items()
+    }
 
 
 def learning_rates(eraser: Any, size: float, optimizer: str) -> dict[str, float]:
