@@ -93,9 +93,10 @@ def tiny_cache(model: VideoModel, points: int = 8, seed: int = 0) -> MemoryCache
 
 
 def options_for(output_dir: Path | str, **changes: Any) -> TrainingOptions:
-    """Makes options for a few steps of small erasers in float32, without checkpoints."""
+    """Makes options for a few steps of small erasers in float32, without checkpoints, in absolute units."""
     defaults: dict[str, Any] = {
         "rank": 4,
+        "relative": False,
         "max_train_steps": 4,
         "learning_rate": 1e-3,
         "lr_scheduler": "constant",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from training_cases import options_for, tiny_cache, tiny_model, weights
 
-from fastunlearn import EraserOutputsCapture, load_erasers
+from fastunlearn import EraserOutputsCapture, erasers_disabled, load_erasers
 from fastunlearn.families import find_transformer
 from fastunlearn.training.cache.provenance import check_cache_fits, weights_digest
+from fastunlearn.training.cache.reader import Points
 from fastunlearn.training.loop.batches import Batches
 from fastunlearn.training.loop.optimizer import ErasersOptimizer, learning_rate_factor
 from fastunlearn.training.loop.terms import Terms
@@ -79,11 +81,13 @@ def test_erasers_learn_and_the_base_model_does_not(family: str, experts: int, tm
     assert same_bits(model, again)
 
 
-def test_the_losses_are_those_of_the_formulas(tmp_path: Path) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_losses_are_those_of_the_formulas(relative: bool, tmp_path: Path) -> None:
     """The losses of the second step are those of the formulas, for several groups with a guidance scale each."""
     weighted = {"unlearning_weight": 0.7, "preservation_weight": 0.4, "localization_weight": 3.0}
     targets = (TargetGroup("target", 7.5, 1.0), TargetGroup("other", 2.0, 1.0))
     options: dict[str, Any] = {**weighted, "train_batch_size": 3, "targets": targets, "learning_rate": 0.05}
+    options |= {"relative": relative}
     for loss_type, masked in (("l2", False), ("l1", True)):
         options |= {"loss_type": loss_type, "mask_unlearning": masked}
         model, _ = trained(tmp_path / f"one-{loss_type}", max_train_steps=1, **options)
@@ -106,15 +110,37 @@ def test_the_losses_are_those_of_the_formulas(tmp_path: Path) -> None:
         v_neg = target.v_uncond + draw.target.guidance_scale * (target.v_uncond - target.v_cond)
         pixels = target.mask.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, None] if masked else 1
         background = (~target.mask).float().flatten(1)[..., None]
+        velocity, sizes = 1.0, dict.fromkeys(outputs, 1.0)
+        if relative:
+            points = [cache.groups[group].points for group in ("target", "other")]
+            velocity = torch.cat([rho(p.v_cond - p.v_uncond) for p in points]).mean().item()
+            sizes = _attention_sizes(student, outputs, points)
+        localization = [rho(o * background / sizes[layer]).mean() for layer, o in outputs.items()]
         expected = {
-            "unlearning_loss": 0.7 * (pixels * rho(v_target - v_neg)).mean(),
-            "preservation_loss": 0.4 * rho(v_kept - kept.v_cond).mean(),
-            "localization_loss": 3.0 * torch.stack([rho(o * background).mean() for o in outputs.values()]).mean(),
+            "unlearning_loss": 0.7 * (pixels * rho(v_target - v_neg)).mean() / velocity,
+            "preservation_loss": 0.4 * rho(v_kept - kept.v_cond).mean() / velocity,
+            "localization_loss": 3.0 * torch.stack(localization).mean(),
         }
         expected["loss"] = sum(expected.values())
         for name, value in expected.items():
             assert metrics[1][name] == pytest.approx(value.item(), rel=1e-4), name
         assert metrics[1]["localization_loss"] > 0
+
+
+def _attention_sizes(student: Any, layers: Iterable[str], groups: Sequence[Points]) -> dict[str, float]:
+    """The root mean square of every attention's output, without erasers, over four points of each group."""
+    outputs: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    hooks = [
+        attention.register_forward_hook(lambda *call, layer=layer: outputs[layer].append(call[-1][0]), prepend=True)
+        for layer, attention in _attentions(student)
+    ]
+    with torch.no_grad(), erasers_disabled(student):
+        for points in groups:
+            rows = [index * len(points.t) // 4 for index in range(4)]
+            student(points.x_t[rows], points.t[rows], {name: v[rows] for name, v in points.condition.items()})
+    for hook in hooks:
+        hook.remove()
+    return {layer: torch.cat(values).square().mean().sqrt().item() for layer, values in outputs.items()}
 
 
 def _attentions(student: nn.Module) -> list[tuple[str, Any]]:
@@ -222,8 +248,9 @@ def test_a_float16_overflow_skips_the_step_and_halves_the_scale(tmp_path: Path) 
 
 def test_an_overflow_of_one_optimizer_s_gradients_skips_the_other_too(tmp_path: Path) -> None:
     matrix, bias = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    erasers = [{"layer": nn.ParameterDict({"matrix": matrix, "bias": bias})}]
     options = options_for(tmp_path, optimizer="muon", learning_rate=0.1, max_grad_norm=0.0)
-    optimizer = ErasersOptimizer([[matrix, bias]], options, lambda _: 1.0, processes=1, losses=1, dtype=torch.float16)
+    optimizer = ErasersOptimizer(erasers, options, None, lambda _: 1.0, processes=1, losses=1, dtype=torch.float16)
     for factor, moves in ((1e36, False), (1.0, True)):
         optimizer.start(0)
         optimizer.backward([matrix.sum() + factor * bias.sum()])
@@ -344,9 +371,10 @@ def test_biases_have_their_own_learning_rate(tmp_path: Path) -> None:
 
 def test_gradients_are_clipped(tmp_path: Path) -> None:
     parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3))]
+    erasers = [{"layer": nn.ParameterList(parameters)}]
     for limit, expected in ((0.5, 0.5), (100.0, 6.0), (0.0, 6.0)):
         options = options_for(tmp_path, max_grad_norm=limit)
-        optimizer = ErasersOptimizer([parameters], options, lambda _: 1.0, processes=1, losses=2, dtype=torch.float32)
+        optimizer = ErasersOptimizer(erasers, options, None, lambda _: 1.0, processes=1, losses=2, dtype=torch.float32)
         optimizer.start(0)
         loss = 2 * sum(parameter.sum() for parameter in parameters)
         optimizer.backward([None, torch.as_tensor(loss)])
