@@ -110,6 +110,7 @@ def training_options(seed: int) -> TrainingOptions:
         rank=RANK,
         max_train_steps=STEPS,
         train_batch_size=POINTS_PER_STEP,
+        relative=False,
         learning_rate=MATRICES_LEARNING_RATE,
         bias_learning_rate=BIASES_LEARNING_RATE,
         optimizer="muon",

@@ -118,7 +118,7 @@ class TargetGroup:
     """
 
     name: str = "target"
-    guidance_scale: float = 7.5
+    guidance_scale: float = 0.0
     share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -161,7 +161,12 @@ class TrainingOptions:
         check=is_size,
         free_on_resume=True,
     )
-    learning_rate: float = option("peak learning rate of the optimizer", 1e-4, group="optimization", check=is_rate)
+    learning_rate: float = option(
+        "peak learning rate: by how much a step may change an eraser's output, relative to the attention's output",
+        0.1,
+        group="optimization",
+        check=is_rate,
+    )
     bias_learning_rate: float | None = option(
         "peak learning rate of the biases; the same as --learning-rate if left out",
         None,
@@ -172,7 +177,7 @@ class TrainingOptions:
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = option(
         "schedule of the learning rate, as in diffusers",
-        "constant_with_warmup",
+        "linear",
         group="optimization",
         free_on_resume=True,
     )
@@ -214,17 +219,17 @@ class TrainingOptions:
     )
     preservation_weight: float = option(
         "weight of the loss that holds the model to the frozen one",
-        0.5,
+        1.0,
         group="losses",
         check=is_weight,
     )
     localization_weight: float = option(
-        "weight of the loss on what the erasers change outside the mask", 1.0, group="losses", check=is_weight
+        "weight of the loss on what the erasers change outside the mask", 0.1, group="losses", check=is_weight
     )
     # `RunSettings` compares the guidance scale of every target group instead.
     negative_guidance_scale: float = option(
-        "how far the target lies beyond the velocity without the concept (eta)",
-        7.5,
+        "how far the target lies beyond the velocity without the concept (eta); the paper has 7.5",
+        0.0,
         group="losses",
         check=is_scale,
         free_on_resume=True,
