@@ -95,7 +95,9 @@ class StepRunner:
             text = torch.randn(size.text_tokens, size.text_features, generator=generator).to(device, dtype)
             words = WORDS if prompt == TARGET else []
             self._encoded[prompt] = EncodedPrompt(prompt, {"encoder_hidden_states": text}, words)
-        self.training = TrainingOptions("", Path(), Path(), rank=size.rank, checkpointing_steps=10**9)
+        self.training = TrainingOptions(
+            "", Path(), Path(), rank=size.rank, checkpointing_steps=10**9, validation_share=0.0
+        )
 
     def make_cache(self, folder: Path, trajectories: int) -> StepCost:
         """Makes a teacher cache with `trajectories` for the target prompt, and as many for the kept one.

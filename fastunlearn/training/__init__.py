@@ -15,8 +15,8 @@ Each command is a module whose `run` takes its options; the command line only pa
     data/        what the user gives: prompts, videos, and the requests made from them
     model/       a saved pipeline in memory, component by component, and sampling from it
     cache/       the teacher cache: planned, computed, written, read
-    loop/        the training loop: batches, losses, optimizer, checkpoints, processes
     evaluation/  metrics on velocities, and their report
+    loop/        the training loop: batches, losses, optimizer, validation, checkpoints, processes
 
 The commands import from these folders. A folder imports options.py, random_numbers.py, and folders listed above it.
 """

@@ -264,13 +264,32 @@ class TrainingOptions:
         check=is_seed,
     )
     checkpointing_steps: int = option(
-        "optimizer steps between checkpoints", 100, group="checkpoints", check=is_count, free_on_resume=True
+        "optimizer steps between checkpoints",
+        100,
+        group="checkpoints",
+        check=is_count,
+        free_on_resume=True,
     )
     checkpoints_total_limit: int | None = option(
         "how many of the newest checkpoints to keep; all if left out",
         None,
         group="checkpoints",
         check=is_count,
+        free_on_resume=True,
+    )
+    validation_share: float = option(
+        "share of every group's trajectories, from 0 to 0.5, that is never trained on but measured; with 0, all are "
+        "trained on and nothing is watched",
+        0.1,
+        group="validation",
+        check=within(0, 0.5),
+    )
+    validation_steps: int = option(
+        "optimizer steps between measurements of erasure and drift, each of up to 16 forward passes (at batch size 1, "
+        "a tenth of the time of 25 steps); 0 measures nothing",
+        25,
+        group="validation",
+        check=is_count_or_0,
         free_on_resume=True,
     )
     resume_from_checkpoint: str | None = option(

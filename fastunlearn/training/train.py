@@ -15,7 +15,7 @@ from fastunlearn.dtypes import model_dtype
 from fastunlearn.files import subfolder, writable
 from fastunlearn.training.cache.provenance import check_cache_fits
 from fastunlearn.training.cache.reader import TeacherCache
-from fastunlearn.training.loop import processes
+from fastunlearn.training.loop import measurements, processes
 from fastunlearn.training.loop.optimizer import LearningRateFactor, learning_rate_factor
 from fastunlearn.training.loop.trainer import OnStep, Trainer, TrainingSummary, refuse_earlier_run
 from fastunlearn.training.model.loading import load_model
@@ -52,6 +52,8 @@ def run(options: TrainingOptions) -> TrainingSummary:
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
+        if summary.measurements:
+            print(measurements.summary(summary.measurements))
         print(f"wrote {summary.erasers}")
     return summary
 
@@ -75,7 +77,11 @@ def train(
 
     The metrics of a step are averages over its points and all processes: "loss", the sum of "unlearning_loss",
     "preservation_loss" and "localization_loss", which include their weights; "gradient_norm", before clipping;
-    "learning_rate"; and, in float16, "loss_scale".
+    "learning_rate"; and, in float16, "loss_scale". At every `validation_steps`-th step and the last there are also the
+    "erasure_coefficient" and "preserved_drift" at points that are never trained on, and both "smoothed_" over the
+    last measurements. All of these are in `validation.json` in `output_dir`, too, from before the first step on.
+
+    Warns if the concept is not erased at the end, or if kept prompts have changed.
 
     Args:
         model: the model to train erasers on; it has none yet. The student computes in its dtype.

@@ -20,6 +20,7 @@ class MemoryPoints:
 
     def __init__(self, points: Points, experts: Tensor) -> None:
         self.points, self.experts = points, experts
+        self.t, self.trajectories = points.t, torch.arange(len(experts))  # each has its own
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -93,7 +94,7 @@ def tiny_cache(model: VideoModel, points: int = 8, seed: int = 0) -> MemoryCache
 
 
 def options_for(output_dir: Path | str, **changes: Any) -> TrainingOptions:
-    """Makes options for a few steps of small erasers in float32, without checkpoints, in absolute units."""
+    """Makes options for a few steps of small erasers: float32, no checkpoints, no held-out points, absolute units."""
     defaults: dict[str, Any] = {
         "rank": 4,
         "relative": False,
@@ -102,6 +103,7 @@ def options_for(output_dir: Path | str, **changes: Any) -> TrainingOptions:
         "lr_scheduler": "constant",
         "mixed_precision": "no",
         "checkpointing_steps": 1000,
+        "validation_share": 0.0,
         "device": "cpu",
     }
     return TrainingOptions("", "", str(output_dir), **defaults | changes)  # type: ignore[arg-type]

@@ -51,6 +51,8 @@ class PointSet:
         t: (K,) float32.
         prompts: (K,) int64, each point's index in `TeacherCache.prompts`.
         experts: (K,) int64, the index of the transformer that each point is for: 1 below the model's boundary timestep.
+        trajectories: (K,) int64, the number of the trajectory that each point is on. Trajectories that cannot be told
+            apart, because they have one prompt and one's points go on where another's end, count as one.
         has_masks: whether the points have masks.
     """
 
@@ -67,6 +69,7 @@ class PointSet:
         self.prompts = torch.cat([shard.prompts for shard in shards])
         self.has_masks = shards[0].has_masks
         self.experts = torch.zeros_like(self.prompts) if boundary is None else (self.t < boundary).long()
+        self.trajectories = torch.cat([_begins_trajectory(shard) for shard in shards]).cumsum(0) - 1
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -123,6 +126,13 @@ class PointSet:
                     )
                 condition[keyword] = torch.stack([tensors[prompt] for prompt in prompts])
             return condition
+
+
+def _begins_trajectory(shard: CheckedShard) -> Tensor:
+    """Whether each point of a shard is the first of a trajectory, along which timesteps fall and the prompt stays."""
+    begins = torch.ones(len(shard.t), dtype=torch.bool)
+    begins[1:] = (shard.t[1:] > shard.t[:-1]) | (shard.prompts[1:] != shard.prompts[:-1])
+    return begins
 
 
 class TeacherCache:

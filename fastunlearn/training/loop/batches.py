@@ -1,4 +1,4 @@
-"""Chooses the points of the cache that each training step uses.
+"""Chooses the points of the cache that each training step uses, and those that none uses.
 
 The points of a step depend only on the seed and the step's number. A resumed run therefore uses the same points as an
 uninterrupted one, and several processes together use the same points as one process with a batch of the total size.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,39 @@ from fastunlearn.training.options import TargetGroup
 from fastunlearn.training.random_numbers import random_generator
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+LEAST_TRAJECTORIES = 4  # of a group, to hold one out: with fewer, training would miss it too much
+
+
+def hold_out(groups: Mapping[str, Any], share: float, seed: int) -> dict[str, Tensor]:
+    """Chooses points that training never uses, so that the erasers can be measured at them.
+
+    Whole trajectories are held out, because the points of a trajectory look alike. Every group loses `share` of its
+    trajectories, rounded, but at least one, and never all points for one of the model's transformers.
+
+    Args:
+        groups: the groups of the cache.
+        share: the share of the trajectories; 0 holds none out.
+        seed: the random seed of the choice.
+
+    Returns:
+        Group -> (K,) bool, for each of its K points whether it is held out. Groups without any are left out: those of
+        fewer than `LEAST_TRAJECTORIES` trajectories.
+    """
+    held_out = {}
+    for name, points in groups.items():
+        trajectories = points.trajectories.unique()
+        if not share or len(trajectories) < LEAST_TRAJECTORIES:
+            continue
+        chosen = torch.zeros(len(points), dtype=torch.bool)
+        left = max(1, round(share * len(trajectories)))
+        order = torch.randperm(len(trajectories), generator=random_generator(seed, "held out", name))
+        for trajectory in trajectories[order].tolist():
+            more = chosen | (points.trajectories == trajectory)
+            if left and torch.equal(points.experts[~more].unique(), points.experts.unique()):
+                chosen, left = more, left - 1
+        if chosen.any():
+            held_out[name] = chosen
+    return held_out
 
 
 class Draw(NamedTuple):
@@ -52,33 +86,40 @@ class Batches:
         kept: the group of points to keep, or None to draw no kept points.
         size: the number of target points, and of kept points, per step, over all processes.
         seed: the random seed of the draws.
+        held_out: the points that are never drawn, as `hold_out` returns them.
 
     Raises:
         ValueError: a group is missing or empty, or there are no kept points for a transformer that has target points.
     """
 
     def __init__(
-        self, groups: Mapping[str, Any], targets: Sequence[TargetGroup], kept: str | None, *, size: int, seed: int
+        self,
+        groups: Mapping[str, Any],
+        targets: Sequence[TargetGroup],
+        kept: str | None,
+        *,
+        size: int,
+        seed: int,
+        held_out: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         if not targets:
             raise ValueError("targets: expected at least one group, got none")
         self._size, self._seed = size, seed
         self._pools: list[_Pool] = []
         self._shares: list[float] = []
-        kept_experts = None if kept is None else _experts(groups, kept)
+        all_kept = None if kept is None else _rows_by_expert(groups, kept, held_out)
         for target in targets:
-            experts = _experts(groups, target.name)
-            for expert in experts.unique().tolist():
-                points = (experts == expert).nonzero()[:, 0]
-                kept_points = points[:0] if kept_experts is None else (kept_experts == expert).nonzero()[:, 0]
-                if kept_experts is not None and not len(kept_points):
+            rows = _rows_by_expert(groups, target.name, held_out)
+            for expert, points in rows.items():
+                kept_points = points[:0] if all_kept is None else all_kept.get(expert, points[:0])
+                if all_kept is not None and not len(kept_points):
                     raise ValueError(
                         f"kept: expected points for transformer {expert} in group {shown(kept)}, because {len(points)} "
                         f"points of group {shown(target.name)} are for it, got none; prepare more kept prompts, or set "
                         "preservation_weight to 0"
                     )
                 self._pools.append(_Pool(target, expert, points, kept_points))
-                self._shares.append(target.share * len(points) / len(experts))
+                self._shares.append(target.share * len(points) / sum(map(len, rows.values())))
         self._offset = torch.rand(1, generator=random_generator(seed, "offset")).item()
 
     def draw(self, step: int) -> Draw:
@@ -99,14 +140,16 @@ class Batches:
         return len(self._shares) - 1
 
 
-def _experts(groups: Mapping[str, Any], name: str) -> Tensor:
+def _rows_by_expert(groups: Mapping[str, Any], name: str, held_out: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """The rows of a group that may be drawn, by the transformer that they are for."""
     if name not in groups:
         expected = one_line(", ".join(map(shown, groups)) or "none, because the cache is empty")
         raise ValueError(f"group: expected one of the cache's groups ({expected}), got {shown(name)}")
     experts: Tensor = groups[name].experts
     if not len(experts):
         raise ValueError(f"group {shown(name)} of the cache: expected at least one point, got none")
-    return experts
+    is_drawn = ~held_out.get(name, torch.zeros(len(experts), dtype=torch.bool))
+    return {expert: ((experts == expert) & is_drawn).nonzero()[:, 0] for expert in experts.unique().tolist()}
 
 
 def _choose(points: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -14,12 +14,14 @@ from fastunlearn.families import EXPERTS
 from fastunlearn.files import refuse_links, remove_folder, subfolder
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.loop import checkpoints, processes, record
-from fastunlearn.training.loop.batches import Batches, Draw
+from fastunlearn.training.loop.batches import Batches, Draw, hold_out
 from fastunlearn.training.loop.checkpoints import ERASERS
+from fastunlearn.training.loop.measurements import Measured
 from fastunlearn.training.loop.optimizer import ErasersOptimizer, LearningRateFactor
 from fastunlearn.training.loop.run_settings import RunSettings
 from fastunlearn.training.loop.terms import TERMS, Terms
 from fastunlearn.training.loop.units import Units, measure_units, scale_initial_weights
+from fastunlearn.training.loop.validation import Validation
 from fastunlearn.training.model.video_model import Erasers, VideoModel
 from fastunlearn.training.options import TargetGroup, TrainingOptions
 
@@ -35,12 +37,14 @@ class TrainingSummary:
         steps: the number of steps that they were trained for, including those before the run was resumed.
         resumed_from: the checkpoint that the run was resumed from.
         metrics: the metrics of the last step; empty if no steps were left.
+        measurements: those at held-out points, including the ones before the run was resumed.
     """
 
     erasers: Path
     steps: int
     resumed_from: Path | None
     metrics: dict[str, float]
+    measurements: tuple[Measured, ...] = ()
 
 
 def refuse_earlier_run(output_dir: Path, options: TrainingOptions) -> None:
@@ -105,7 +109,8 @@ class Trainer:
         is_sharded = plugin is not None and num_processes > 1
         device, dtype = accelerator.device if is_sharded else model.device, model.dtype
         points = options.train_batch_size * options.gradient_accumulation_steps * num_processes
-        self._batches = Batches(cache.groups, targets, kept, size=points, seed=options.seed)
+        held_out = hold_out(cache.groups, options.validation_share, options.seed)
+        self._batches = Batches(cache.groups, targets, kept, size=points, seed=options.seed, held_out=held_out)
         self._settings = RunSettings(
             options, targets, kept, points=points, cache=cache.fingerprint, dtype=str(dtype), factor=factor
         )
@@ -124,6 +129,19 @@ class Trainer:
             self._erasers, options, units, factor, processes=num_processes, losses=len(TERMS), dtype=dtype
         )
         self._restore_optimizer()
+        self._validation = Validation(
+            cache,
+            held_out,
+            [target.name for target in targets],
+            kept,
+            options,
+            experts=model.experts,
+            device=device,
+            dtype=dtype,
+            accelerator=accelerator,
+            folder=output_dir,
+            resumed_at=None if self._resumed is None else self._resumed.step,
+        )
 
     def _checkpoint_to_resume(self) -> checkpoints.Checkpoint | None:
         options, folder = self._options, self._output_dir
@@ -212,9 +230,10 @@ class Trainer:
         with tqdm(
             total=options.max_train_steps, initial=first, desc="training erasers", unit="step", disable=not is_main
         ) as bar:
+            self._accelerator.log(self._validation.start(first), step=first)
             for step in range(first, options.max_train_steps):
-                metrics = self._step(step)
-                bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+                metrics = self._step(step) | self._validation.after(step + 1)
+                bar.set_postfix(loss=f"{metrics['loss']:.4g}", **self._validation.shown(), refresh=False)
                 bar.update()
                 self._accelerator.log(metrics, step=step + 1)
                 if on_step is not None and is_main:
@@ -226,8 +245,10 @@ class Trainer:
         if is_main:
             self._save_erasers(subfolder(self._output_dir, ERASERS), options.max_train_steps)
         self._accelerator.wait_for_everyone()
+        self._validation.finish()
+        resumed_from = None if self._resumed is None else self._resumed.path
         return TrainingSummary(
-            erasers, options.max_train_steps, None if self._resumed is None else self._resumed.path, metrics
+            erasers, options.max_train_steps, resumed_from, metrics, tuple(self._validation.measurements)
         )
 
     def _step(self, step: int) -> dict[str, float]:
