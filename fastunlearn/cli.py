@@ -46,6 +46,7 @@ BENCHMARKS = {
     "algorithms": "low-rank localization and concept attention, alone and in whole models",
     "training": "a training step, against a published one",
 }
+_HIDDEN: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
 
 
 def _with_help_option(arguments: Sequence[str]) -> list[str]:
@@ -84,24 +85,33 @@ def _add_phase(commands: Any, command: str) -> None:
     parser = _add_command(commands, command, help_line, options_class.__doc__.strip().splitlines()[0])
     groups: dict[str, Any] = {}
     types_of_fields = typing.get_type_hints(options_class)
+    takes_recipe = "recipe" in types_of_fields
     for field in dataclasses.fields(options_class):
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_option(groups[title], field, types_of_fields[field.name])
+        _add_option(groups[title], field, types_of_fields[field.name], takes_recipe=takes_recipe)
     parser.set_defaults(run=_run_phase, options_class=options_class, module=module)
 
 
-def _add_option(group: Any, field: dataclasses.Field[Any], type_hint: Any) -> None:
+def _add_option(group: Any, field: dataclasses.Field[Any], type_hint: Any, *, takes_recipe: bool) -> None:
+    """Adds an option, which the parsed arguments have only if it was given.
+
+    A recipe may give what is required, and switch on what has to be switched off again.
+    """
     if typing.get_origin(type_hint) in (typing.Union, types.UnionType):
         (type_hint,) = (member for member in typing.get_args(type_hint) if member is not type(None))
     option = "--" + field.name.replace("_", "-")
     default = field.default
     help_text = field.metadata["help"]
-    keywords: dict[str, Any] = {"dest": field.name}
+    keywords: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     if type_hint is bool:
         keywords["action"] = "store_false" if default else "store_true"
-        option = f"--no-{option[2:]}" if default else option
+        opposite = f"--no-{option[2:]}"
+        option, opposite = (opposite, option) if default else (option, opposite)
+        if takes_recipe:
+            action = "store_true" if default else "store_false"
+            group.add_argument(opposite, dest=field.name, action=action, **_HIDDEN)
     elif typing.get_origin(type_hint) is Literal:
         keywords["choices"] = typing.get_args(type_hint)
         keywords["metavar"] = "NAME"
@@ -113,20 +123,27 @@ def _add_option(group: Any, field: dataclasses.Field[Any], type_hint: Any) -> No
         keywords["type"] = type_hint
         keywords["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(type_hint, "TEXT")
     if default is dataclasses.MISSING:
-        keywords["required"] = True
+        keywords["required"] = not takes_recipe
         help_text += " (required)"
-    else:
-        keywords["default"] = list(default) if isinstance(default, tuple) else default
-        if default is not None and default not in ("", ()) and not isinstance(default, bool):
-            help_text += f" ({default})"
+    elif default is not None and default not in ("", ()) and not isinstance(default, bool):
+        help_text += f" ({default})"
     group.add_argument(option, help=help_text.replace("%", "%%"), **keywords)
 
 
 def _run_phase(arguments: argparse.Namespace) -> None:
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments.options_class)}
-    options = arguments.options_class(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    options_class = arguments.options_class
+    names = {field.name for field in dataclasses.fields(options_class)}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in names
+    }
+    if "recipe" in names:
+        from fastunlearn.training.data.recipe import with_recipe
+
+        options = with_recipe(options_class, given.pop("recipe", None), **given)
+    else:
+        options = options_class(**given)
     quiet_libraries(f"fastunlearn {arguments.command}")
     importlib.import_module(arguments.module).run(options)
 

@@ -10,9 +10,10 @@
     cost.py          memory and hours on published models, computed
     random_numbers.py  generators that a key seeds, the same on every device
 
-Each command is a module whose `run` takes its options; the command line only parses them. What they use, in folders:
+Each command is a module whose `run` takes its options; the command line only parses them. `prepare` and `train` take
+options and groups of target prompts from one recipe file, `--recipe` (data/recipe.py). What they use, in folders:
 
-    data/        what the user gives: prompts, videos, and the requests made from them
+    data/        what the user gives: prompts, videos, recipe files, and the requests made from them
     model/       a saved pipeline in memory, component by component, and sampling from it
     cache/       the teacher cache: planned, computed, written, read
     evaluation/  metrics on velocities, and their report

@@ -93,6 +93,7 @@ is_size = whole(1, 2**16)  # of a dimension: pixels, frames, samples of a batch,
 is_count = whole(1, 10**9)  # of what happens one after the other
 is_count_or_0 = whole(0, 10**9)
 is_steps = whole(1, 10_000)  # of sampling; schedules have 1000
+is_trajectories = whole(1, 10**6)
 is_scale = within(-1000, 1000)
 is_rate = within(0, 1000)
 is_weight = within(0, 1e6)
@@ -165,6 +166,15 @@ def device(
     return option(help, None, group="model", **metadata)
 
 
+def recipe() -> Any:
+    """The file with defaults of the options."""
+    help = (
+        "TOML file with options, with underscores, in tables [prepare] and [train], which those given here override, "
+        "and with groups of target prompts, each headed [[targets]]; see fastunlearn/training/data/recipe.py"
+    )
+    return option(help, None, group="data", free_on_resume=True)
+
+
 def overwrite_output_dir(help: str, group: str, **metadata: Any) -> Any:
     """Whether results of an earlier run may be replaced; named as in the scripts of transformers."""
     return option(help, False, group=group, **metadata)
@@ -197,7 +207,7 @@ def baseline() -> Any:
 def num_trajectories(default: int) -> Any:
     """The number of sampled trajectories."""
     help = "trajectories to sample for the target prompts, and as many again for the kept prompts"
-    return option(help, default, group="sampling", check=whole(1, 10**6))
+    return option(help, default, group="sampling", check=is_trajectories)
 
 
 def timesteps_per_trajectory(default: int) -> Any:

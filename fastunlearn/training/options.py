@@ -40,6 +40,7 @@ class PrepareOptions:
     pretrained_model_name_or_path: str = shared.pipeline()
     output_dir: Path = option("folder of the cache: a new folder, or an unfinished cache to complete", group="data")
     concept: str = option("the concept to erase, worded as in the target prompts", group="data", check=has_words)
+    recipe: Path | None = shared.recipe()
     target_prompts: Path | None = option(
         "file of prompts with the concept, one per line; after a tab, optionally the prompt that replaces it",
         None,
@@ -141,6 +142,7 @@ class TrainingOptions:
         group="data",
         free_on_resume=True,
     )
+    recipe: Path | None = shared.recipe()
     rank: int = option("inner width of the erasers", 128, group="model", check=is_size)
     # The number of points per step and the learning rates so far must stay the same. `RunSettings` compares those, so
     # that the options which determine them may change.

@@ -21,6 +21,7 @@ from fastunlearn.training.cache.provenance import cache_facts
 from fastunlearn.training.cache.reader import stored_prompts
 from fastunlearn.training.cache.teacher import Teacher
 from fastunlearn.training.cache.writer import CacheWriter, refuse_foreign_files
+from fastunlearn.training.data.recipe import KEPT
 from fastunlearn.training.data.requests import Request, distinct_prompts, read_requests
 from fastunlearn.training.data.videos import check_ffmpeg
 from fastunlearn.training.model.loading import load_model, outline_pipeline
@@ -117,7 +118,7 @@ def encoded_prompts(
     stored = stored_prompts(options.output_dir, options.concept, dtype)
     if stored is not None and list(stored) == prompts:
         return stored
-    targets = {request.prompt for request in requests if request.group == "target"}
+    targets = {request.prompt for request in requests if request.group != KEPT}
     encoded = encode_prompts(
         options.pretrained_model_name_or_path,
         prompts,

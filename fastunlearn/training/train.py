@@ -15,6 +15,7 @@ from fastunlearn.dtypes import model_dtype
 from fastunlearn.files import subfolder, writable
 from fastunlearn.training.cache.provenance import check_cache_fits
 from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.recipe import target_groups
 from fastunlearn.training.loop import measurements, processes
 from fastunlearn.training.loop.optimizer import LearningRateFactor, learning_rate_factor
 from fastunlearn.training.loop.trainer import OnStep, Trainer, TrainingSummary, refuse_earlier_run
@@ -35,6 +36,7 @@ def run(options: TrainingOptions) -> TrainingSummary:
     output_dir = writable(options.output_dir)
     refuse_earlier_run(output_dir, options)
     cache = TeacherCache.open(options.cache_dir)
+    targets = target_groups(options, cache.groups)
     accelerator = processes.connect(options, output_dir, cpu=is_cpu(options.device))
     device = accelerator.device
     if options.device is not None and accelerator.num_processes == 1:
@@ -48,7 +50,7 @@ def run(options: TrainingOptions) -> TrainingSummary:
             trust_remote_code=options.trust_remote_code,
         )
     try:
-        summary = train(model, cache, output_dir, options)
+        summary = train(model, cache, output_dir, options, targets=targets)
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
@@ -88,14 +90,15 @@ def train(
         cache: a cache of the same model.
         output_dir: the folder for the trained erasers, `erasers`, and the checkpoints, `checkpoint-N`.
         options: the options of training. Those that say what to load, and from where, are not read.
-        targets: the groups of the cache to turn away from; "target" with `options.negative_guidance_scale` by default.
+        targets: the groups of the cache to turn away from; by default those of `options.recipe`, or else "target" with
+            `options.negative_guidance_scale`.
         kept: the group of the cache to keep as it is.
         lr_lambda: the factor of the learning rates at a step, counted from 0, instead of `options.lr_scheduler`.
         on_step: is called on the main process after every step, with the number of steps done and the step's metrics.
 
     Raises:
-        ValueError: the cache is of another model or lacks points; the checkpoint to resume is damaged or of another
-            run.
+        ValueError: the cache is of another model, lacks points or has other groups than the recipe; the checkpoint to
+            resume is damaged or of another run.
         FileExistsError: `output_dir` holds checkpoints or erasers of an earlier run, which is neither resumed nor to be
             overwritten. With "latest" and no checkpoint, erasers of a run with the same settings are made again.
         FileNotFoundError: there is no such checkpoint.
@@ -105,7 +108,7 @@ def train(
     """
     check_cache_fits(cache.facts, model, cache.condition_shapes)
     if targets is None:
-        targets = (TargetGroup(guidance_scale=options.negative_guidance_scale),)
+        targets = target_groups(options, cache.groups)
     output_dir = writable(output_dir)
     logging_dir = output_dir / "logs" if options.logging_dir is None else Path(options.logging_dir)
     if options.report_to is not None and options.logging_dir is None:

@@ -36,17 +36,30 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptLine]:
         raise ValueError(f"{path}: expected UTF-8 text, got bytes that are not ({error}); save it as UTF-8") from error
     if "\0" in text:
         raise ValueError(f"{path}: expected UTF-8 text, got zero bytes; save it as UTF-8")
+    return parse_prompts(text.split("\n"), str(path))
+
+
+def parse_prompts(lines: Sequence[str], where: str) -> list[PromptLine]:
+    """The prompts in lines that are as those of a file, which `read_prompts` describes.
+
+    Args:
+        lines: the lines.
+        where: where they are, for error messages.
+
+    Raises:
+        ValueError: there are no prompts, or a line has two tabs or the same or nothing on one side of a tab.
+    """
     prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         line = line.lstrip("\ufeff")  # in the middle of a file where files were joined
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) > 2 or not all(fields) or len(set(fields)) < len(fields):
-            raise ValueError(f"{path}, line {number}: expected 'prompt' or 'prompt<TAB>instead', got {shown(line)}")
+            raise ValueError(f"{where}, line {number}: expected 'prompt' or 'prompt<TAB>instead', got {shown(line)}")
         prompts.append(PromptLine(fields[0], fields[1] if len(fields) == 2 else None))
     if not prompts:
-        raise ValueError(f"{path}: expected one prompt per line, got none")
+        raise ValueError(f"{where}: expected one prompt per line, got none")
     return prompts
 
 

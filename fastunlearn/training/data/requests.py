@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from fastunlearn.files import expand_home, shown
 from fastunlearn.training.data.prompts import PromptLine, read_prompts
+from fastunlearn.training.data.recipe import KEPT, read_recipe
 from fastunlearn.training.data.words import occurrences, other_forms, replace_concept, similar_words
 from fastunlearn.training.options import PrepareOptions
 
@@ -83,9 +84,10 @@ def holds_latents(source: Path) -> bool:
 
 
 def read_requests(options: PrepareOptions) -> list[Request]:
-    """The requests that the options describe: one per video in `data`, or `num_trajectories` per prompt file.
+    """The requests that the options describe: one per video in `data`, or `num_trajectories` per group of prompts.
 
-    The prompts of a file take turns. Warns of what is allowed but may be a mistake: no kept prompts, which training
+    The groups are the target prompts, or those of the recipe, and the kept prompts. The prompts of a group take turns.
+    Warns of what is allowed but may be a mistake: no kept prompts, which training
     needs, repeated prompts, and words that resemble the concept where it must not be.
 
     Raises:
@@ -106,12 +108,12 @@ def read_requests(options: PrepareOptions) -> list[Request]:
     else:
         requests = [_with_baseline(request, options) for request in read_video_requests(options.data, options.concept)]
     groups = {request.group for request in requests}
-    if "target" not in groups:
+    if not groups - {KEPT}:
         where = "target_prompts" if options.data is None else "data"
         raise ValueError(
             f"{where}: expected at least one prompt with {shown(options.concept)}, which training needs, got none"
         )
-    if "kept" not in groups:
+    if KEPT not in groups:
         where = "kept_prompts" if options.data is None else "data"
         warnings.warn(
             f"{where}: got no prompt without {shown(options.concept)}; train cannot use this cache unless "
@@ -122,32 +124,44 @@ def read_requests(options: PrepareOptions) -> list[Request]:
 
 
 def _read_prompt_requests(options: PrepareOptions) -> list[Request]:
-    if options.target_prompts is None and options.kept_prompts is None:
+    targets = () if options.recipe is None else read_recipe(options.recipe).targets
+    if targets and options.target_prompts is not None:
+        raise ValueError(
+            f"target_prompts: expected none beside the [[targets]] of {options.recipe}, got "
+            f"{str(options.target_prompts)!r}"
+        )
+    if not targets and options.target_prompts is None and options.kept_prompts is None:
         raise ValueError(
             "target_prompts: expected a file of prompts here or as kept_prompts, or a folder of videos as data; got "
             "none of them"
         )
     requests: list[Request] = []
-    for group, path in (("target", options.target_prompts), ("kept", options.kept_prompts)):
-        if path is None:
-            continue
-        lines = read_prompts(path)
-        _check_lines(options.concept, group, path, lines)
-        if len(lines) > options.num_trajectories:
-            warnings.warn(
-                f"{path}: only {options.num_trajectories} of {len(lines)} prompts are used; raise num_trajectories to "
-                "use them all",
-                stacklevel=3,
-            )
-        if group == "target":
-            requests += target_requests(lines, options)
-        else:
-            chosen = [lines[index % len(lines)] for index in range(options.num_trajectories)]
-            requests += [Request(line.prompt, group, line.instead) for line in chosen]
+    if options.target_prompts is not None:
+        lines = read_prompts(options.target_prompts)
+        _check_lines(options, "target", str(options.target_prompts), lines)
+        requests += target_requests(lines, options)
+    for targets_of_recipe in targets:
+        assert options.recipe is not None
+        lines, own_options = targets_of_recipe.lines(options.recipe), targets_of_recipe.options(options)
+        where = str(targets_of_recipe.target_prompts or f"{options.recipe}: [[targets]] {targets_of_recipe.name}")
+        _check_lines(own_options, targets_of_recipe.name, where, lines)
+        start, end = targets_of_recipe.steps
+        requests += target_requests(lines, own_options, group=targets_of_recipe.name, steps=(start, end))
+    if options.kept_prompts is not None:
+        lines = read_prompts(options.kept_prompts)
+        _check_lines(options, KEPT, str(options.kept_prompts), lines)
+        chosen = [lines[index % len(lines)] for index in range(options.num_trajectories)]
+        requests += [Request(line.prompt, KEPT, line.instead) for line in chosen]
     return requests
 
 
-def target_requests(lines: Sequence[PromptLine], options: PrepareOptions) -> list[Request]:
+def target_requests(
+    lines: Sequence[PromptLine],
+    options: PrepareOptions,
+    *,
+    group: str = "target",
+    steps: tuple[float, float] = (0, 1),
+) -> list[Request]:
     """Requests for trajectories of target prompts, which take turns.
 
     Of each prompt's trajectories, and of each round of the prompts, the share `follow_replacement` follows the
@@ -156,12 +170,14 @@ def target_requests(lines: Sequence[PromptLine], options: PrepareOptions) -> lis
     Args:
         lines: the prompts, each with the one that replaces it or None for the one that the options describe.
         options: `concept`, `replacement`, `baseline`, `follow_replacement` and `num_trajectories` are used.
+        group: the group of the points in the cache.
+        steps: the part of the sampling steps that points are taken from.
     """
     requests = []
     for index in range(options.num_trajectories):
         turn, number = divmod(index, len(lines))
         line, position, share = lines[number], turn + number, options.follow_replacement
-        request = _with_baseline(Request(line.prompt, instead=line.instead), options)
+        request = _with_baseline(Request(line.prompt, group, line.instead, steps=steps), options)
         has_replacement = request.instead is not None or options.baseline == "replacement"
         if has_replacement and int((position + 1) * share) > int(position * share):
             request = replace(request, follow=request.baseline)
@@ -171,7 +187,7 @@ def target_requests(lines: Sequence[PromptLine], options: PrepareOptions) -> lis
 
 def _with_baseline(request: Request, options: PrepareOptions) -> Request:
     """A request for a target prompt with its replacement, unless it has one or is not to have any."""
-    if request.group != "target" or request.instead is not None or options.baseline == NEGATIVE:
+    if request.group == KEPT or request.instead is not None or options.baseline == NEGATIVE:
         return request
     replacement = replace_concept(request.prompt, options.concept, options.replacement)
     # They are the same if the concept is there only after the pipeline has cleaned the prompt.
@@ -179,25 +195,32 @@ def _with_baseline(request: Request, options: PrepareOptions) -> Request:
     return replace(request, instead=replacement) if is_prompt else request
 
 
-def _check_lines(concept: str, group: str, path: Path, lines: Sequence[PromptLine]) -> None:
-    """Checks a file of prompts.
+def _check_lines(options: PrepareOptions, group: str, where: str, lines: Sequence[PromptLine]) -> None:
+    """Checks the prompts of a group.
 
     That target prompts contain the concept is checked again when they are cleaned and tokenized.
     """
+    concept = options.concept
     without = [line.instead for line in lines if line.instead is not None]
-    if group == "kept":
+    if group == KEPT:
         without += [line.prompt for line in lines]
     else:
         for line in lines:
             if not occurrences(line.prompt, concept):
-                _refuse_other_forms(concept, line.prompt, str(path))
+                _refuse_other_forms(concept, line.prompt, where)
     for text in without:
-        _refuse_concept(concept, text, str(path))
-    _warn_of_similar_words(concept, without, str(path))
+        _refuse_concept(concept, text, where)
+    _warn_of_similar_words(concept, without, where)
+    if len(lines) > options.num_trajectories:
+        warnings.warn(
+            f"{where}: only {options.num_trajectories} of {len(lines)} prompts are used; raise num_trajectories to use "
+            "them all",
+            stacklevel=4,
+        )
     repeated = [line for index, line in enumerate(lines) if line in lines[:index]]
     if repeated:
         warnings.warn(
-            f"{path}: {shown(repeated[0].prompt)} is there more than once, so it counts more than other prompts",
+            f"{where}: {shown(repeated[0].prompt)} is there more than once, so it counts more than other prompts",
             stacklevel=4,
         )
 
@@ -224,7 +247,7 @@ def read_video_requests(folder: str | os.PathLike[str], concept: str) -> list[Re
     texts = {path.stem: path for path in visible if path.suffix.lower() == ".txt"}
     prompt_files = [texts.get(source.stem, source.with_suffix(".txt")) for source in sources]
     requests = [_read_video_request(*files, concept) for files in zip(sources, prompt_files, strict=True)]
-    without = [request.prompt for request in requests if request.group == "kept"]
+    without = [request.prompt for request in requests if request.group == KEPT]
     without += [request.instead for request in requests if request.instead is not None]
     _warn_of_similar_words(concept, without, f"data: {folder}")
     counts = Counter(prompt_files)
@@ -254,7 +277,7 @@ def _read_video_request(source: Path, prompt_file: Path, concept: str) -> Reques
     if occurrences(prompt, concept):
         return Request(prompt, "target", instead, source=source)
     _refuse_other_forms(concept, prompt, str(prompt_file))
-    return Request(prompt, "kept", instead, source=source)
+    return Request(prompt, KEPT, instead, source=source)
 
 
 def _refuse_concept(concept: str, text: str, where: str, place: str = "") -> None:

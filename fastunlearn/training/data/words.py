@@ -1,4 +1,4 @@
-"""Finds the concept in a text, and the words that may be the concept though they are written differently.
+"""Finds and replaces the concept in a text, and finds words that may be the concept though written differently.
 
 Texts are compared letter by letter after *folding*, which makes equal what readers take for the same word: upper and
 lower case, composed and decomposed letters, compatibility forms such as full-width letters, kinds of apostrophe.
