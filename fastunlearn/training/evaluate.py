@@ -1,7 +1,8 @@
 """Measures how well erasers work on prompts and seeds that they were not trained with.
 
-No video has to be made or looked at. A teacher cache holds points on the frozen model's trajectories, with the
-velocities with and without the concept; the model with erasers is run once at each point and compared with these.
+A teacher cache holds points on the frozen model's trajectories, with the velocities with and without the concept; the
+model with erasers is run once at each point and compared with these. Then it samples videos of the target prompts, and
+the frozen model tells whether they show the concept. No video has to be decoded or looked at.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.requests import read_requests
 from fastunlearn.training.evaluation.measure import measure
 from fastunlearn.training.evaluation.report import draw, table
+from fastunlearn.training.evaluation.seen import BASELINE, FROZEN, Sightings, look
 from fastunlearn.training.loop import record
 from fastunlearn.training.model import erased
 from fastunlearn.training.model.memory import explained_out_of_memory
@@ -31,6 +33,7 @@ from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import EvaluateOptions, PrepareOptions
 
 REPORT = "evaluation.json"
+_LEAST_CONTRAST = 0.5  # between the shares of videos in which the concept is seen, with it in the prompt and without
 _PLACES = ("erasers", "output_dir", "cache_dir", "target_prompts", "kept_prompts")  # options that only say where
 
 
@@ -59,7 +62,8 @@ def run(options: EvaluateOptions) -> dict[str, Any]:
     total = sum(map(len, cache.groups.values()))
     with explained_out_of_memory(options), tqdm(total=total, desc="evaluating", unit="point") as bar:
         measurement = measure(model, cache, options.batch_size, bar)
-    report = provenance | measurement.report()
+    sightings = _look(model, cache, options)
+    report = provenance | measurement.report() | {"seen": sightings.report()}
     write_json(output / REPORT, report)
     draw(report, output / "evaluation.png")
     print(table(report))
@@ -94,6 +98,23 @@ def _model_and_cache(options: EvaluateOptions) -> tuple[VideoModel, TeacherCache
     with prepare.progress_bar("sampling held-out trajectories") as progress:
         prepare.prepare(model, encoded, requests, preparing.output_dir, preparing, progress=progress)
     return model, TeacherCache.open(preparing.output_dir)
+
+
+def _look(model: VideoModel, cache: TeacherCache, options: EvaluateOptions) -> Sightings:
+    """Looks for the concept in sampled videos. Warns if the frozen model cannot tell whether it is there."""
+    if options.num_videos == 0:
+        return Sightings()
+    with explained_out_of_memory(options), tqdm(desc="looking for the concept", unit="video") as bar:
+        sightings = look(model, cache, options.num_videos, options.batch_size, advance=bar.update)
+    before, baseline = (sightings.share_seen(version) for version in (FROZEN, BASELINE))
+    if before is not None and baseline is not None and before - baseline < _LEAST_CONTRAST:
+        warnings.warn(
+            f"num_videos: expected the concept to be seen in videos that the model without erasers makes of the target "
+            f"prompts, and not in those of the prompts without it, got {before:.0%} and {baseline:.0%}; the share that "
+            "is seen with the erasers tells little here",
+            stacklevel=3,
+        )
+    return sightings
 
 
 def _warn_if_trained_with(options: EvaluateOptions, prompts: Sequence[str], seed: Any) -> None:

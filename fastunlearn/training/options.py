@@ -359,6 +359,13 @@ class EvaluateOptions:
     negative_prompt: str = shared.negative_prompt()
     num_trajectories: int = shared.num_trajectories(8)
     timesteps_per_trajectory: int = shared.timesteps_per_trajectory(10)
+    num_videos: int | None = option(
+        "videos of target prompts to sample with the erasers, in which the frozen model looks for the concept; one per "
+        "target trajectory if left out, none if 0. Each takes about 3.5 times as many passes as a trajectory",
+        None,
+        group="sampling",
+        check=is_count_or_0,
+    )
     num_inference_steps: int = shared.num_inference_steps()
     guidance_scale: float | None = shared.guidance_scale()
     height: int | None = shared.height()

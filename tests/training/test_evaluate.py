@@ -52,6 +52,7 @@ def options(pipeline: Path, folder: Path, erasers: Path, **more: Any) -> Evaluat
         "num_trajectories": 3,
         "timesteps_per_trajectory": 2,
         "num_inference_steps": 4,
+        "num_videos": 1,
         "height": 32,
         "width": 32,
         "num_frames": 9,
@@ -94,7 +95,7 @@ def test_the_report_agrees_with_the_metrics_definitions(
     cache = TeacherCache.open(chosen.output_dir / "cache")
     model = load_model(chosen.pretrained_model_name_or_path, dtype=torch.float32, device="cpu")
     model.load_erasers(chosen.erasers)
-    sums = {name: [0.0, 0.0] for name in ("erasure", "drift", "inside")}
+    sums = {name: [0.0, 0.0] for name in ("erasure", "distance", "drift", "inside")}
     at: dict[float, list[float]] = {}
     for name, points in cache.groups.items():
         for index in range(len(points)):
@@ -109,6 +110,8 @@ def test_the_report_agrees_with_the_metrics_definitions(
                 continue
             along = ((velocity - v_uncond) * (v_cond - v_uncond)).sum().item()
             length = (v_cond - v_uncond).square().sum().item()
+            sums["distance"][0] += (velocity - v_uncond).square().sum().item()
+            sums["distance"][1] += length
             entry = at.setdefault(row.t.item(), [0.0, 0.0])
             for totals in (sums["erasure"], entry):
                 totals[0] += along
@@ -118,6 +121,11 @@ def test_the_report_agrees_with_the_metrics_definitions(
             sums["inside"][0] += (change * mask).sum().item()
             sums["inside"][1] += change.sum().item()
     assert report["erasure_coefficient"] == pytest.approx(sums["erasure"][0] / sums["erasure"][1], rel=1e-4)
+    assert report["distance_to_baseline"] == pytest.approx((sums["distance"][0] / sums["distance"][1]) ** 0.5, rel=1e-4)
+    early = [at[t] for t in sorted(at, reverse=True)[: (len(at) + 1) // 2]]
+    assert 0 < len(early) < len(at)
+    expected = sum(along for along, _ in early) / sum(length for _, length in early)
+    assert report["early_erasure_coefficient"] == pytest.approx(expected, rel=1e-4)
     assert report["preserved_drift"] == pytest.approx((sums["drift"][0] / sums["drift"][1]) ** 0.5, rel=1e-4)
     assert report["localization"] == pytest.approx(sums["inside"][0] / sums["inside"][1], rel=1e-4)
     assert 0 < report["localization"] < 1
@@ -341,8 +349,10 @@ def test_what_was_not_measured_is_left_out(evaluated: tuple[EvaluateOptions, dic
     bare["by_timestep"] = [{**row, **nothing} for row in report["by_timestep"]]
     bare["by_timesteps"] = [{**row, **nothing} for row in report["by_timesteps"]]
     bare["by_prompt"] = []
+    bare["seen"] = None
     text = table(bare)
-    assert text.splitlines()[-1].endswith("the model avoids it")
+    assert "concept seen            not measured: no videos were sampled" in text.splitlines()
+    assert text.splitlines()[-1].startswith("distance to baseline    1: nothing erased")
     assert [line.split()[-1] for line in text.splitlines() if "total" in line] == ["-"]
     draw(bare, tmp_path / "a.png")
     draw(report, tmp_path / "b.png")
@@ -366,7 +376,7 @@ def test_no_text_lies_on_a_curve_and_every_axis_has_a_name(
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
     draw({**evaluated[1], "frozen_drift": 0.1}, tmp_path / "a.png")
     (figure,) = figures
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
     for axes in figure.axes:
         assert axes.get_xlabel() and axes.get_ylabel() and not axes.texts
         assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0

@@ -12,6 +12,7 @@ from fastunlearn.training.evaluation.metrics import (
     MaskSummary,
     Ratio,
     Sums,
+    distance,
     drift,
     erasure,
     localization,
@@ -50,6 +51,15 @@ def test_samples_are_weighted_by_how_much_there_is_to_erase() -> None:
     v_cond = torch.tensor([1.0, 3.0]).reshape(2, 1, 1)
     velocity = torch.tensor([1.0, 0.0]).reshape(2, 1, 1)  # nothing erased at the first, everything at the second
     assert total(erasure(velocity, v_uncond, v_cond)) == pytest.approx(1 / 10)  # not 1 / 2
+
+
+def test_the_distance_to_the_baseline_counts_every_change() -> None:
+    v_uncond, v_cond, other = velocities(3)
+    for coefficient in (1.0, 0.0, -0.5):
+        velocity = v_uncond + coefficient * (v_cond - v_uncond)
+        assert total(distance(velocity, v_uncond, v_cond), root=True) == pytest.approx(abs(coefficient), abs=1e-12)
+    expected = (other.square().sum() / (v_cond - v_uncond).square().sum()).sqrt()
+    assert total(distance(v_uncond + other, v_uncond, v_cond), root=True) == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_drift_is_the_relative_change() -> None:

@@ -106,13 +106,18 @@ class PointSet:
             return Points(
                 rows("x_t"),
                 self.t[index],
-                self._condition(self.prompts[index].tolist()),
+                self.condition(self.prompts[index].tolist()),
                 rows("v_uncond"),
                 rows("v_cond"),
                 rows("mask") if self.has_masks else None,
             )
 
-    def _condition(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+    def condition(self, prompts: Sequence[int]) -> dict[str, Tensor]:
+        """Reads the conditions of the prompts with these numbers (indices in `TeacherCache.prompts`), as a batch.
+
+        Raises:
+            ValueError: they differ in shape.
+        """
         with open_safetensors(self._conditions) as file:
             keywords = [name.partition(".")[2] for name in tensor_names(file) if name.startswith(f"{prompts[0]}.")]
             condition = {}

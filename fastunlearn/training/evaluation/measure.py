@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastunlearn.training.cache.reader import Points, PointSet, TeacherCache
 from fastunlearn.training.evaluation.metrics import (
     Ratio,
     Sums,
+    distance,
     drift,
     erasure,
     localization,
@@ -37,6 +39,7 @@ class Measurement:
 
     Attributes:
         erasure: the erasure coefficient over the points of the target groups.
+        distance: the distance to the baseline over the same points.
         localization: the localization over the target points that have masks.
         preserved: the drift over the kept points.
         frozen: the drift of the model without erasers from the cache, over one batch per group, by rounding.
@@ -45,6 +48,7 @@ class Measurement:
     """
 
     erasure: Ratio = field(default_factory=Ratio)
+    distance: Ratio = field(default_factory=lambda: Ratio(root=True))
     localization: Ratio = field(default_factory=Ratio)
     preserved: Ratio = field(default_factory=lambda: Ratio(root=True))
     frozen: Ratio = field(default_factory=lambda: Ratio(root=True))
@@ -70,9 +74,18 @@ class Measurement:
         for index, prompt in enumerate(prompts):
             ratio = self.prompts.setdefault((group, prompt), Ratio(root=is_kept))
             ratio.add(points.t[index], Sums(*(values[index : index + 1] for values in sums)))
-        if not is_kept and points.mask is not None:
+        if is_kept:
+            return
+        self.distance.add(points.t, distance(velocity, points.v_uncond, points.v_cond))
+        if points.mask is not None:
             self.mask_shares += mask_share(points.mask).tolist()
             self.localization.add(points.t, localization(velocity, points.v_cond, points.mask, channel_dim))
+
+    @property
+    def early_erasure(self) -> float | None:
+        """The erasure coefficient over the earlier half of the timesteps, at which a video's content is decided."""
+        timesteps = self.erasure.timesteps
+        return self.erasure.between(math.inf, timesteps[(len(timesteps) - 1) // 2]) if timesteps else None
 
     def report(self) -> dict[str, Any]:
         """The measurement as plain data for JSON. What could not be measured is None."""
@@ -80,6 +93,8 @@ class Measurement:
         masks = summarize_masks(self.mask_shares)
         return {
             "erasure_coefficient": self.erasure.total,
+            "early_erasure_coefficient": self.early_erasure,
+            "distance_to_baseline": self.distance.total,
             "preserved_drift": self.preserved.total,
             "localization": self.localization.total,
             "mask_share": None if masks is None else masks._asdict(),
@@ -105,6 +120,7 @@ class Measurement:
             "from": first,
             "to": last,
             "erasure_coefficient": self.erasure.between(first, last),
+            "distance_to_baseline": self.distance.between(first, last),
             "localization": self.localization.between(first, last),
             "target_points": self.erasure.points_between(first, last),
             "preserved_drift": self.preserved.between(first, last),

@@ -1,6 +1,6 @@
 """How far a concept is erased, and what else has changed: measured on velocities, without making a video.
 
-Each metric is a ratio of two sums over samples. The functions `erasure`, `drift` and `localization` compute what each
+Each metric is a ratio of two sums over samples. `erasure`, `distance`, `drift` and `localization` compute what each
 sample adds to the two sums; `Ratio` accumulates them, per timestep and in total. Dividing only after summing weights
 each sample by how much there was to change: where the velocities with and without the prompt nearly agree, the quotient
 of that sample alone would be noise.
@@ -47,6 +47,26 @@ def erasure(velocity: Tensor, v_uncond: Tensor, v_cond: Tensor) -> Sums:
     start = _wide(v_uncond)
     direction = _wide(v_cond) - start
     return Sums(_sum((_wide(velocity) - start) * direction), _sum(direction.square()))
+
+
+def distance(velocity: Tensor, v_uncond: Tensor, v_cond: Tensor) -> Sums:
+    """The squared distance to the baseline, ||v' - v_uncond||^2 / ||v_cond - v_uncond||^2.
+
+    Accumulate it with `Ratio(root=True)`, whose root is the distance. Like the erasure coefficient it is 1 if nothing
+    is erased and 0 if the prompt has no more effect than one without the concept. But leading away from the concept,
+    and every other change of the velocity, make it larger.
+
+    Args:
+        velocity: v' (B, ...), floating point.
+        v_uncond: the frozen model's velocity without the concept, of the same shape.
+        v_cond: the frozen model's velocity for the prompt, of the same shape.
+
+    Raises:
+        TypeError, ValueError: a tensor has a wrong dtype, shape or device.
+    """
+    _check_velocities(velocity, v_uncond=v_uncond, v_cond=v_cond)
+    start = _wide(v_uncond)
+    return Sums(_sum((_wide(velocity) - start).square()), _sum((_wide(v_cond) - start).square()))
 
 
 def drift(velocity: Tensor, v_cond: Tensor) -> Sums:

@@ -18,13 +18,13 @@ from fastunlearn.training.data.fonts import font_for
 
 Report = Mapping[str, Any]  # what evaluation.json holds
 
-_ERASED, _KEPT, _INSIDE, _REFERENCE = "#d1495b", "#2e7d6b", "#5b6bbf", "0.55"
+_SEEN, _ERASED, _KEPT, _INSIDE, _REFERENCE = "#b5651d", "#d1495b", "#2e7d6b", "#5b6bbf", "0.55"
 
 
 def table(report: Report) -> str:
     """The metrics as text: a row per range of timesteps, from noise to video, then the totals and how to read them."""
-    heads = ("timestep", "erasure coefficient", "change inside mask", "drift on kept prompts")
-    lines = ["".join(f"{head:>23}" for head in heads)[11:]]
+    heads = ("erasure coefficient", "distance to baseline", "change inside mask", "drift on kept prompts")
+    lines = [f"{'timestep':>12}" + "".join(f"{head:>23}" for head in heads)]
     for row in report["by_timesteps"]:
         first, last = f"{row['from']:.0f}", f"{row['to']:.0f}"
         lines.append(_row(first if first == last else f"{first} - {last}", row))
@@ -34,6 +34,7 @@ def table(report: Report) -> str:
 def _row(name: str, values: Report) -> str:
     cells = (
         _shown(values["erasure_coefficient"], ".2f"),
+        _shown(values["distance_to_baseline"], ".2f"),
         _shown(values["localization"], ".0%"),
         _shown(values["preserved_drift"], ".4f"),
     )
@@ -44,7 +45,11 @@ def _remarks(report: Report) -> Iterator[str]:
     """The lines below the table."""
     concept = "the concept" if report["concept"] is None else f'"{report["concept"]}"'
     yield f"{report['target_points']} points with {concept}, {report['kept_points']} without"
-    yield "erasure coefficient     1: nothing erased; 0: the concept has no effect; below 0: the model avoids it"
+    yield from _seen_remarks(report["seen"])
+    yield "erasure coefficient     a diagnostic: 1: nothing erased; 0: the concept has no effect; below 0: avoided"
+    early = _shown(report["early_erasure_coefficient"], ".2f")
+    yield f"  at early timesteps    {early}; what a video shows is decided there"
+    yield "distance to baseline    1: nothing erased; 0: the concept has no effect; every other change makes it larger"
     share = report["mask_share"]
     if share is not None:
         yield (
@@ -59,8 +64,21 @@ def _remarks(report: Report) -> Iterator[str]:
         yield f"least erased            {worst['erasure_coefficient']:.2f}  {_short(worst['prompt'])}"
 
 
+def _seen_remarks(seen: Report | None) -> Iterator[str]:
+    if seen is None:
+        yield "concept seen            not measured: no videos were sampled"
+        return
+    share, videos = seen["share"], seen["videos"]
+    yield (
+        f"concept seen            in {share['erased']:.0%} of {videos} videos with the erasers, {share['frozen']:.0%} "
+        f"without, {share['baseline']:.0%} of the baseline's"
+    )
+    yield f"mean likeness to it     {_shown(seen['mean_likeness'], '.2f')}; 1: as without erasers; 0: as the baseline's"
+    yield f"erasure along them      {_shown(seen['on_policy_coefficient'], '.2f')} is the erasure coefficient there"
+
+
 def draw(report: Report, path: Path) -> None:
-    """Draws erasure, drift and localization over the timesteps, from noise on the left to video on the right.
+    """Draws the likeness of each video, and erasure, drift and localization over the timesteps from noise to video.
 
     Args:
         report: the evaluation.
@@ -70,8 +88,9 @@ def draw(report: Report, path: Path) -> None:
     # Later families stand in where DejaVu lacks a letter.
     families = ["DejaVu Sans", *([] if title_font is None else [title_font.name])]
     with matplotlib.rc_context({"font.family": list(dict.fromkeys(families))}):
-        figure = Figure(figsize=(14, 4.8), layout=ConstrainedLayoutEngine(wspace=0.05))
-        erasure, preserved, inside = figure.subplots(1, 3)
+        figure = Figure(figsize=(18, 4.8), layout=ConstrainedLayoutEngine(wspace=0.05))
+        seen, erasure, preserved, inside = figure.subplots(1, 4, width_ratios=(2, 3, 3, 3))
+        _draw_seen(seen, report["seen"])
         _draw_erasure(erasure, report, "erasure coefficient" if title_font is None else _title(report))
         _draw_drift(preserved, report)
         _draw_localization(inside, report)
@@ -83,6 +102,28 @@ def draw(report: Report, path: Path) -> None:
 def _title(report: Report) -> str:
     """What the first panel shows; its concept may be in any script."""
     return "erasure coefficient" + ("" if report["concept"] is None else f" of “{_short(report['concept'], 24)}”")
+
+
+def _draw_seen(axes: Axes, seen: Report | None) -> None:
+    """The likeness of each video to the concept: a column of dots without erasers, with them, and for the baseline."""
+    axes.set_title("concept seen" if seen is None else f"concept seen: {seen['share']['erased']:.0%}", fontsize=12)
+    versions = {"frozen": "without\nerasers", "erased": "with\nerasers", "baseline": "baseline\nprompt"}
+    likeness = {} if seen is None else seen["likeness"]
+    for place, version in enumerate(versions):
+        values = sorted(likeness.get(version, ()))
+        spread = [place + 0.5 * ((index + 0.5) / len(values) - 0.5) for index in range(len(values))]
+        colour = _SEEN if version == "erased" else _REFERENCE
+        axes.plot(spread, values, "o", color=colour, alpha=0.6, markersize=5, markeredgewidth=0)
+    if seen is None:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", color="0.6", transform=axes.transAxes)
+    axes.axhline(0.5, color=_REFERENCE, linestyle="--", linewidth=1, label="seen above this line")
+    axes.set_xticks(range(len(versions)), versions.values())
+    axes.set_xlim(-0.6, len(versions) - 0.4)
+    axes.set_xlabel("videos (a dot each)")
+    axes.set_ylabel("likeness to the concept")
+    axes.grid(alpha=0.2, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+    _legend(axes)
 
 
 def _draw_erasure(axes: Axes, report: Report, title: str) -> None:

@@ -256,6 +256,15 @@ class VideoModel:
         sigma = (t.to(x_0.device, wide) / timesteps).reshape(-1, *[1] * (x_0.dim() - 1))
         return torch.lerp(x_0.to(wide), noise.to(wide), sigma).to(x_0.dtype)
 
+    def velocity_target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity at `add_noise(x_0, noise, t)` that the model was trained to predict; arguments as there.
+
+        It is noise - x_0 with flow matching, else that of v-prediction. (B, ...) in x_0's dtype.
+        """
+        if self.family.flow_matching:
+            return (noise - x_0).to(x_0.dtype)
+        return schedule.velocity_target(x_0, noise, self.scheduler.alphas_cumprod, t.long())
+
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes the activations inside the experts' blocks in the backward pass instead of keeping them."""
         for expert in self.experts:
