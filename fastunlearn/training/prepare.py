@@ -17,6 +17,7 @@ from fastunlearn.dtypes import model_dtype
 from fastunlearn.environment import installed_version
 from fastunlearn.files import writable
 from fastunlearn.training.cache.estimate import estimate
+from fastunlearn.training.cache.mask_picture import show_masks
 from fastunlearn.training.cache.provenance import cache_facts
 from fastunlearn.training.cache.reader import stored_prompts
 from fastunlearn.training.cache.teacher import Teacher
@@ -48,6 +49,9 @@ def prepare(
     progress: Progress | None = None,
 ) -> None:
     """Makes a teacher cache, or resumes one: units of work that are done already are left as they are.
+
+    The process that finishes it also writes `masks.png`, which shows masks on the videos, and warns of those that are
+    nearly empty or nearly full.
 
     Process i does the units i, i + num_processes, and so on. On the same kind of device, all processes together write
     the same bytes that one process alone would write.
@@ -97,6 +101,8 @@ def prepare(
     finishes = writer.is_complete() if barrier is None else process_index == 0
     if finishes:
         writer.finish()
+        with explained_out_of_memory(options):
+            show_masks(teacher, writer)
 
 
 def encoded_prompts(

@@ -11,12 +11,14 @@ from typing import Any
 
 from fastunlearn.files import open_file, read_versioned_json, shown
 
-INDEX, PROMPTS = "index.json", "prompts.safetensors"
+INDEX, PROMPTS, MASKS = "index.json", "prompts.safetensors", "masks.png"
 FORMAT, FORMAT_VERSION = "fastunlearn-teacher-cache", 1
 # The dtypes that latents are stored in: the name in the index, and the name in a safetensors file.
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Every file of a cache. The suffix .partial marks a temporary file that an interrupted process left behind.
-CACHE_FILE = re.compile(r"(index\.json|prompts\.safetensors|shard-\d{5,9}\.safetensors)(?P<partial>\.\d+\.partial)?")
+CACHE_FILE = re.compile(
+    r"(index\.json|prompts\.safetensors|masks\.png|shard-\d{5,9}\.safetensors)(?P<partial>(\.\d+)?\.partial)?"
+)
 SHARD_FILE = re.compile(r"shard-\d{5,9}\.safetensors")
 
 

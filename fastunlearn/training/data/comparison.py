@@ -6,7 +6,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from fastunlearn.training.data.videos import check_frames, to_bytes
 _GAP = 4  # pixels between frames, and between videos
 _MARGIN = 14
 _TITLE_LINE = 22  # pixels from one line of the title to the next
-_INK, _PALE_INK, _PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
+_CAPTION_LINE = 18  # pixels from one line of a caption to the next
+_INK, _PALE_INK, _PAPER, _ALARM = (32, 32, 32), (110, 110, 110), (255, 255, 255), (200, 30, 30)
 
 
 def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
@@ -48,11 +49,19 @@ def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
 
 
 def write_strip(
-    path: str | os.PathLike[str], rows: Sequence[Tensor], labels: Sequence[str], title: str = "", frames: int = 6
+    path: str | os.PathLike[str],
+    rows: Sequence[Tensor],
+    labels: Sequence[str],
+    title: str = "",
+    frames: int = 6,
+    *,
+    captions: Sequence[str] = (),
+    alarming: Collection[int] = (),
 ) -> None:
     """Writes a PNG with one row per video: some frames from first to last, so that rows can be compared at a glance.
 
-    Where no installed font has the letters of the labels or the title, it warns, and shows numbers or no title.
+    Where no installed font has the letters of the labels, the captions or the title, it warns, and shows numbers or
+    no title.
 
     Args:
         path: the file, in an existing folder. An existing file is replaced only when the new one is complete.
@@ -60,6 +69,8 @@ def write_strip(
         labels: the label of each row.
         title: the text above all rows, such as the prompt.
         frames: the number of frames to show of each video, evenly spaced; all of them if it has fewer.
+        captions: a text above each row, if any, such as its prompt.
+        alarming: the numbers of the rows whose label is in the colour of a warning.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -72,21 +83,29 @@ def write_strip(
         title = ""
     num_frames, _, height, width = rows[0].shape
     chosen = torch.linspace(0, num_frames - 1, min(frames, num_frames)).round().long()
-    shown_width, shown_height = _shown_size(width, height)
-    font, title_font = _font(15, "".join(labels)), _font(16, title)
+    shown_width, shown_height = shown_size(width, height)
+    captions = _drawable(captions) if captions else [""] * len(rows)
+    font, title_font, caption_font = (_font(15, "".join(labels)), _font(16, title), _font(14, "".join(captions)))
     left = _MARGIN + round(max(font.getlength(label) for label in labels)) + _MARGIN
     right = left + len(chosen) * (shown_width + _GAP) - _GAP
     lines = _wrapped(title, title_font, right - _MARGIN)
     top = _MARGIN + len(lines) * _TITLE_LINE + (8 if lines else 0)
-    bottom = top + len(rows) * (shown_height + _GAP) - _GAP
+    wrapped_captions = [_wrapped(caption, caption_font, right - left, most=2) for caption in captions]
+    heights = [
+        len(caption) * _CAPTION_LINE + shown_height + (2 * _GAP if caption else 0) for caption in wrapped_captions
+    ]
+    bottom = top + sum(heights) + _GAP * (len(rows) - 1)
     picture = Image.new("RGB", (right + _MARGIN, bottom + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(picture)
     for index, line in enumerate(lines):
         draw.text((_MARGIN, _MARGIN + _TITLE_LINE * index), line, _INK, title_font)
     resample = Image.Resampling.NEAREST if shown_width > width else Image.Resampling.LANCZOS
-    for row, (video, label) in enumerate(zip(rows, labels, strict=True)):
-        y = top + row * (shown_height + _GAP)
-        draw.text((left - _MARGIN, y + shown_height / 2), label, _PALE_INK, font, anchor="rm")
+    for row, (video, label, caption) in enumerate(zip(rows, labels, wrapped_captions, strict=True)):
+        y = top + sum(heights[:row]) + _GAP * row + heights[row] - shown_height
+        for index, line in enumerate(reversed(caption), start=1):
+            draw.text((left, y - _GAP / 2 - _CAPTION_LINE * index), line, _INK, caption_font)
+        ink = _ALARM if row in alarming else _PALE_INK
+        draw.text((left - _MARGIN, y + shown_height / 2), label, ink, font, anchor="rm")
         for column, frame in enumerate(to_bytes(video[chosen.to(video.device)])):
             thumbnail = Image.fromarray(frame).resize((shown_width, shown_height), resample)
             picture.paste(thumbnail, (left + column * (shown_width + _GAP), y))
@@ -148,7 +167,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 
     return lines
 
 
-def _shown_size(width: int, height: int) -> tuple[int, int]:
+def shown_size(width: int, height: int) -> tuple[int, int]:
     """The size of a frame in a picture: small frames are enlarged by a whole factor, large ones are reduced."""
     if width <= 120:
         return width * (180 // width), height * (180 // width)

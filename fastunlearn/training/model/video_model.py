@@ -265,6 +265,14 @@ class VideoModel:
             return (noise - x_0).to(x_0.dtype)
         return schedule.velocity_target(x_0, noise, self.scheduler.alphas_cumprod, t.long())
 
+    def estimate_x_0(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+        """The clean latents (B, ...) that the model's `velocity` (B, ...) at x_t and timesteps t (B,) points to."""
+        shape = (-1, *[1] * (x_t.dim() - 1))
+        if self.family.flow_matching:
+            return x_t - (t / self.scheduler.config.num_train_timesteps).reshape(shape).to(x_t) * velocity
+        alphas = self.scheduler.alphas_cumprod[t.long().cpu()].reshape(shape).to(x_t)
+        return alphas.sqrt() * x_t - (1 - alphas).sqrt() * velocity
+
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes the activations inside the experts' blocks in the backward pass instead of keeping them."""
         for expert in self.experts:
