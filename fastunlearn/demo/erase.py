@@ -120,6 +120,7 @@ def training_options(seed: int) -> TrainingOptions:
         unlearning_weight=UNLEARNING_WEIGHT,
         preservation_weight=PRESERVATION_WEIGHT,
         localization_weight=LOCALIZATION_WEIGHT,
+        kept_negative_share=0.0,  # six of the kept trajectories have the empty prompt
         seed=seed,
         checkpointing_steps=STEPS + 1,  # no checkpoints: training is short
     )

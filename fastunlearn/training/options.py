@@ -225,6 +225,13 @@ class TrainingOptions:
         group="losses",
         check=is_weight,
     )
+    kept_negative_share: float = option(
+        "share of the kept points, from 0 to 1, that have the negative prompt instead of their own, so that guidance "
+        "leads away from the same velocity as before",
+        0.25,
+        group="losses",
+        check=is_fraction,
+    )
     localization_weight: float = option(
         "weight of the loss on what the erasers change outside the mask", 0.1, group="losses", check=is_weight
     )

@@ -16,16 +16,21 @@ from fastunlearn.training.options import TrainingOptions
 
 
 class MemoryPoints:
-    """The part of `PointSet` that training uses."""
+    """The part of `PointSet` that training uses; `uncond` is the condition of every point's `v_uncond`."""
 
-    def __init__(self, points: Points, experts: Tensor) -> None:
-        self.points, self.experts = points, experts
+    def __init__(self, points: Points, experts: Tensor, uncond: dict[str, Tensor]) -> None:
+        self.points, self.experts, self.uncond = points, experts, uncond
         self.t, self.trajectories = points.t, torch.arange(len(experts))  # each has its own
+        self.has_negative = torch.ones(len(experts), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.experts)
 
-    def rows(self, indices: Tensor) -> Points:
+    def rows(self, indices: Tensor, negative: Tensor | None = None) -> Points:
+        if negative is not None and negative.any():
+            assert negative.all()
+            points = self.points._replace(condition=self.uncond, v_cond=self.points.v_uncond)
+            return MemoryPoints(points, self.experts, self.uncond).rows(indices)
         condition = {name: value[indices] for name, value in self.points.condition.items()}
         chosen = {
             name: None if value is None else value[indices]
@@ -82,7 +87,7 @@ def tiny_cache(model: VideoModel, points: int = 8, seed: int = 0) -> MemoryCache
                 velocities.append(torch.stack([outputs[e][i] for i, e in enumerate(experts.tolist())]))
         mask = None if name == "kept" else torch.rand(size, *tiny_models.GRID, generator=generator) < 0.3
         latent_shape = x_t.shape[1:]
-        groups[name] = MemoryPoints(Points(x_t, t, cond, velocities[0], velocities[1], mask), experts)
+        groups[name] = MemoryPoints(Points(x_t, t, cond, velocities[0], velocities[1], mask), experts, uncond)
     facts = {
         "backbone": model.family.name,
         "boundary": model.boundary,
@@ -104,6 +109,7 @@ def options_for(output_dir: Path | str, **changes: Any) -> TrainingOptions:
         "mixed_precision": "no",
         "checkpointing_steps": 1000,
         "validation_share": 0.0,
+        "kept_negative_share": 0.0,
         "device": "cpu",
     }
     return TrainingOptions("", "", str(output_dir), **defaults | changes)  # type: ignore[arg-type]

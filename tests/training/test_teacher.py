@@ -8,6 +8,7 @@ from prepare_cases import (
     SIZE,
     STEPS,
     TARGETS,
+    WITHOUT,
     assert_close,
     hooked,
     options_for,
@@ -157,6 +158,27 @@ def test_a_trajectory_that_follows_the_negative_prompt(model_and_prompts, tmp_pa
     assert_close(rows.v_cond, velocity(model, encoded, rows.x_t, rows.t, [TARGETS[1]] * STEPS))
     assert_close(rows.v_uncond, velocity(model, encoded, rows.x_t, rows.t, [""] * STEPS))
     assert rows.mask.any() and not rows.mask.all()
+
+
+def test_kept_points_can_be_read_with_the_negative_prompt(model_and_prompts, tmp_path):
+    model, encoded = model_and_prompts("cogvideox")
+    requests = [Request(TARGETS[0]), Request(KEPT[0], "kept"), Request(KEPT[1], "kept", instead=WITHOUT)]
+    cache = prepare_and_open(model, encoded, tmp_path, requests, negative_prompt="bad quality")
+    points = cache.groups["kept"]
+    is_first = torch.tensor([cache.prompts[number] == KEPT[0] for number in points.prompts])
+    assert torch.equal(points.has_negative, is_first) and is_first.sum() == 2
+    assert cache.groups["target"].has_negative.all()
+    first, second = is_first.nonzero()[:, 0].tolist()
+    other = (~is_first).nonzero()[0].item()
+    plain = points.rows([first, second, other])
+    rows = points.rows([first, second, other], torch.tensor([False, True, False]))
+    assert torch.equal(rows.x_t, plain.x_t) and torch.equal(rows.v_uncond, plain.v_uncond)
+    assert torch.equal(rows.v_cond[[0, 2]], plain.v_cond[[0, 2]]) and torch.equal(rows.v_cond[1], plain.v_uncond[1])
+    for row, prompt in enumerate((KEPT[0], "bad quality", KEPT[1])):
+        for keyword, value in encoded[prompt].condition.items():
+            assert torch.equal(rows.condition[keyword][row], value)
+    with pytest.raises(ValueError, match="^negative: expected points whose v_uncond is of the negative prompt, got"):
+        points.rows([other], torch.tensor([True]))
 
 
 def test_without_guidance_the_negative_prompt_is_evaluated_at_points_only(model_and_prompts, tmp_path):

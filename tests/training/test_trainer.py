@@ -88,14 +88,14 @@ def test_the_losses_are_those_of_the_formulas(relative: bool, tmp_path: Path) ->
     targets = (TargetGroup("target", 7.5, 1.0), TargetGroup("other", 2.0, 1.0))
     options: dict[str, Any] = {**weighted, "train_batch_size": 3, "targets": targets, "learning_rate": 0.05}
     options |= {"relative": relative}
-    for loss_type, masked in (("l2", False), ("l1", True)):
-        options |= {"loss_type": loss_type, "mask_unlearning": masked}
+    for loss_type, masked, negative in (("l2", False, 0.0), ("l1", True, 1.0)):
+        options |= {"loss_type": loss_type, "mask_unlearning": masked, "kept_negative_share": negative}
         model, _ = trained(tmp_path / f"one-{loss_type}", max_train_steps=1, **options)
         _, metrics = trained(tmp_path / f"two-{loss_type}", max_train_steps=2, **options)
         cache = tiny_cache(tiny_model())
         draw = Batches(cache.groups, targets, "kept", size=3, seed=0).draw(1)
         target = cache.groups[draw.target.name].rows(draw.target_rows)
-        kept = cache.groups["kept"].rows(draw.kept_rows)
+        kept = cache.groups["kept"].rows(draw.kept_rows, torch.full((3,), negative == 1))
         (student,) = model.experts
         erasers = {layer: attention.erasers["default"] for layer, attention in _attentions(student)}
         outputs: dict[str, Tensor] = {}
@@ -429,6 +429,31 @@ def test_draws_follow_the_shares_and_depend_only_on_seed_and_step() -> None:
     for seed in (8, 7 + (1 << 32)):
         others = [Batches(groups, targets, "kept", size=4, seed=seed).draw(step).target_rows for step in range(20)]
         assert any(not torch.equal(rows, draw.target_rows) for rows, draw in zip(others, draws, strict=False))
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.25, {1}), (0.1, {0, 1}), (0.6, {2, 3}), (1.0, {4}), (0.0, {0})])
+def test_a_share_of_the_kept_points_has_the_negative_prompt(share: float, counts: set[int]) -> None:
+    groups = tiny_cache(tiny_model(), points=12).groups
+    batches = Batches(groups, [TargetGroup()], "kept", size=4, seed=7, negative_share=share)
+    draws = [batches.draw(step) for step in range(100)]
+    assert {int(draw.kept_negative.sum()) for draw in draws} == counts
+    assert sum(int(draw.kept_negative.sum()) for draw in draws) == round(400 * share)
+    rows = torch.cat([draw.kept_rows[draw.kept_negative] for draw in draws])
+    assert len(rows.unique()) == (13 if share else 0)
+    without = Batches(groups, [TargetGroup()], "kept", size=4, seed=7)
+    assert all(torch.equal(without.draw(step).kept_rows, draw.kept_rows) for step, draw in enumerate(draws))
+    groups["kept"].has_negative[:] = False
+    if share:
+        with pytest.raises(ValueError) as error:
+            Batches(groups, [TargetGroup()], "kept", size=4, seed=7, negative_share=share)
+        assert str(error.value) == (
+            "kept: expected points in group 'kept' whose v_uncond is of the negative prompt, with that prompt's "
+            f"condition in the cache, because kept_negative_share is {share:g}, got none; prepare the cache again, or "
+            "set kept_negative_share to 0"
+        )
+        groups["kept"].has_negative[5] = True
+        draws = [Batches(groups, [TargetGroup()], "kept", size=4, seed=7, negative_share=1.0).draw(s) for s in range(9)]
+        assert {5} == {int(row) for draw in draws for row in draw.kept_rows[draw.kept_negative]}
 
 
 def test_a_cache_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,11 +53,19 @@ class PointSet:
         experts: (K,) int64, the index of the transformer that each point is for: 1 below the model's boundary timestep.
         trajectories: (K,) int64, the number of the trajectory that each point is on. Trajectories that cannot be told
             apart, because they have one prompt and one's points go on where another's end, count as one.
+        has_negative: (K,) bool, whether the point can be read with the negative prompt, which `v_uncond` is of.
         has_masks: whether the points have masks.
     """
 
     def __init__(
-        self, shards: Sequence[CheckedShard], conditions: Path, boundary: float | None, *, verified: bool = False
+        self,
+        shards: Sequence[CheckedShard],
+        conditions: Path,
+        boundary: float | None,
+        *,
+        negative_prompt: int | None = None,
+        replaced: Collection[int] = (),
+        verified: bool = False,
     ) -> None:
         self._files = [shard.path for shard in shards]
         self._unverified = {} if verified else {number: shard.sha256 for number, shard in enumerate(shards)}
@@ -67,6 +75,9 @@ class PointSet:
         self._conditions = conditions
         self.t = torch.cat([shard.t for shard in shards])
         self.prompts = torch.cat([shard.prompts for shard in shards])
+        self._negative_prompt = negative_prompt
+        is_replaced = torch.isin(self.prompts, torch.tensor(list(replaced), dtype=torch.int64))
+        self.has_negative = ~is_replaced & (negative_prompt is not None)
         self.has_masks = shards[0].has_masks
         self.experts = torch.zeros_like(self.prompts) if boundary is None else (self.t < boundary).long()
         self.trajectories = torch.cat([_begins_trajectory(shard) for shard in shards]).cumsum(0) - 1
@@ -74,13 +85,18 @@ class PointSet:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def rows(self, indices: Tensor | Sequence[int]) -> Points:
+    def rows(self, indices: Tensor | Sequence[int], negative: Tensor | None = None) -> Points:
         """Reads the points at `indices` (B,), in that order. An index may occur more than once.
+
+        Args:
+            indices: the numbers of the points.
+            negative: (B,) bool, which points to read with the negative prompt: its condition, and `v_uncond` as
+                `v_cond`.
 
         Raises:
             TypeError: `indices` are not integers.
-            ValueError: `indices` is empty or out of range, the conditions of its prompts differ in shape, or a shard
-                was changed.
+            ValueError: `indices` is empty or out of range, a point cannot be read with the negative prompt, the
+                conditions of its prompts differ in shape, or a shard was changed.
             FileNotFoundError: a shard was deleted after the cache was opened.
         """
         index = integer_tensor("indices", indices).long().cpu()
@@ -88,6 +104,9 @@ class PointSet:
             raise ValueError(f"indices: expected shape (B,) with B at least 1, got shape {tuple(index.shape)}")
         if index.min() < 0 or index.max() >= len(self):
             raise ValueError(f"indices: expected numbers from 0 to {len(self) - 1}, got {index.tolist()}")
+        is_negative = torch.zeros_like(index, dtype=torch.bool) if negative is None else negative.cpu()
+        if bool((is_negative & ~self.has_negative[index]).any()):
+            raise ValueError("negative: expected points whose v_uncond is of the negative prompt, got others as well")
         with ExitStack() as stack:
             open_files: dict[int, Any] = {}
             locations = []
@@ -103,12 +122,17 @@ class PointSet:
             def rows(name: str) -> Tensor:
                 return torch.stack([file.get_slice(name)[row] for file, row in locations])
 
+            prompts = self.prompts[index]
+            v_uncond, v_cond = rows("v_uncond"), rows("v_cond")
+            if self._negative_prompt is not None:
+                prompts[is_negative] = self._negative_prompt
+                v_cond[is_negative] = v_uncond[is_negative]
             return Points(
                 rows("x_t"),
                 self.t[index],
-                self.condition(self.prompts[index].tolist()),
-                rows("v_uncond"),
-                rows("v_cond"),
+                self.condition(prompts.tolist()),
+                v_uncond,
+                v_cond,
                 rows("mask") if self.has_masks else None,
             )
 
@@ -185,17 +209,36 @@ class TeacherCache:
         """
         folder = expand_home(folder)
         checked = check_cache(folder, verify=verify)
+        numbers = {prompt: number for number, prompt in enumerate(checked.prompts)}
+        negative = checked.facts.get("negative_prompt")
+        replaced = _prompts_with_replacement(checked.facts)
         return TeacherCache(
             folder,
             checked.origin | checked.facts,
             checked.fingerprint,
             {
-                name: PointSet(group, checked.conditions, checked.boundary, verified=verify is not None)
+                name: PointSet(
+                    group,
+                    checked.conditions,
+                    checked.boundary,
+                    negative_prompt=numbers.get(negative) if isinstance(negative, str) else None,
+                    replaced=[number for prompt, number in numbers.items() if (name, prompt) in replaced],
+                    verified=verify is not None,
+                )
                 for name, group in checked.groups.items()
             },
             checked.prompts,
             checked.condition_shapes,
         )
+
+
+def _prompts_with_replacement(facts: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(group, prompt) of the points whose `v_uncond` may be of another prompt than the negative one."""
+    requests = facts.get("requests")
+    entries = [entry for entry in requests if isinstance(entry, dict)] if isinstance(requests, list) else []
+    return {
+        (str(entry.get("group")), str(entry.get("prompt"))) for entry in entries if entry.get("instead") is not None
+    }
 
 
 def stored_prompts(folder: str | os.PathLike[str], concept: str, dtype: torch.dtype) -> dict[str, EncodedPrompt] | None:

@@ -55,12 +55,16 @@ def hold_out(groups: Mapping[str, Any], share: float, seed: int) -> dict[str, Te
 
 
 class Draw(NamedTuple):
-    """The points of a step: row numbers (K,) in the group `target` and in the kept group, all for one `expert`."""
+    """The points of a step: row numbers (K,) in the group `target` and in the kept group, all for one `expert`.
+
+    kept_negative: (K,) bool, which of the kept points are read with the negative prompt.
+    """
 
     target: TargetGroup
     expert: int
     target_rows: Tensor
     kept_rows: Tensor
+    kept_negative: Tensor
 
 
 class _Pool(NamedTuple):
@@ -87,9 +91,11 @@ class Batches:
         size: the number of target points, and of kept points, per step, over all processes.
         seed: the random seed of the draws.
         held_out: the points that are never drawn, as `hold_out` returns them.
+        negative_share: the share of the kept points that are read with the negative prompt.
 
     Raises:
-        ValueError: a group is missing or empty, or there are no kept points for a transformer that has target points.
+        ValueError: a group is missing or empty, there are no kept points for a transformer that has target points, or
+            none of them can be read with the negative prompt.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class Batches:
         size: int,
         seed: int,
         held_out: Mapping[str, Tensor] = MappingProxyType({}),
+        negative_share: float = 0.0,
     ) -> None:
         if not targets:
             raise ValueError("targets: expected at least one group, got none")
@@ -120,6 +127,15 @@ class Batches:
                     )
                 self._pools.append(_Pool(target, expert, points, kept_points))
                 self._shares.append(target.share * len(points) / sum(map(len, rows.values())))
+        self._has_negative = None
+        if kept is not None and negative_share:
+            self._has_negative, self._negative_share = groups[kept].has_negative, negative_share
+            if not self._has_negative.any():
+                raise ValueError(
+                    f"kept: expected points in group {shown(kept)} whose v_uncond is of the negative prompt, with that "
+                    f"prompt's condition in the cache, because kept_negative_share is {negative_share:g}, got none; "
+                    "prepare the cache again, or set kept_negative_share to 0"
+                )
         self._offset = torch.rand(1, generator=random_generator(seed, "offset")).item()
 
     def draw(self, step: int) -> Draw:
@@ -128,7 +144,19 @@ class Batches:
         generator = random_generator(self._seed, step)
         target_rows = _choose(pool.target_points, self._size, generator)
         kept_rows = _choose(pool.kept_points, self._size, generator) if len(pool.kept_points) else pool.kept_points
-        return Draw(pool.target, pool.expert, target_rows, kept_rows)
+        return Draw(pool.target, pool.expert, target_rows, kept_rows, self._negative(step, kept_rows))
+
+    def _negative(self, step: int, kept_rows: Tensor) -> Tensor:
+        """Which kept points of a step are read with the negative prompt: over many steps, the share that was asked for.
+
+        The rows are in random order, so the first ones are as good as any.
+        """
+        negative = torch.zeros(len(kept_rows), dtype=torch.bool)
+        if self._has_negative is not None:
+            per_step = self._negative_share * len(kept_rows)
+            negative[: int((step + 1) * per_step) - int(step * per_step)] = True
+            negative &= self._has_negative[kept_rows]
+        return negative
 
     def _pool_index(self, step: int) -> int:
         # The multiples of the golden ratio modulo 1 fill the interval more evenly than random numbers.

@@ -110,7 +110,15 @@ class Trainer:
         device, dtype = accelerator.device if is_sharded else model.device, model.dtype
         points = options.train_batch_size * options.gradient_accumulation_steps * num_processes
         held_out = hold_out(cache.groups, options.validation_share, options.seed)
-        self._batches = Batches(cache.groups, targets, kept, size=points, seed=options.seed, held_out=held_out)
+        self._batches = Batches(
+            cache.groups,
+            targets,
+            kept,
+            size=points,
+            seed=options.seed,
+            held_out=held_out,
+            negative_share=options.kept_negative_share,
+        )
         self._settings = RunSettings(
             options, targets, kept, points=points, cache=cache.fingerprint, dtype=str(dtype), factor=factor
         )
@@ -285,7 +293,7 @@ class Trainer:
         if self._kept is None:
             self._optimizer.backward([unlearning, None, localization])
             return
-        kept = self._cache.groups[self._kept].rows(draw.kept_rows[rows])
+        kept = self._cache.groups[self._kept].rows(draw.kept_rows[rows], draw.kept_negative[rows])
         if self._options.sequential_terms:
             self._optimizer.backward([unlearning, None, localization])
             self._optimizer.backward([None, self._terms.preservation_loss(student, kept), None])
