@@ -169,8 +169,9 @@ def device(
 def recipe() -> Any:
     """The file with defaults of the options."""
     help = (
-        "TOML file with options, with underscores, in tables [prepare] and [train], which those given here override, "
-        "and with groups of target prompts, each headed [[targets]]; see fastunlearn/training/data/recipe.py"
+        "TOML file with options, with underscores, in tables [prepare] and [train], which those given here override "
+        "(a switch by --NAME or --no-NAME), and with groups of target prompts, each headed [[targets]]; see "
+        "fastunlearn/training/data/recipe.py"
     )
     return option(help, None, group="data", free_on_resume=True)
 

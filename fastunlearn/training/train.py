@@ -36,11 +36,11 @@ def run(options: TrainingOptions) -> TrainingSummary:
     output_dir = writable(options.output_dir)
     refuse_earlier_run(output_dir, options)
     cache = TeacherCache.open(options.cache_dir)
-    targets = target_groups(options, cache.groups)
     accelerator = processes.connect(options, output_dir, cpu=is_cpu(options.device))
     device = accelerator.device
     if options.device is not None and accelerator.num_processes == 1:
         device = usable_device(options.device)
+    targets = target_groups(options, cache.groups)
     is_sharded = processes.fsdp_plugin(options) is not None and accelerator.num_processes > 1
     with explained_out_of_memory(options):
         model = load_model(

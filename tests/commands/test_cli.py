@@ -197,8 +197,11 @@ def test_every_option_has_a_help_phrase_and_a_group(command: str) -> None:
 def test_every_other_option_has_a_help_phrase() -> None:
     (subcommands,) = (action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
     for command, parser in subcommands.choices.items():
-        for action in parser._actions:
+        shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+        for action in shown:
             assert action.help and len(action.help.split()) >= 3, (command, action.dest)
+        # Only the opposites of switches are hidden.
+        assert {action.dest for action in parser._actions} == {action.dest for action in shown}, command
 
 
 @pytest.mark.parametrize("spelling", ["--max-train-steps", "--max_train_steps"])
