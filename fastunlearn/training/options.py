@@ -301,6 +301,16 @@ class TrainingOptions:
         check=is_count_or_0,
         free_on_resume=True,
     )
+    validation_prompt: tuple[str, ...] = option(
+        "prompts to sample at every checkpoint and at the end, without and with the erasers, as pictures in "
+        "output_dir/validation; needs memory for the VAE",
+        (),
+        group="validation",
+        free_on_resume=True,
+    )
+    validation_inference_steps: int = option(
+        "sampling steps of these videos", 20, group="validation", check=is_size, free_on_resume=True
+    )
     resume_from_checkpoint: str | None = option(
         "checkpoint to resume: a name, a path, or latest for the newest one in output_dir, if any",
         None,

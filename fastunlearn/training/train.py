@@ -6,12 +6,15 @@ whose velocities are in the cache. Only the erasers train; they are float32, wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from fastunlearn.devices import is_cpu, usable_device
 from fastunlearn.dtypes import model_dtype
+from fastunlearn.families import Condition
 from fastunlearn.files import subfolder, writable
 from fastunlearn.training.cache.provenance import check_cache_fits
 from fastunlearn.training.cache.reader import TeacherCache
@@ -21,6 +24,7 @@ from fastunlearn.training.loop.optimizer import LearningRateFactor, learning_rat
 from fastunlearn.training.loop.trainer import OnStep, Trainer, TrainingSummary, refuse_earlier_run
 from fastunlearn.training.model.loading import load_model
 from fastunlearn.training.model.memory import explained_out_of_memory
+from fastunlearn.training.model.text import encode_prompts
 from fastunlearn.training.model.video_model import VideoModel
 from fastunlearn.training.options import TargetGroup, TrainingOptions
 
@@ -42,15 +46,17 @@ def run(options: TrainingOptions) -> TrainingSummary:
         device = usable_device(options.device)
     targets = target_groups(options, cache.groups)
     is_sharded = processes.fsdp_plugin(options) is not None and accelerator.num_processes > 1
+    conditions = _validation_conditions(options, cache, device) if options.validation_prompt else None
     with explained_out_of_memory(options):
         model = load_model(
             options.pretrained_model_name_or_path,
             dtype=model_dtype(options.mixed_precision),
             device="cpu" if is_sharded else device,
+            vae=conditions is not None,
             trust_remote_code=options.trust_remote_code,
         )
     try:
-        summary = train(model, cache, output_dir, options, targets=targets)
+        summary = train(model, cache, output_dir, options, targets=targets, validation_conditions=conditions)
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
@@ -58,6 +64,20 @@ def run(options: TrainingOptions) -> TrainingSummary:
             print(measurements.summary(summary.measurements))
         print(f"wrote {summary.erasers}")
     return summary
+
+
+def _validation_conditions(options: TrainingOptions, cache: TeacherCache, device: torch.device) -> dict[str, Condition]:
+    """Encodes the prompts to sample and the cache's negative prompt, before the transformers take the memory."""
+    with explained_out_of_memory(options):
+        encoded = encode_prompts(
+            options.pretrained_model_name_or_path,
+            [*options.validation_prompt, cache.facts["negative_prompt"]],
+            None,
+            dtype=model_dtype(options.mixed_precision),
+            device=device,
+            trust_remote_code=options.trust_remote_code,
+        )
+    return {prompt: encoded_prompt.condition for prompt, encoded_prompt in encoded.items()}
 
 
 def train(
@@ -70,6 +90,7 @@ def train(
     kept: str = "kept",
     lr_lambda: LearningRateFactor | None = None,
     on_step: OnStep | None = None,
+    validation_conditions: Mapping[str, Condition] | None = None,
 ) -> TrainingSummary:
     """Attaches erasers to `model` and trains them. They stay attached.
 
@@ -95,6 +116,8 @@ def train(
         kept: the group of the cache to keep as it is.
         lr_lambda: the factor of the learning rates at a step, counted from 0, instead of `options.lr_scheduler`.
         on_step: is called on the main process after every step, with the number of steps done and the step's metrics.
+        validation_conditions: the conditions of `options.validation_prompt` and of the cache's negative prompt, by
+            prompt, as `encode_prompts` makes them. The model then needs its VAE. Without them nothing is sampled.
 
     Raises:
         ValueError: the cache is of another model, lacks points or has other groups than the recipe; the checkpoint to
@@ -127,6 +150,7 @@ def train(
             factor=learning_rate_factor(options) if lr_lambda is None else lr_lambda,
             accelerator=accelerator,
             plugin=plugin,
+            validation_conditions=validation_conditions,
         )
     if options.report_to is not None:
         config = {

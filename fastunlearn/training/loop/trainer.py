@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastunlearn.families import EXPERTS
+from fastunlearn.families import EXPERTS, Condition
 from fastunlearn.files import refuse_links, remove_folder, subfolder
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.loop import checkpoints, processes, record
@@ -22,6 +22,7 @@ from fastunlearn.training.loop.run_settings import RunSettings
 from fastunlearn.training.loop.terms import TERMS, Terms
 from fastunlearn.training.loop.units import Units, measure_units, scale_initial_weights
 from fastunlearn.training.loop.validation import Validation
+from fastunlearn.training.loop.validation_videos import ValidationVideos, refuse_sharded_model
 from fastunlearn.training.model.video_model import Erasers, VideoModel
 from fastunlearn.training.options import TargetGroup, TrainingOptions
 
@@ -85,6 +86,7 @@ class Trainer:
         factor: the factor of the learning rate, by step.
         accelerator: Accelerate's `Accelerator`.
         plugin: Accelerate's settings for FSDP2, or None not to shard the model.
+        validation_conditions: the conditions of the prompts to sample while training, by prompt.
 
     Raises: as `fastunlearn.training.train.train` does.
     """
@@ -101,6 +103,7 @@ class Trainer:
         factor: LearningRateFactor,
         accelerator: Any,
         plugin: Any,
+        validation_conditions: Mapping[str, Condition] | None = None,
     ) -> None:
         self._model, self._cache, self._options = model, cache, options
         self._output_dir, self._accelerator = output_dir, accelerator
@@ -137,6 +140,11 @@ class Trainer:
             self._erasers, options, units, factor, processes=num_processes, losses=len(TERMS), dtype=dtype
         )
         self._restore_optimizer()
+        self._videos: ValidationVideos | None = None
+        if validation_conditions is not None and options.validation_prompt:
+            refuse_sharded_model(is_sharded)
+            if accelerator.is_main_process:
+                self._videos = ValidationVideos(model, validation_conditions, cache.facts, options, output_dir)
         self._validation = Validation(
             cache,
             held_out,
@@ -248,6 +256,8 @@ class Trainer:
                     on_step(step + 1, metrics)
                 if (step + 1) % options.checkpointing_steps == 0:
                     self._save_checkpoint(step + 1)
+                if self._videos is not None and self._videos.is_due(step + 1):
+                    self._videos.write(step + 1)
         self._optimizer.drop_gradients()
         erasers = self._output_dir / ERASERS
         if is_main:
