@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from fastunlearn.families.tiny import t5_tokenizer
 from fastunlearn.training.data.prompts import PromptLine, concept_tokens, occurrences, read_prompts
 from fastunlearn.training.data.requests import Request, _refuse_concept
-from fastunlearn.training.loop.batches import _experts
-from fastunlearn.training.options import PrepareOptions
+from fastunlearn.training.loop.batches import Batches
+from fastunlearn.training.options import PrepareOptions, TargetGroup
 
 
 class WithoutOffsets:
@@ -230,7 +230,7 @@ def test_errors_about_long_concepts_are_short() -> None:
         lambda: _refuse_concept(concept, f"a {concept}", "data"),
         lambda: PrepareOptions("tiny", "cache", " " * 10**6),
         lambda: Request(concept, follow="instead"),
-        lambda: _experts({concept: None, "b" * 10**6: None}, concept + "s"),
+        lambda: Batches({concept: None, "b" * 10**6: None}, [TargetGroup(concept + "s")], None, size=1, seed=0),
     ):
         with pytest.raises(ValueError, match="expected") as info:
             find()
