@@ -1,6 +1,6 @@
-"""The judge: a small classifier that recognizes the coloured shapes in a video.
+"""The judge: a small classifier that recognizes the coloured objects in a video.
 
-It separates colours by arithmetic and recognizes shapes with a convolutional network. The network is trained on
+It separates colours by arithmetic and recognizes kinds of objects with a convolutional network. The network is trained on
 rendered frames with some blur and noise, so that it can cope with the imperfect frames of a diffusion model. It never
 sees a prompt.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastunlearn.demo.world import HEIGHT, SHAPES, WIDTH, background, palette, sample_videos
+from fastunlearn.demo.world import HEIGHT, KINDS, WIDTH, background, palette, sample_videos
 
 STEPS, BATCH, LEARNING_RATE = 500, 64, 3e-3
 COLOUR_SPREAD = 0.15  # squared RGB distance over which one colour blends into another
@@ -34,10 +34,10 @@ class Judge(nn.Module):
         self.near = nn.Conv2d(1, 16, 3, padding=1)
         self.far = nn.Conv2d(16, 32, 3, padding=1)
         self.hidden = nn.Linear(32 * (HEIGHT // 4) * (WIDTH // 4), 64)
-        self.out = nn.Linear(64, len(SHAPES))
+        self.out = nn.Linear(64, len(KINDS))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Turns videos (B, F, 3, H, W) in [-1, 1] into logits (B, shapes, colours) of each shape in each colour."""
+        """Turns videos (B, F, 3, H, W) in [-1, 1] into logits (B, kinds, colours) of each kind of object in each colour."""
         maps = colour_maps(pixels)
         features = F.max_pool2d(F.gelu(self.near(maps.flatten(0, 2)[:, None])), 2)
         features = F.max_pool2d(F.gelu(self.far(features)), 2)
@@ -73,7 +73,7 @@ def train_judge(seed: int) -> Judge:
 
 @torch.no_grad()
 def held_out_accuracy(judge: Judge, seed: int, count: int = 1000) -> float:
-    """Returns the share of newly rendered videos in which the judge sees every coloured shape and no other."""
+    """Returns the share of newly rendered videos in which the judge sees every coloured object and no other."""
     videos = sample_videos(count, torch.Generator().manual_seed(seed))
     is_right = (judge(videos.pixels) > 0) == videos.present
     return is_right.flatten(1).all(dim=1).float().mean().item()
