@@ -1,8 +1,8 @@
 """The judge: a small classifier that recognizes the coloured objects in a video.
 
-It separates colours by arithmetic and recognizes kinds of objects with a convolutional network. The network is trained on
-rendered frames with some blur and noise, so that it can cope with the imperfect frames of a diffusion model. It never
-sees a prompt.
+It separates colours by arithmetic and recognizes kinds of objects with a convolutional network. The network is trained
+on rendered frames with some blur and noise, so that it can cope with the imperfect frames of a diffusion model. It
+never sees a prompt.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Judge(nn.Module):
         self.out = nn.Linear(64, len(KINDS))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Turns videos (B, F, 3, H, W) in [-1, 1] into logits (B, kinds, colours) of each kind of object in each colour."""
+        """Turns videos (B, F, 3, H, W) in [-1, 1] into logits (B, kinds, colours) of each kind in each colour."""
         maps = colour_maps(pixels)
         features = F.max_pool2d(F.gelu(self.near(maps.flatten(0, 2)[:, None])), 2)
         features = F.max_pool2d(F.gelu(self.far(features)), 2)

@@ -1,17 +1,26 @@
-"""The demo's text-to-video model: CogVideoX, made small enough to train on a laptop.
+"""The demo's text-to-video model: CogVideoX, made small enough to train on a laptop. Its weights are in the package.
 
 It is built from the classes of diffusers and transformers (a CogVideoXTransformer3DModel, a T5 encoder with a
 SentencePiece tokenizer, CogVideoX's noise schedule), with few and narrow layers. Pixels serve as latents.
+
+Two more variants, for `pretrain --variant`, show whether a setting works on other models, too: one with more and
+narrower layers, and a Wan, which is trained by flow matching.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from diffusers.models.autoencoders.vae import IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
@@ -19,8 +28,9 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.world import COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH
-from fastunlearn.families import LatentSpace
+from fastunlearn.families import LatentSpace, family_of
 from fastunlearn.files import open_safetensors, tensor_names
+from fastunlearn.schedule import add_noise, velocity_target
 from fastunlearn.training.cache.index import file_entry
 from fastunlearn.training.data.prompts import concept_tokens
 from fastunlearn.training.data.words import occurrences
@@ -30,21 +40,22 @@ from fastunlearn.training.model.video_model import Defaults, VideoModel
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 WEIGHTS_SHA256 = "7fa7b3fb2789344cec55c37a8d5f46edf2b92cbf734ef8a51d330bb0d1aa9730"  # `pretrain` prints it
 TEXT_LENGTH = 8
+TEXT_WIDTH = 64
 PATCH = 2
 TOKEN_GRID = (FRAMES, HEIGHT // PATCH, WIDTH // PATCH)
 GUIDANCE = 2.5
 
 
-def build_transformer() -> CogVideoXTransformer3DModel:
-    """Builds four layers of width 128, for 8 text tokens and 288 video tokens: 1.3 million parameters."""
+def build_cogvideox(layers: int, heads: int) -> CogVideoXTransformer3DModel:
+    """Builds layers of width 32 * heads, for 8 text tokens and 288 video tokens."""
     return CogVideoXTransformer3DModel(
-        num_attention_heads=4,
+        num_attention_heads=heads,
         attention_head_dim=32,
         in_channels=3,
         out_channels=3,
         time_embed_dim=64,
-        text_embed_dim=64,
-        num_layers=4,
+        text_embed_dim=TEXT_WIDTH,
+        num_layers=layers,
         sample_width=WIDTH,
         sample_height=HEIGHT,
         sample_frames=FRAMES,
@@ -53,6 +64,24 @@ def build_transformer() -> CogVideoXTransformer3DModel:
         max_text_seq_length=TEXT_LENGTH,
         spatial_interpolation_scale=1.0,
         temporal_interpolation_scale=1.0,
+    )
+
+
+def build_wan() -> WanTransformer3DModel:
+    """Builds four layers of width 128, which attend to the text by cross-attention."""
+    return WanTransformer3DModel(
+        patch_size=(1, PATCH, PATCH),
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=3,
+        out_channels=3,
+        text_dim=TEXT_WIDTH,
+        freq_dim=64,
+        ffn_dim=384,
+        num_layers=4,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
     )
 
 
@@ -66,11 +95,13 @@ def build_tokenizer() -> T5Tokenizer:
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:
     """Builds two layers of width 64. They encode the order of text tokens, which CogVideoX's transformer ignores."""
     return T5EncoderModel(
-        T5Config(vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
+        T5Config(
+            vocab_size=vocabulary, d_model=TEXT_WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
+        )
     )
 
 
-def build_scheduler() -> CogVideoXDDIMScheduler:
+def build_cogvideox_scheduler() -> CogVideoXDDIMScheduler:
     """Builds CogVideoX's noise schedule: scaled linear, v-prediction, trailing timesteps, zero terminal SNR."""
     return CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear",
@@ -81,6 +112,28 @@ def build_scheduler() -> CogVideoXDDIMScheduler:
         set_alpha_to_one=True,
         snr_shift_scale=1.0,
     )
+
+
+def build_wan_scheduler() -> UniPCMultistepScheduler:
+    """Builds Wan's scheduler: flow matching, with its shift for small videos."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+    )
+
+
+class Variant(NamedTuple):
+    """A transformer and its noise schedule."""
+
+    transformer: Callable[[], nn.Module]
+    scheduler: Callable[[], Any]
+
+
+DEMO = "cogvideox"  # the variant whose weights are in the package
+VARIANTS = {
+    DEMO: Variant(lambda: build_cogvideox(layers=4, heads=4), build_cogvideox_scheduler),
+    "cogvideox-narrow": Variant(lambda: build_cogvideox(layers=7, heads=3), build_cogvideox_scheduler),
+    "wan": Variant(build_wan, build_wan_scheduler),
+}
 
 
 class PixelSpace:
@@ -98,12 +151,13 @@ class PixelSpace:
 class TextToVideo(nn.Module):
     """A transformer with its text encoder, tokenizer and scheduler."""
 
-    def __init__(self) -> None:
+    def __init__(self, variant: str = DEMO) -> None:
         super().__init__()
+        self.variant = variant
         self.tokenizer = build_tokenizer()
         self.text_encoder = build_text_encoder(len(self.tokenizer))
-        self.transformer = build_transformer()
-        self.scheduler = build_scheduler()
+        self.transformer = VARIANTS[variant].transformer()
+        self.scheduler = VARIANTS[variant].scheduler()
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Returns text embeddings (B, TEXT_LENGTH, 64). They include the padding, as in CogVideoX."""
@@ -133,9 +187,27 @@ class TextToVideo(nn.Module):
             path="fastunlearn.demo",
         )
 
+    def noised(self, pixels: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the noisy latents x_t at timesteps `t` (B,) and the velocity there, in the transformer's layout.
+
+        Args:
+            pixels: (B, F, 3, H, W).
+            noise: of the same shape.
+            t: (B,) whole timesteps.
+        """
+        if family_of(self.transformer).flow_matching:
+            sigma = t[:, None, None, None, None] / self.scheduler.config.num_train_timesteps
+            x_t, velocity = torch.lerp(pixels, noise, sigma), noise - pixels
+        else:
+            alphas_cumprod = self.scheduler.alphas_cumprod
+            x_t = add_noise(pixels, noise, alphas_cumprod, t)
+            velocity = velocity_target(pixels, noise, alphas_cumprod, t)
+        channel_dim = family_of(self.transformer).channel_dim
+        return x_t.movedim(2, channel_dim), velocity.movedim(2, channel_dim)
+
     def velocity(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """Returns the transformer's prediction of v = sqrt(a) eps - sqrt(1 - a) x_0, (B, F, 3, H, W)."""
-        return self.transformer(x_t, text, t, return_dict=False)[0]
+        """Returns the transformer's prediction of the velocity at x_t, of the same shape."""
+        return self.transformer(hidden_states=x_t, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
 
 
 def save(model: TextToVideo, judge: Judge, record: dict[str, Any], path: Path = WEIGHTS) -> None:
@@ -145,7 +217,7 @@ def save(model: TextToVideo, judge: Judge, record: dict[str, Any], path: Path = 
     learned = _state(model) | {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()}
     tensors = {name: tensor.half().contiguous() for name, tensor in learned.items()}
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"facts": json.dumps(record)})
+    save_file(tensors, partial, metadata={"facts": json.dumps({"variant": model.variant} | record)})
     partial.replace(path)
 
 
@@ -163,7 +235,7 @@ def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
             )
         record = json.loads(stored.metadata()["facts"])
         tensors = {name: stored.get_tensor(name).float() for name in tensor_names(stored)}
-    model, judge = TextToVideo(), Judge()
+    model, judge = TextToVideo(record["variant"]), Judge()
     for name, parameter in _state(model).items():
         parameter.copy_(tensors[name])
     judge.load_state_dict({name: tensors[f"judge.{name}"] for name in judge.state_dict()})

@@ -1,6 +1,6 @@
 """Trains the demo's text-to-video model and its judge from scratch, and writes `weights.safetensors`.
 
-    python -m fastunlearn.demo.pretrain [--steps N] [--minutes M] [--seed N] [--output FILE] [--compile]
+    python -m fastunlearn.demo.pretrain [--variant NAME] [--steps N] [--minutes M] [--seed N] [--output FILE]
 
 It took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
 resumes from its last checkpoint, a file next to the output. Every step draws its data and noise from its own generator,
@@ -23,7 +23,6 @@ from tqdm import tqdm
 from fastunlearn.demo import model as demo_model
 from fastunlearn.demo.judge import held_out_accuracy, train_judge
 from fastunlearn.demo.world import sample_videos
-from fastunlearn.schedule import add_noise, velocity_target
 from fastunlearn.training.cache.index import file_entry
 
 BATCH = 16
@@ -51,7 +50,9 @@ def build_optimizers(model: demo_model.TextToVideo) -> list[torch.optim.Optimize
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (matrices if parameter.ndim == 2 and "transformer_blocks" in name else others).append(parameter)
+        (matrices if parameter.ndim == 2 and "blocks." in name and name.startswith("transformer.") else others).append(
+            parameter
+        )
     return [
         torch.optim.Muon(
             matrices, lr=MATRICES_LEARNING_RATE, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
@@ -75,22 +76,21 @@ def training_loss(model: demo_model.TextToVideo, step: int, seed: int) -> Tensor
     videos = sample_videos(BATCH, generator)
     dropped = torch.rand(BATCH, generator=generator) < CONDITION_DROPOUT
     prompts = ["" if drop else prompt for drop, prompt in zip(dropped.tolist(), videos.prompts, strict=True)]
-    alphas_cumprod = model.scheduler.alphas_cumprod
+    timesteps = model.scheduler.config.num_train_timesteps
     evenly_spread = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
-    t = ((1 - evenly_spread.square()) * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
+    t = ((1 - evenly_spread.square()) * timesteps).long().clamp(max=timesteps - 1)
     noise = torch.randn(videos.pixels.shape, generator=generator)
-    x_t = add_noise(videos.pixels, noise, alphas_cumprod, t)
-    prediction = model.velocity(x_t, t, model.encode(prompts))
-    return (prediction - velocity_target(videos.pixels, noise, alphas_cumprod, t)).square().mean()
+    x_t, velocity = model.noised(videos.pixels, noise, t)
+    return (model.velocity(x_t, t, model.encode(prompts)) - velocity).square().mean()
 
 
 class _Pretraining:
     """The state of a run: the model, its moving average, the optimizers, and the number of steps done."""
 
-    def __init__(self, steps: int, seed: int) -> None:
+    def __init__(self, variant: str, steps: int, seed: int) -> None:
         torch.manual_seed(seed)
         self.steps, self.seed = steps, seed
-        self.model = demo_model.TextToVideo()
+        self.model = demo_model.TextToVideo(variant)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = build_optimizers(self.model)
         self.schedulers = [
@@ -119,6 +119,7 @@ class _Pretraining:
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".partial")
         state = {
+            "variant": self.model.variant,
             "seed": self.seed,
             "steps": self.steps,
             "step": self.step,
@@ -132,10 +133,13 @@ class _Pretraining:
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
-        if (state["seed"], state["steps"]) != (self.seed, self.steps):
+        own = {"variant": self.model.variant, "seed": self.seed, "steps": self.steps}
+        its = {name: state[name] for name in own}
+        if its != own:
+            expected, got = (" ".join(f"--{name} {value}" for name, value in of.items()) for of in (own, its))
             raise SystemExit(
-                f"{path}: expected a checkpoint of a run with --seed {self.seed} --steps {self.steps}, "
-                f"got one with --seed {state['seed']} --steps {state['steps']}; give the same arguments, or delete it"
+                f"{path}: expected a checkpoint of a run with {expected}, got one with {got}; give the same "
+                "arguments, or delete it"
             )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -145,14 +149,14 @@ class _Pretraining:
 
 
 def train_model(
-    steps: int, seed: int, checkpoint: Path, *, minutes: float = float("inf"), compiled: bool = False
+    variant: str, steps: int, seed: int, checkpoint: Path, *, minutes: float = float("inf"), compiled: bool = False
 ) -> tuple[demo_model.TextToVideo, int, float]:
     """Trains the model, from `checkpoint` if it exists, until all steps are done or the time is up.
 
     Returns:
         The moving average of the model, the number of steps done, and the smoothed loss.
     """
-    run = _Pretraining(steps, seed)
+    run = _Pretraining(variant, steps, seed)
     if checkpoint.exists():
         run.load(checkpoint)
     if compiled:
@@ -174,6 +178,12 @@ def train_model(
 def main(arguments: list[str] | None = None) -> None:
     """Parses the command line, trains, and writes the weights."""
     parser = argparse.ArgumentParser(prog="python -m fastunlearn.demo.pretrain", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--variant",
+        choices=demo_model.VARIANTS,
+        default=demo_model.DEMO,
+        help=f"model to train: {', '.join(demo_model.VARIANTS)} (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=int, default=5200, help="training steps in total (default: %(default)s)")
     parser.add_argument(
         "--minutes",
@@ -183,15 +193,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of weights and data (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, default=demo_model.WEIGHTS, help="file to write (default: the demo's weights)"
+        "--output",
+        type=Path,
+        help="file to write (default: the demo's weights, in the package; required for another variant)",
     )
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer: a fifth faster, but needs a C++ compiler"
     )
     options = parser.parse_args(arguments)
+    if options.output is None:
+        if options.variant != demo_model.DEMO:
+            parser.error("--output: expected a file for a variant whose weights are not in the package, got none")
+        options.output = demo_model.WEIGHTS
     checkpoint = options.output.with_suffix(".checkpoint")
     model, step, loss = train_model(
-        options.steps, options.seed, checkpoint, minutes=options.minutes, compiled=options.compile
+        options.variant, options.steps, options.seed, checkpoint, minutes=options.minutes, compiled=options.compile
     )
     if step < options.steps:
         print(f"stopped after {step} of {options.steps} steps; run the same command to go on from {checkpoint}")

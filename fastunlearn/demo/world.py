@@ -96,7 +96,7 @@ def background() -> Tensor:
 
 
 def _coverage(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
-    """Returns the share of each pixel that an object of every kind covers, (..., kinds), for its offset from the centre.
+    """Returns the share of each pixel that an object of each kind covers, (..., kinds), by offset from its centre.
 
     The shapes are a disc, the frame of a square and an upright triangle. The square has a hole because shapes of so few
     pixels are hard to tell apart by their outlines alone. The haze is wide, low and soft.
