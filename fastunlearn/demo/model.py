@@ -10,7 +10,7 @@ narrower layers, and a Wan, which is trained by flow matching.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.world import COLOURS, FRAMES, HEIGHT, SHAPES, WIDTH
 from fastunlearn.families import LatentSpace, family_of
-from fastunlearn.files import open_safetensors, tensor_names
+from fastunlearn.files import open_safetensors, replace_file, shown, tensor_names
 from fastunlearn.schedule import add_noise, velocity_target
 from fastunlearn.training.cache.index import file_entry
 from fastunlearn.training.data.prompts import concept_tokens
@@ -151,6 +151,8 @@ class PixelSpace:
 class TextToVideo(nn.Module):
     """A transformer with its text encoder, tokenizer and scheduler."""
 
+    text_length = TEXT_LENGTH
+
     def __init__(self, variant: str = DEMO) -> None:
         super().__init__()
         self.variant = variant
@@ -176,15 +178,28 @@ class TextToVideo(nn.Module):
             encoded[prompt] = EncodedPrompt(prompt, {"encoder_hidden_states": embeddings}, tokens)
         return encoded
 
-    def without_text_encoder(self) -> VideoModel:
-        """Returns the transformer, not a copy of it, in the form that `prepare` and `train` take."""
+    def rounded(self, dtype: torch.dtype) -> TextToVideo:
+        """Rounds its parameters to `dtype`, except for those that diffusers keeps in float32. Returns itself."""
+        transformer: Any = self.transformer
+        kept = set(transformer._keep_in_fp32_modules or ())
+        for name, parameter in self.named_parameters():
+            if kept.isdisjoint(name.split(".")):
+                parameter.data = parameter.data.to(dtype)
+        return self
+
+    def without_text_encoder(self, path: str = "demo") -> VideoModel:
+        """Returns the transformer, not a copy of it, in the form that `prepare` and `train` take.
+
+        Args:
+            path: what the model is called in a cache and in errors.
+        """
         return VideoModel(
             [self.transformer],
             self.scheduler,
             latent_space=LatentSpace(frames=1, pixels=1),
             defaults=Defaults(GUIDANCE, HEIGHT, WIDTH, FRAMES, fps=FRAMES),
             vae=PixelSpace(),
-            path="fastunlearn.demo",
+            path=path,
         )
 
     def noised(self, pixels: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,13 +227,11 @@ class TextToVideo(nn.Module):
 
 def save(model: TextToVideo, judge: Judge, record: dict[str, Any], path: Path = WEIGHTS) -> None:
     """Writes the trained weights in float16, with a record of their training in the file's header."""
-    from safetensors.torch import save_file
+    import safetensors.torch
 
-    learned = _state(model) | {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()}
-    tensors = {name: tensor.half().contiguous() for name, tensor in learned.items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"facts": json.dumps({"variant": model.variant} | record)})
-    partial.replace(path)
+    tensors = {name: tensor.half().contiguous() for name, tensor in _learned(model, judge).items()}
+    metadata = {"facts": json.dumps({"variant": model.variant} | record)}
+    replace_file(path, safetensors.torch.save(tensors, metadata))
 
 
 def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
@@ -226,22 +239,56 @@ def load(path: Path = WEIGHTS) -> tuple[TextToVideo, Judge, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no file at `path`.
-        ValueError: the file is damaged, or is not the one that belongs to this version.
+        ValueError: the file is damaged, `save` did not write it or an earlier version did, or it is in the place of the
+            weights in the package and not the file that belongs to this version.
     """
     with open_safetensors(path) as stored:
         if path == WEIGHTS and file_entry(path)["sha256"] != WEIGHTS_SHA256:
             raise ValueError(
                 f"{path}: expected the weights that belong to this version, got others; install fastunlearn again"
             )
-        record = json.loads(stored.metadata()["facts"])
-        tensors = {name: stored.get_tensor(name).float() for name in tensor_names(stored)}
-    model, judge = TextToVideo(record["variant"]), Judge()
-    for name, parameter in _state(model).items():
-        parameter.copy_(tensors[name])
-    judge.load_state_dict({name: tensors[f"judge.{name}"] for name in judge.state_dict()})
+        record = _record(path, stored)
+        model, judge = TextToVideo(record["variant"]), Judge()
+        learned = _learned(model, judge)
+        _check_tensors(path, stored, learned)
+        for name, parameter in learned.items():
+            tensor = stored.get_tensor(name)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: expected finite numbers in {name}, got NaN or infinity")
+            parameter.copy_(tensor)
     return model.eval().requires_grad_(False), judge.eval().requires_grad_(False), record
 
 
-def _state(model: TextToVideo) -> dict[str, Tensor]:
-    """Returns the trained parameters, without buffers and without the second name of the shared embedding."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if "embed_tokens" not in name}
+def _record(path: Path, stored: Any) -> dict[str, Any]:
+    """The record of training in the header of a file, with the variant that was trained."""
+    try:
+        record = {"variant": DEMO} | json.loads((stored.metadata() or {})["facts"])
+        is_known = isinstance(record["variant"], str) and record["variant"] in VARIANTS
+    except (KeyError, ValueError, TypeError, RecursionError):
+        raise ValueError(
+            f"{path}: expected a model that python -m fastunlearn.demo.pretrain wrote, got another safetensors file"
+        ) from None
+    if not is_known:
+        raise ValueError(f"{path}: expected one of the variants {', '.join(VARIANTS)}, got {shown(record['variant'])}")
+    return record
+
+
+def _check_tensors(path: Path, stored: Any, learned: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a file holds the tensors of a model and its judge, and no others."""
+    slices = {name: stored.get_slice(name) for name in tensor_names(stored)}
+    got = {name: (slice.get_dtype(), tuple(slice.get_shape())) for name, slice in slices.items()}
+    expected = {name: ("F16", tuple(tensor.shape)) for name, tensor in learned.items()}
+    if got != expected:
+        name = min(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        wanted, found = (" ".join(map(str, of[name])) if name in of else "none" for of in (expected, got))
+        raise ValueError(
+            f"{path}: expected {wanted} as {shown(name)}, got {found}; the file belongs to another version of "
+            "fastunlearn: make it again with python -m fastunlearn.demo.pretrain"
+        )
+
+
+def _learned(model: TextToVideo, judge: Judge) -> dict[str, Tensor]:
+    """What is stored of both: all but buffers and the second name of the shared embedding."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name}
+    parameters |= {f"judge.{name}": parameter for name, parameter in judge.named_parameters()}
+    return {name: parameter.detach() for name, parameter in parameters.items()}

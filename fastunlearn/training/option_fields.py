@@ -132,8 +132,8 @@ def expand_homes(options: Any) -> None:
 # The options that several commands share, as functions because every class needs a field object of its own.
 
 
-def pipeline(help: str = "the diffusers pipeline: a folder, or a name on the Hugging Face Hub", **metadata: Any) -> Any:
-    """The pipeline to load."""
+def pipeline(help: str = "the diffusers pipeline: a folder, a name on the Hub, or demo", **metadata: Any) -> Any:
+    """The pipeline to load, or the demo's little model."""
     return option(help, group="model", is_path=True, **metadata)
 
 

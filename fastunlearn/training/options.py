@@ -133,7 +133,7 @@ class TrainingOptions:
 
     # A resumed run may name another model folder, because the cache is checked against the model.
     pretrained_model_name_or_path: str = shared.pipeline(
-        "the pipeline that the cache was made with: a folder, or a name on the Hub", free_on_resume=True
+        "the pipeline that the cache was made with: a folder, a name on the Hub, or demo", free_on_resume=True
     )
     # A resumed run may move the cache, because its content is compared.
     cache_dir: Path = option("folder of the cache that prepare wrote", group="data", free_on_resume=True)

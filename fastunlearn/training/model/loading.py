@@ -1,5 +1,6 @@
 """Loading a saved diffusers pipeline without its text encoders: transformers, scheduler, and optionally the VAE.
 
+The demo's model takes the place of a pipeline where it is asked for (see `load_demo_model`).
 Whatever depends on the model family comes from `fastunlearn.families`.
 """
 
@@ -18,6 +19,7 @@ from torch import nn
 from fastunlearn.devices import round_buffers
 from fastunlearn.families import FAMILIES, Family
 from fastunlearn.files import one_line, shown
+from fastunlearn.training.model.demo_model import load_demo_model
 from fastunlearn.training.model.pipeline_folder import (
     ARGUMENT,
     check_folder,
@@ -43,7 +45,7 @@ def load_model(
     """Loads the transformers and the scheduler of a saved pipeline, but no text encoder.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or a Hub id.
+        path: a folder that `save_pretrained` wrote, a Hub id, or what `load_demo_model` takes.
         dtype: the dtype of the transformers, except for modules that diffusers keeps in float32. The VAE has it too,
             unless its family needs another (Wan's VAE is always float32).
         device: where to load the model.
@@ -56,6 +58,9 @@ def load_model(
             pipeline would run code of its own.
     """
     path = os.path.expanduser(path)
+    if (demo := load_demo_model(path)) is not None:
+        round_buffers([demo], torch.device(device))
+        return demo.rounded(dtype).to(device).without_text_encoder(path)
     cls, family = pipeline_class(path, trust_remote_code)
     dtypes = {"default": dtype, "vae": family.vae_dtype or dtype}
     without = family.text_components if vae else (*family.text_components, "vae")
@@ -88,7 +93,7 @@ class Outline(NamedTuple):
     """What the configuration files of a saved pipeline say about it.
 
     Attributes:
-        model: its transformers are on the meta device: they have shapes but no weights.
+        model: its transformers are on the meta device: they have shapes but no weights. Those of the demo have both.
         text_encoder_parameters: how many parameters the text encoders have together.
         text_length: how many text tokens the transformers get per prompt.
     """
@@ -102,12 +107,15 @@ def outline_pipeline(path: str | os.PathLike[str], *, trust_remote_code: bool = 
     """Reads a saved pipeline's configuration files only: no weights, however large the model is.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or a Hub id.
+        path: as for `load_model`.
         trust_remote_code: as for `load_model`.
 
     Raises: what `load_model` raises.
     """
     path = os.path.expanduser(path)
+    if (demo := load_demo_model(path)) is not None:
+        encoder_parameters = sum(parameter.numel() for parameter in demo.text_encoder.parameters())
+        return Outline(demo.without_text_encoder(path), encoder_parameters, demo.text_length)
     cls, family = pipeline_class(path, trust_remote_code)
     index = read_index(path)
     boundary_ratio = index.get("boundary_ratio")

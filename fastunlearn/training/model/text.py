@@ -1,4 +1,7 @@
-"""Encodes prompts with a saved pipeline's text encoders. No other component is loaded, and these are freed again."""
+"""Encodes prompts with a saved pipeline's text encoders. No other component is loaded, and these are freed again.
+
+The demo's model is loaded whole: it is small.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,22 @@ import gc
 import os
 import warnings
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastunlearn.families import Family
+from fastunlearn.devices import round_buffers
+from fastunlearn.families import Condition, Family
 from fastunlearn.files import shown
 from fastunlearn.training.data.prompts import concept_tokens
 from fastunlearn.training.data.words import occurrences
+from fastunlearn.training.model.demo_model import load_demo_model, warn_of_unknown_words
 from fastunlearn.training.model.loading import load_components, pipeline_class, text_length
 from fastunlearn.training.model.pipeline_folder import one_line_errors
+
+if TYPE_CHECKING:  # fastunlearn.demo imports fastunlearn.training
+    from fastunlearn.demo.model import TextToVideo
 
 
 class EncodedPrompt(NamedTuple):
@@ -50,7 +58,7 @@ def encode_prompts(
     Warns if a prompt is longer than what the transformer gets of it.
 
     Args:
-        path: a folder that `save_pretrained` wrote, or a Hub id.
+        path: as for `load_model`.
         prompts: each distinct prompt is encoded once.
         concept: the words whose tokens to find, as `occurrences` finds them in the prompt as the pipeline cleans it.
             None finds nothing.
@@ -73,13 +81,10 @@ def encode_prompts(
     if isinstance(prompts, str):
         raise TypeError(f"prompts: expected a sequence of strings, got the string {shown(prompts)}")
     path = os.path.expanduser(path)
-    cls, family = pipeline_class(path, trust_remote_code)
-    length = text_length(cls, family, path, trust_remote_code)
+    demo = load_demo_model(path)
+    encoders = _PipelineText(path, dtype, device, trust_remote_code) if demo is None else _DemoText(demo, dtype, device)
+    tokenizer, family, length = encoders.tokenizer, encoders.family, encoders.length
     # All prompts are checked before the encoders are loaded, which takes minutes.
-    encoders = [name for name in family.text_components if name != "tokenizer"]
-    tokenizer = load_components(cls, path, dtype, (*family.denoisers, "vae", *encoders), trust_remote_code).tokenizer
-    with one_line_errors(f"the tokenizer of {shown(path, 300)}"):
-        tokenizer("")  # fails here if it fails whatever the prompt
     token_indices = {
         prompt: _token_indices(tokenizer, family, prompt, concept, length, prompt in must_contain) for prompt in prompts
     }
@@ -90,15 +95,50 @@ def encode_prompts(
                 f"the pipeline reads as {shown(family.tokenizer_input(prompt).prompt)}"
             )
     _warn_of_long_prompts(tokenizer, family, list(token_indices), length)
-    pipeline = load_components(cls, path, dtype, (*family.denoisers, "vae"), trust_remote_code).to(device)
-    encoded = {}
-    with torch.no_grad(), one_line_errors(f"a text encoder of {shown(path, 300)}"):
-        for prompt, indices in token_indices.items():
-            condition = {key: value[0] for key, value in family.encode(pipeline, prompt, length).items()}
-            encoded[prompt] = EncodedPrompt(prompt, condition, indices)
-    del pipeline
+    if demo is not None:
+        warn_of_unknown_words(demo, list(token_indices))
+    with torch.no_grad():
+        conditions = encoders.encode(list(token_indices))
     _free_memory()
-    return encoded
+    return {
+        prompt: EncodedPrompt(prompt, {key: value[0] for key, value in condition.items()}, indices)
+        for (prompt, indices), condition in zip(token_indices.items(), conditions, strict=True)
+    }
+
+
+class _PipelineText:
+    """The tokenizer of a saved pipeline; its text encoders are loaded to encode, and freed again."""
+
+    def __init__(self, path: str, dtype: torch.dtype, device: torch.device | str, trust_remote_code: bool) -> None:
+        self._path, self._dtype, self._device, self._trust_remote_code = path, dtype, device, trust_remote_code
+        self._cls, self.family = pipeline_class(path, trust_remote_code)
+        self.length = text_length(self._cls, self.family, path, trust_remote_code)
+        encoders = [name for name in self.family.text_components if name != "tokenizer"]
+        self.tokenizer = self._load(*encoders).tokenizer
+        with one_line_errors(f"the tokenizer of {shown(path, 300)}"):
+            self.tokenizer("")  # fails here if it fails whatever the prompt
+
+    def _load(self, *without: str) -> Any:
+        left_out = (*self.family.denoisers, "vae", *without)
+        return load_components(self._cls, self._path, self._dtype, left_out, self._trust_remote_code)
+
+    def encode(self, prompts: Sequence[str]) -> list[Condition]:
+        pipeline = self._load().to(self._device)
+        with one_line_errors(f"a text encoder of {shown(self._path, 300)}"):
+            return [self.family.encode(pipeline, prompt, self.length) for prompt in prompts]
+
+
+class _DemoText:
+    """The tokenizer and the text encoder of the demo's model."""
+
+    def __init__(self, model: TextToVideo, dtype: torch.dtype, device: torch.device | str) -> None:
+        round_buffers([model], torch.device(device))
+        self._model = model.rounded(dtype).to(device)
+        self.tokenizer, self.length = model.tokenizer, model.text_length
+        self.family = model.without_text_encoder().family
+
+    def encode(self, prompts: Sequence[str]) -> list[Condition]:
+        return [{"encoder_hidden_states": self._model.encode([prompt])} for prompt in prompts]
 
 
 def _token_indices(
