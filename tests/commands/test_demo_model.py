@@ -90,8 +90,11 @@ def test_the_name_demo_means_the_weights_in_the_package(
     assert len(list(model.attach_erasers(rank=2)[0])) == 7
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"got 'demo' \(model_index.json is missing\)"):
-        load_model("demo", **FP32)  # a folder of this name
+    with pytest.raises(FileNotFoundError, match="in the folder 'demo', got no model_index.json there; for the demo's"):
+        load_model("demo", **FP32)
+    Path("demo/model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a CogVideoXPipeline or .*, got 'demo', a None"):
+        load_model("demo", **FP32)
 
 
 @every_variant

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastunlearn.files import shown
-from fastunlearn.training.model.pipeline_folder import ARGUMENT
+from fastunlearn.training.model.pipeline_folder import ARGUMENT, INDEX
 
 if TYPE_CHECKING:  # fastunlearn.demo imports fastunlearn.training
     from fastunlearn.demo.model import TextToVideo
@@ -25,10 +25,15 @@ def load_demo_model(path: str | os.PathLike[str]) -> TextToVideo | None:
             `python -m fastunlearn.demo.pretrain` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or the folder "demo" holds no pipeline.
         ValueError: it is damaged or holds something else.
     """
     name = os.path.expanduser(path)
+    if name == NAME and os.path.isdir(name) and not os.path.exists(os.path.join(name, INDEX)):
+        raise FileNotFoundError(
+            f"{ARGUMENT}: expected a saved diffusers pipeline in the folder {NAME!r}, got no {INDEX} there; for the "
+            "demo's model, run the command where there is no folder of that name, or rename it"
+        )
     if os.path.isdir(name) or not (name == NAME or name.endswith(".safetensors")):
         return None
     if name != NAME and not os.path.lexists(name):
