@@ -134,6 +134,14 @@ CASES = (
         for pipeline in ("cogvideox", "hunyuan_video", "wan-2.2")
     ),
     Case(
+        "prepare with the demo's model",
+        (*_prepare("little.safetensors", *PROMPTS), "--height", "16", "--width", "24", "--num-frames", "3"),
+        ("little.safetensors",),
+        ("little.safetensors",),
+        ("out",),
+        tensors_of("out"),
+    ),
+    Case(
         "prepare --estimate",
         (*_prepare("wan-2.2", *PROMPTS), "--estimate"),
         ("wan-2.2", "target.txt", "kept.txt"),
@@ -241,7 +249,8 @@ def make_world(world: Path, call: Callable[[Sequence[str]], None]) -> None:
     """Makes all files that the cases read, in `world`, which is the working directory; `call` runs a command."""
     import torch
 
-    from fastunlearn.demo.model import WEIGHTS
+    from fastunlearn.demo.judge import Judge
+    from fastunlearn.demo.model import WEIGHTS, TextToVideo, save
     from fastunlearn.eraser_files import UPSTREAM_CONFIG, UPSTREAM_WEIGHTS
     from fastunlearn.testing.tiny_pipelines import save_tiny_pipeline
     from fastunlearn.training.data.videos import write_video
@@ -252,6 +261,7 @@ def make_world(world: Path, call: Callable[[Sequence[str]], None]) -> None:
     (world / "kept.txt").write_text("a square\n# a remark\na red square in the street\n")
     (world / "demo").mkdir()
     shutil.copy(WEIGHTS, world / "demo/weights.safetensors")
+    save(TextToVideo(), Judge(), {}, world / "little.safetensors")
     call(_prepare("cogvideox", *PROMPTS, output="cache"))
     call(_prepare("wan-2.2", *PROMPTS, output="cache-of-two"))
     _make_data(world, write_video)
