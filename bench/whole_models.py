@@ -14,6 +14,8 @@ from fastunlearn.bench.agreement import Disagreement, check_relative_difference
 from fastunlearn.bench.cogvideox import Size, random_transformer
 from fastunlearn.bench.meters import MIB, Meter
 
+DEMO_POINTS, DEMO_RANK = 12, 64  # target points, and as many kept ones, of a step on the demo's model
+
 
 def captured_forward(meter: Meter, *, layers: int = 4, heads: int = 8, side: int = 64) -> dict[str, Any]:
     """A forward pass of a CogVideoX that captures concept maps, against a plain one.
@@ -56,7 +58,7 @@ def captured_forward(meter: Meter, *, layers: int = 4, heads: int = 8, side: int
 
 
 def demo_step(meter: Meter) -> dict[str, Any]:
-    """A training step on the demo's model at its batch size, with dense eraser outputs and with low-rank ones.
+    """A training step on the demo's model, with dense eraser outputs and with low-rank ones.
 
     Raises:
         Disagreement: the losses or the gradients of both differ.
@@ -76,12 +78,11 @@ def _demo_step(device: torch.device) -> Callable[[bool], tuple[Tensor, ...]]:
 
     Teacher velocities and masks are random, and no optimizer runs.
     """
-    from fastunlearn.demo.erase import POINTS_PER_STEP, RANK
     from fastunlearn.demo.model import TEXT_LENGTH, TOKEN_GRID, load
     from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH
 
     model = load()[0].to(device)
-    erasers = attach_erasers(model.transformer, rank=RANK)
+    erasers = attach_erasers(model.transformer, rank=DEMO_RANK)
     torch.manual_seed(0)
     for eraser in erasers.values():
         nn.init.normal_(eraser.up.weight, std=0.01)
@@ -90,14 +91,14 @@ def _demo_step(device: torch.device) -> Callable[[bool], tuple[Tensor, ...]]:
     width = model.transformer.config.text_embed_dim
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(POINTS_PER_STEP, *shape, device=device)
+        return torch.randn(DEMO_POINTS, *shape, device=device)
 
     video = (FRAMES, 3, HEIGHT, WIDTH)
     x_t, v_uncond, v_cond = (random(*video) for _ in range(3))
     x_t_kept, v_kept = (random(*video) for _ in range(2))
     text, kept_text = (random(TEXT_LENGTH, width) for _ in range(2))
-    t = torch.full((POINTS_PER_STEP,), 500, device=device)
-    mask = (torch.rand(POINTS_PER_STEP, *TOKEN_GRID, device=device) > 0.7).float()
+    t = torch.full((DEMO_POINTS,), 500, device=device)
+    mask = (torch.rand(DEMO_POINTS, *TOKEN_GRID, device=device) > 0.7).float()
     parameters = [p for eraser in erasers.values() for p in eraser.parameters()]
 
     def step(is_low_rank: bool) -> tuple[Tensor, ...]:

@@ -153,12 +153,13 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from fastunlearn.demo.run import run, table
+    from fastunlearn.demo.report import table
+    from fastunlearn.demo.run import RECIPE, run
 
     quiet_libraries("fastunlearn demo")
-    report = run(options.concept, options.output, options.seed, options.device)
-    print(table(report))
-    print(f"\nwrote {options.output / 'demo.png'}, {options.output / 'demo.json'} and {options.output / 'erasers'}")
+    report = run(options.concept, options.output, options.seed, options.device, options.recipe or RECIPE)
+    print(f"\n{table(report)}")
+    print(f"\nwrote demo.gif, demo.png, demo.json and what the commands have made to {options.output}")
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -184,7 +185,7 @@ def _add_demo(commands: Any, shapes: Sequence[str]) -> None:
         commands,
         "demo",
         "erase a shape from a tiny video model and see the result, on a CPU in minutes",
-        "Erases a shape from a tiny video model, and compares the same videos before and after.",
+        "Erases a shape from a tiny video model by prepare and train, and compares the same videos before and after.",
     )
     demo.add_argument(
         "--concept",
@@ -198,7 +199,13 @@ def _add_demo(commands: Any, shapes: Sequence[str]) -> None:
         type=expand_home,
         default=Path("fastunlearn-demo"),
         metavar="PATH",
-        help="folder for the report, the picture and the erasers (%(default)s)",
+        help="folder for the report, the pictures, and all that the commands read and write (%(default)s)",
+    )
+    demo.add_argument(
+        "--recipe",
+        type=expand_home,
+        metavar="PATH",
+        help="recipe of prepare and train; demo/recipe.toml in the package if left out",
     )
     demo.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed of training and videos (%(default)s)"

@@ -1,35 +1,102 @@
-"""Runs the demo: generates videos, prepares a cache, trains erasers, and generates the same videos again."""
+"""Runs the demo: `prepare`, `train` and `evaluate` on the little model, between the same videos before and after.
+
+Nothing here erases: the three commands do, with the settings of a recipe. The demo writes the prompt files as a user
+would, has videos judged, and draws.
+"""
 
 from __future__ import annotations
 
-import random
+import hashlib
+import os
+import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from fastunlearn.demo import erase, evaluate, picture
-from fastunlearn.demo.judge import Judge
-from fastunlearn.demo.model import load
-from fastunlearn.demo.world import FRAMES, HEIGHT, SHAPES, WIDTH, Nouns, prompt_of
-from fastunlearn.devices import round_buffers, usable_device
-from fastunlearn.files import read_json, refuse_links, writable, write_json
-from fastunlearn.training.cache.reader import TeacherCache
-from fastunlearn.training.data.requests import Request
-from fastunlearn.training.loop import checkpoints
-from fastunlearn.training.model.text import EncodedPrompt
-from fastunlearn.training.model.video_model import VideoModel
-from fastunlearn.training.options import PrepareOptions
-from fastunlearn.training.prepare import prepare
-from fastunlearn.training.random_numbers import random_generator
-from fastunlearn.training.train import train
+from fastunlearn.demo import picture, prompts, report
+from fastunlearn.demo.model import WEIGHTS
+from fastunlearn.demo.videos import Generated, Studio, open_studio
+from fastunlearn.demo.world import SHAPES, prompt_of
+from fastunlearn.devices import usable_device
+from fastunlearn.files import read_json, refuse_links, remove_folder, replace_file, writable, write_json
+from fastunlearn.training import evaluate, prepare, train
+from fastunlearn.training.data.recipe import read_recipe, with_recipe
+from fastunlearn.training.loop import measurements
+from fastunlearn.training.loop.checkpoints import ERASERS
+from fastunlearn.training.model.demo_model import NAME
+from fastunlearn.training.option_fields import is_seed
+from fastunlearn.training.options import EvaluateOptions, PrepareOptions, TrainingOptions
+
+RECIPE = Path(__file__).with_name("recipe.toml")
+REPORT, RECIPE_COPY = "demo.json", "recipe.toml"
+CACHE, TRAINED, EVALUATION = "cache", "trained", "evaluation"
+
+
+def run(concept: str, output: Path, seed: int = 0, device: str = "cpu", recipe: Path = RECIPE) -> dict[str, Any]:
+    """Erases `concept` from the demo's model.
+
+    Writes demo.json, demo.png and demo.gif to `output`, and beside them what the commands read and write: the recipe,
+    the prompt files, the cache, the erasers and their evaluation.
+
+    Args:
+        concept: the shape to erase.
+        output: a new folder, or that of the same demo, which is then made anew.
+        seed: the seed of the training data, of training, and of the judged videos.
+        device: a torch device.
+        recipe: the settings of `prepare` and `train`. The prompt files that it names are those that the demo writes.
+
+    Returns:
+        The content of demo.json. The same seed gives the same result on the same machine.
+
+    Raises:
+        ValueError: the world has no such concept, the device cannot be used, `seed` is negative or too large, or the
+            recipe is not one.
+        OSError: `output` cannot be written, or holds something else; or the recipe cannot be read.
+        MemoryError: memory ran out; the message names the options of `prepare` or `train` that would help.
+    """
+    if concept not in SHAPES:
+        raise ValueError(f"concept: expected one of {', '.join(SHAPES)}, got {concept!r}")
+    is_seed("seed", seed)
+    torch_device = usable_device(device)
+    read_recipe(recipe)  # raises before anything is written
+    settings = recipe.read_bytes()
+    output = writable(output)
+    run_of = {
+        "concept": concept,
+        "seed": seed,
+        "device": str(torch_device),
+        "recipe": {"name": recipe.name, "sha256": hashlib.sha256(settings).hexdigest()},
+    }
+    _begin(output, run_of)
+    replace_file(output / RECIPE_COPY, settings)
+    prompts.write_files(output, concept)
+    commands = _commands(output, concept, seed, str(torch_device))
+    stopwatch = _Stopwatch()
+    studio = open_studio(concept, seed, torch_device)
+    sampling = commands["prepare"].options
+    before = studio.generate(sampling, "generating before", with_masks=True)
+    stopwatch.end_phase("before")
+    results = {}
+    for name, module in (("prepare", prepare), ("train", train), ("evaluate", evaluate)):
+        print(f"\n$ {commands[name].line}")
+        results[name] = module.run(commands[name].options)
+        stopwatch.end_phase(name)
+    studio.model.load_erasers(output / TRAINED / ERASERS)
+    after = studio.generate(sampling, "generating after", with_masks=False)
+    content = run_of | report.measure(studio, concept, before, after)
+    content |= {name: results["evaluate"][name] for name in ("erasure_coefficient", "preserved_drift")}
+    stopwatch.end_phase("after")
+    content["seconds"] = stopwatch.seconds
+    content["total_seconds"] = round(sum(stopwatch.seconds.values()), 1)
+    content["peak_memory_bytes"] = peak_memory(torch_device)
+    rows = _picture_rows(studio, content, before, after)
+    picture.draw_picture(rows, measurements.read(output / TRAINED), concept, output / "demo.png")
+    picture.draw_animation(rows, concept, output / "demo.gif")
+    write_json(output / REPORT, content)
+    return content
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -44,64 +111,78 @@ def peak_memory(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def run(concept: str, output: Path, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """Erases `concept` from the demo's model and writes demo.json, demo.png and the erasers to `output`.
-
-    Returns:
-        The content of demo.json. The same seed gives the same result on the same machine.
-
-    Raises:
-        ValueError: the world has no such concept, the device cannot be used, or `seed` is negative or too large.
-        OSError: `output` cannot be written, or holds another run.
-        MemoryError: memory ran out; the message names the options of `prepare` or `train` that would help.
-    """
-    if concept not in SHAPES:
-        raise ValueError(f"concept: expected one of {', '.join(SHAPES)}, got {concept!r}")
-    torch_device = usable_device(device)
-    output = writable(output)
-    refuse_links(output, checkpoints.ERASERS)
-    if earlier := checkpoints.existing(output):
-        raise FileExistsError(
-            f"output: expected a folder without checkpoints, got {output} with {earlier[-1].name}; choose another one"
-        )
-    run_of = {"concept": concept, "seed": seed, "device": str(torch_device)}
-    _refuse_another_demo(output, run_of)
-    stopwatch = _Stopwatch()
-    setup = _set_up(concept, seed, torch_device)
-    stopwatch.end_phase("load")
-    options = erase.prepare_options(concept, seed)
-    before = _generate(setup, options, "generating before", with_masks=True)
-    stopwatch.end_phase("before")
-    with tempfile.TemporaryDirectory(dir=output, prefix="cache-") as cache:
-        _prepare(setup, cache, options)
-        stopwatch.end_phase("cache")
-        history = _train(setup.model, cache, output, seed)
-    stopwatch.end_phase("train")
-    after = _generate(setup, options, "generating after", with_masks=False)
-    report = run_of | _measure(setup, concept, before, after)
-    stopwatch.end_phase("after")
-    report["seconds"] = stopwatch.seconds
-    report["total_seconds"] = round(sum(stopwatch.seconds.values()), 1)
-    report["peak_memory_bytes"] = peak_memory(torch_device)
-    picture.draw(_picture_rows(setup, before, after), history, concept, output / "demo.png")
-    write_json(output / "demo.json", report)
-    return report
+def _begin(output: Path, run_of: dict[str, Any]) -> None:
+    """Makes a folder that of this demo: empties it of an earlier run of the same one, and refuses all others."""
+    refuse_links(output, CACHE, TRAINED, EVALUATION)
+    path = output / REPORT
+    if path.exists():
+        try:
+            found = read_json(path)
+        except ValueError:
+            found = {}
+        earlier = {name: found.get(name) for name in run_of}
+        is_unfinished = found.keys() == run_of.keys()
+        if earlier != run_of and not is_unfinished:
+            raise FileExistsError(
+                f"output: expected a new folder, or the demo of {run_of}, got {path} of {earlier}; choose another "
+                "folder"
+            )
+    else:
+        concept = run_of["concept"]
+        files = [*prompts.training_files(concept), *prompts.held_out_files(concept), RECIPE_COPY]
+        taken = [name for name in (CACHE, TRAINED, EVALUATION, *files) if os.path.lexists(output / name)]
+        if taken:
+            raise FileExistsError(
+                f"output: expected a new folder, got {output} with {taken[0]} that is not of a demo; choose another one"
+            )
+    write_json(path, run_of)
+    for name in (CACHE, TRAINED, EVALUATION):
+        if (output / name).exists():
+            remove_folder(output / name)
 
 
-def _refuse_another_demo(output: Path, run_of: dict[str, Any]) -> None:
-    """Raises FileExistsError if the folder holds the report of another run. The same run may be repeated."""
-    path = output / "demo.json"
-    if not path.exists():
-        return
-    try:
-        report = read_json(path)
-    except ValueError:
-        report = {}
-    before = {name: report.get(name) for name in run_of}
-    if before != run_of:
-        raise FileExistsError(
-            f"output: expected a new folder, or the demo of {run_of}, got {path} of {before}; choose another folder"
-        )
+class _Command(NamedTuple):
+    """A command's options, and the line that a user would type for them."""
+
+    options: Any
+    line: str
+
+
+def _commands(output: Path, concept: str, seed: int, device: str) -> dict[str, _Command]:
+    """The commands that erase. Whatever is not given here comes from the recipe, or is a default."""
+    # A folder of that name would be taken for a pipeline.
+    model = str(WEIGHTS) if os.path.isdir(NAME) else NAME
+    everywhere: dict[str, Any] = {"pretrained_model_name_or_path": model, "device": device, "seed": seed}
+    recipe = output / RECIPE_COPY
+    preparing = everywhere | {"concept": concept, "recipe": recipe, "output_dir": output / CACHE}
+    training = everywhere | {"recipe": recipe, "cache_dir": output / CACHE, "output_dir": output / TRAINED}
+    prepare_options = with_recipe(PrepareOptions, **preparing)
+    held_out = prompts.held_out_files(concept)
+    target_file, kept_file = held_out
+    evaluating = everywhere | {
+        "erasers": (output / TRAINED / ERASERS,),
+        "concept": concept,
+        "target_prompts": output / target_file,
+        "kept_prompts": output / kept_file,
+        "output_dir": output / EVALUATION,
+        "num_trajectories": len(held_out[target_file]),
+        "num_inference_steps": prepare_options.num_inference_steps,
+        "batch_size": prepare_options.batch_size,
+        "mixed_precision": prepare_options.mixed_precision,
+        "seed": (seed + 1000) % 2**32,
+    }
+    return {
+        "prepare": _Command(prepare_options, _line("prepare", preparing)),
+        "train": _Command(with_recipe(TrainingOptions, **training), _line("train", training)),
+        "evaluate": _Command(EvaluateOptions(**evaluating), _line("evaluate", evaluating)),
+    }
+
+
+def _line(command: str, given: dict[str, Any]) -> str:
+    words = ["fastunlearn", command]
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 class _Stopwatch:
@@ -115,169 +196,24 @@ class _Stopwatch:
         self.seconds[name] = round(time.perf_counter() - self._start - sum(self.seconds.values()), 1)
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """The trained model and judge, the training trajectories, and the held-out prompts to generate videos for."""
-
-    model: VideoModel
-    judge: Judge
-    judge_accuracy: float
-    requests: list[Request]
-    encoded: dict[str, EncodedPrompt]
-    with_concept: list[Nouns]
-    without_concept: list[Nouns]
-    noise: tuple[Tensor, ...]  # for the held-out prompts with the concept, and for those without
-
-    @property
-    def held_out(self) -> list[Nouns]:
-        """All held-out prompts; those with the concept come first."""
-        return self.with_concept + self.without_concept
-
-    def encode(self, held_out: Sequence[Nouns]) -> list[EncodedPrompt]:
-        return [self.encoded[prompt_of(nouns)] for nouns in held_out]
-
-
-def _set_up(concept: str, seed: int, device: torch.device) -> _Setup:
-    text_to_video, judge, training_record = load()
-    judge.to(device)
-    round_buffers([text_to_video], device)
-    model = text_to_video.to(device).without_text_encoder()
-    requests = erase.requests(concept, random.Random(seed))
-    with_concept, without_concept = evaluate.held_out(concept, random.Random(seed + 1))
-    held_out = with_concept + without_concept
-    prompts = [prompt for request in requests for prompt in (request.prompt, request.instead or "")]
-    prompts += [prompt_of(nouns) for nouns in held_out]
-    noise = torch.randn(
-        len(held_out), *model.latent_shape(HEIGHT, WIDTH, FRAMES), generator=random_generator(seed, "held out")
-    )
-    return _Setup(
-        model=model,
-        judge=judge,
-        judge_accuracy=training_record["judge_accuracy"],
-        requests=requests,
-        encoded=text_to_video.encode_prompts(["", *prompts], concept),
-        with_concept=with_concept,
-        without_concept=without_concept,
-        noise=noise.split([len(with_concept), len(without_concept)]),
-    )
-
-
-def _generate(
-    setup: _Setup, options: PrepareOptions, description: str, *, with_masks: bool
-) -> tuple[evaluate.Generated, evaluate.Generated]:
-    """Generates the held-out videos: those with the concept in their prompts, and the others."""
-    batches = list(zip((setup.with_concept, setup.without_concept), setup.noise, strict=True))
-    with_concept, without_concept = (
-        evaluate.generate(setup.model, setup.encode(held_out), setup.encoded[""], noise, options, with_masks=with_masks)
-        for held_out, noise in tqdm(batches, desc=description, unit="batch")
-    )
-    return with_concept, without_concept
-
-
-def _prepare(setup: _Setup, folder: str, options: PrepareOptions) -> None:
-    with tqdm(desc="running the frozen model", unit="batch") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        prepare(setup.model, setup.encoded, setup.requests, folder, options, progress=progress)
-
-
-def _train(model: VideoModel, cache: str, output: Path, seed: int) -> list[dict[str, float]]:
-    """Trains erasers, which stay on the model, and writes them to `output`. Returns the metrics of every step."""
-    history: list[dict[str, float]] = []
-    train(
-        model,
-        TeacherCache.open(cache),
-        output,
-        # There is no checkpoint, but "latest" lets the same demo run again in its folder.
-        replace(erase.training_options(seed), resume_from_checkpoint="latest"),
-        targets=erase.TARGETS,
-        kept=erase.KEPT,
-        lr_lambda=erase.learning_rate_factor,
-        on_step=lambda _, metrics: history.append(metrics),
-    )
-    return history
-
-
-def _measure(
-    setup: _Setup, concept: str, before: Sequence[evaluate.Generated], after: Sequence[evaluate.Generated]
-) -> dict[str, Any]:
-    """The results in the report."""
-    frozen, frozen_kept = before
-    assert frozen.masks is not None  # all of these prompts contain the concept
-    concept_alone = setup.encode([nouns for nouns in setup.with_concept if len(nouns) == 1])
-    return {
-        "appearances": {
-            when: evaluate.appearances(setup.judge, _videos(generated), setup.held_out, concept)
-            for when, generated in (("before", before), ("after", after))
-        },
-        "mask_iou": evaluate.mask_overlap(setup.judge, frozen.masks, frozen.videos, concept),
-        "erasure_coefficient": evaluate.erasure_coefficient(setup.model, concept_alone, frozen.steps),
-        "preserved_drift": evaluate.drift(setup.model, setup.encode(setup.without_concept), frozen_kept.steps),
-        "videos": len(setup.held_out),
-        "judge_accuracy": setup.judge_accuracy,
-    }
-
-
-def _videos(generated: Sequence[evaluate.Generated]) -> Tensor:
-    return torch.cat([batch.videos for batch in generated])
-
-
-def _picture_rows(
-    setup: _Setup, before: Sequence[evaluate.Generated], after: Sequence[evaluate.Generated]
-) -> list[picture.Row]:
-    """Two rows for each combination of shapes that has the concept, and one for each that does not."""
-    shapes = [frozenset(noun.shape for noun in nouns) for nouns in setup.held_out]
-    with_concept = len(setup.with_concept)
-    first_of_kind = [shapes.index(kind) for kind in dict.fromkeys(shapes)]
-    second_of_kind = [index for index, kind in enumerate(shapes[:with_concept]) if shapes[:index].count(kind) == 1]
-    frames_before, frames_after = (setup.model.decode(_videos(generated)) for generated in (before, after))
-    masks = before[0].masks
-    return [
-        picture.Row(
-            prompt_of(setup.held_out[index]),
-            frames_before[index],
-            masks[index] if masks is not None and index < with_concept else None,
-            frames_after[index],
+def _picture_rows(studio: Studio, content: dict[str, Any], before: Generated, after: Generated) -> list[picture.Row]:
+    """A row for each headline, with the first of its videos."""
+    shapes = [prompts.kinds_in(nouns) for nouns in studio.prompts]
+    assert before.masks is not None
+    frames_before, frames_after = (studio.model.decode(generated.videos) for generated in (before, after))
+    rows = []
+    for asked, subject, was, now in report.headlines(content):
+        index = shapes.index(asked)
+        rows.append(
+            picture.Row(
+                subject,
+                f"{report.percent(was)} → {report.percent(now)}",
+                0 if was is None else was["videos"],
+                subject == content["concept"],
+                prompt_of(studio.prompts[index]),
+                frames_before[index],
+                before.masks[index] if index < studio.with_concept else None,
+                frames_after[index],
+            )
         )
-        for index in sorted(first_of_kind + second_of_kind)
-    ]
-
-
-def table(report: dict[str, Any]) -> str:
-    """Returns the report as text."""
-    concept = report["concept"]
-    columns = {
-        "asked": "asked for",
-        "beside": f"beside a {concept}",
-        "uninvited": "uninvited",
-        "colour": "asked-for colour",
-    }
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.0%}"
-
-    lines = [
-        f'"{concept}" erased: share of videos in which each shape appears, before -> after',
-        " " * 10 + "".join(f"{head:>20}" for head in columns.values()),
-    ]
-    for shape, was in report["appearances"]["before"].items():
-        now = report["appearances"]["after"][shape]
-        cells = [
-            "-" if was[name] is None else f"{percent(was[name]):>4} -> {percent(now[name]):>4}" for name in columns
-        ]
-        lines.append(f"{shape:<10}" + "".join(f"{cell:>20}" for cell in cells))
-    memory = report["peak_memory_bytes"]
-    seconds = ", ".join(f"{phase} {value:.0f}" for phase, value in report["seconds"].items())
-    lines += [
-        "",
-        f"mask against the {concept} (mean IoU)        {report['mask_iou']:.2f}",
-        f"erasure coefficient of the velocity     1.00 -> {report['erasure_coefficient']:.2f}",
-        f"drift of the velocity on kept prompts   {report['preserved_drift']:.3f}",
-        f"judge's accuracy on held-out renders    {report['judge_accuracy']:.1%}",
-        f"time                                    {report['total_seconds']:.0f} s ({seconds})",
-        f"peak memory                             {'unknown' if memory is None else f'{memory / 2**20:.0f} MiB'}",
-    ]
-    return "\n".join(lines)
+    return rows

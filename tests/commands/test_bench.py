@@ -15,7 +15,6 @@ import torch
 
 from fastunlearn.bench import algorithms, cases, kernels, meters, whole_models
 from fastunlearn.bench.agreement import Disagreement
-from fastunlearn.demo import erase
 
 
 def test_floors_match_a_calculation_by_hand() -> None:
@@ -109,7 +108,7 @@ def small_layer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(algorithms, "LAYERS", {"cogvideox-2b": layer})
     monkeypatch.setattr(algorithms, "ATTENTION_SIZES", {"cpu": ((128, 300), 128)})
     monkeypatch.setattr(algorithms, "RANK", 8)
-    monkeypatch.setattr(erase, "POINTS_PER_STEP", 1)
+    monkeypatch.setattr(whole_models, "DEMO_POINTS", 1)
     gc.freeze()  # the meter collects garbage before every call: it need not search what other modules and tests hold
     yield
     gc.unfreeze()

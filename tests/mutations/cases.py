@@ -103,7 +103,7 @@ def _sample(pipeline: str, erasers: str, output: str, *more: str) -> tuple[str, 
 
 def _load_demo_weights() -> None:
     """Lets `fastunlearn demo` end after it has read the weights in `demo/weights.safetensors`."""
-    from fastunlearn.demo import model, run
+    from fastunlearn.demo import model, report, run
 
     model.WEIGHTS = Path("demo/weights.safetensors")
 
@@ -117,7 +117,7 @@ def _load_demo_weights() -> None:
         (output / "weights").write_text(digest.hexdigest())
         return {}
 
-    run.run, run.table = run_briefly, str
+    run.run, report.table = run_briefly, str
 
 
 ERASED = "trained/erasers"

@@ -1,45 +1,54 @@
-"""A training step of the demo, with the kernels and with the torch backend."""
+"""A training step on the demo's model, with the kernels and with the torch backend."""
 
 from __future__ import annotations
 
-import dataclasses
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastunlearn import detach_erasers
-from fastunlearn.demo import erase
 from fastunlearn.demo.model import load
 from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.requests import Request
+from fastunlearn.training.options import PrepareOptions, TrainingOptions
 from fastunlearn.training.prepare import prepare
 from fastunlearn.training.train import train
+
+REQUESTS = [
+    Request("red circle", instead="red", follow="instead"),
+    Request("blue square and green circle", instead="blue square and green"),
+    Request("red square", "kept"),
+    Request("green triangle and blue square", "kept"),
+]
 
 
 def test_a_training_step_agrees_with_the_torch_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and gradients agree to float32 rounding, with fresh erasers and one step later."""
-    monkeypatch.setattr(erase, "SAMPLING_STEPS", 4)
-    monkeypatch.setattr(erase, "TRAJECTORIES", dict.fromkeys(erase.TRAJECTORIES, 1))
-    monkeypatch.setattr(erase, "LEADING_TRAJECTORIES", 1)
     # Muon and Adam amplify the last bits of small gradients; plain gradient descent leaves them as they are.
     for optimizer in ("Muon", "AdamW"):
         monkeypatch.setattr(torch.optim, optimizer, lambda parameters, **_: torch.optim.SGD(parameters, lr=10.0))
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "torch")
     parts, _, _ = load()
     model = parts.without_text_encoder()
-    requests = erase.requests("circle", random.Random(0))
-    prompts = [prompt for request in requests for prompt in (request.prompt, request.instead or "")]
-    encoded = parts.encode_prompts(["", *prompts], "circle")
-    prepare(model, encoded, requests, tmp_path / "cache", erase.prepare_options("circle", 0))
+    prompts = [prompt for request in REQUESTS for prompt in (request.prompt, request.instead or "")]
+    model_and_output = {"pretrained_model_name_or_path": "demo", "output_dir": tmp_path}
+    prepare_options = PrepareOptions(
+        **model_and_output, concept="circle", num_inference_steps=4, timesteps_per_trajectory=4, batch_size=2
+    )
+    prepare(model, parts.encode_prompts(["", *prompts], "circle"), REQUESTS, tmp_path / "cache", prepare_options)
     cache = TeacherCache.open(tmp_path / "cache")
-    options = dataclasses.replace(
-        erase.training_options(0),
+    options = TrainingOptions(
+        **model_and_output,
+        cache_dir=tmp_path / "cache",
+        rank=64,
         max_train_steps=2,
         train_batch_size=2,
         bias_learning_rate=10.0,
-        # As large as the other terms, so that an error in its gradients shows.
-        localization_weight=1.0,
+        optimizer="muon",
+        relative=False,
+        negative_guidance_scale=1.0,
+        localization_weight=1e4,  # as large as the other terms, so that an error in its gradients shows
     )
     losses, gradients = [], []
     for backend in ("torch", "triton"):
@@ -63,8 +72,6 @@ def test_a_training_step_agrees_with_the_torch_backend(tmp_path: Path, monkeypat
             cache,
             tmp_path / backend,
             options,
-            targets=erase.TARGETS,
-            kept=erase.KEPT,
             lr_lambda=lambda step: 1.0,
             on_step=on_step,
         )
