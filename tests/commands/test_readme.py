@@ -14,7 +14,9 @@ import pytest
 
 import fastunlearn
 from fastunlearn.cli import PHASES, main
-from fastunlearn.demo.run import table as demo_table
+from fastunlearn.demo.prompts import write_files
+from fastunlearn.demo.report import table as demo_table
+from fastunlearn.demo.run import RECIPE
 from fastunlearn.training import cost, example_step
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,19 @@ def test_the_four_commands_run(
     assert json.loads(report.read_text())["target_points"] == 2
     videos = [path.name for path in tmp_path.glob("*videos/*") if path.suffix != ".png"]
     assert len(videos) == 3 * (2, 3)[block]
+
+
+def test_the_demo_s_commands_run_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, *lines = blocks("bash", "Erase a concept from your model")[2].splitlines()
+    assert folder == "cd fastunlearn-demo"
+    write_files(tmp_path, "circle")
+    (tmp_path / "recipe.toml").write_bytes(RECIPE.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        program, command, *arguments = shlex.split(line)
+        assert program == "fastunlearn"
+        main([command, *arguments, *SMALL[command].split()])
+    assert json.loads((tmp_path / "my-erasers/erasers/config.json").read_text())["rank"] == 4
 
 
 def test_the_drop_in_diff_is_the_example_step() -> None:
