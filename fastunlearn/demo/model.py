@@ -38,7 +38,7 @@ from fastunlearn.training.model.text import EncodedPrompt
 from fastunlearn.training.model.video_model import Defaults, VideoModel
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
-WEIGHTS_SHA256 = "7fa7b3fb2789344cec55c37a8d5f46edf2b92cbf734ef8a51d330bb0d1aa9730"  # `pretrain` prints it
+WEIGHTS_SHA256 = "a75b3949fe727f9064a02bdc30f90b98a82c4efaa9f66208877918ff82ea4d8b"  # `pretrain` prints it
 TEXT_LENGTH = 8
 TEXT_WIDTH = 64
 PATCH = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from fastunlearn.demo import prompts
 from fastunlearn.demo.judge import Judge
-from fastunlearn.demo.model import TOKEN_GRID, load
+from fastunlearn.demo.model import TOKEN_GRID, WEIGHTS, load
 from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH, Nouns, prompt_of
 from fastunlearn.devices import round_buffers
 from fastunlearn.training.cache.concept_masks import ConceptMasks
@@ -68,7 +69,7 @@ def generate(
         if on_step is not None:
             on_step()
     masks = concept_masks.masks(options.mask_threshold, TOKEN_GRID) if concept_masks else None
-    return Generated(videos, masks)
+    return Generated(videos.movedim(model.family.channel_dim, 2), masks)
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ class Studio:
         return Generated(torch.cat([part.videos for part in parts]), parts[0].masks)
 
 
-def open_studio(concept: str, seed: int, device: torch.device) -> Studio:
-    """Loads the model and the judge, and draws noise for the prompts that are judged for `concept`."""
-    text_to_video, judge, training_record = load()
+def open_studio(concept: str, seed: int, device: torch.device, weights: Path = WEIGHTS) -> Studio:
+    """Loads a model and its judge, and draws noise for the prompts that are judged for `concept`."""
+    text_to_video, judge, training_record = load(weights)
     round_buffers([text_to_video], device)
     model = text_to_video.to(device).without_text_encoder()
     asked = prompts.judged(concept)

@@ -14,7 +14,7 @@ from fastunlearn.demo import prompts as demo_prompts
 from fastunlearn.demo.judge import Judge, held_out_accuracy
 from fastunlearn.demo.model import TOKEN_GRID, WEIGHTS, TextToVideo, load
 from fastunlearn.demo.pretrain import main as pretrain
-from fastunlearn.demo.pretrain import step_generator
+from fastunlearn.demo.pretrain import step_generator, word_labels
 from fastunlearn.demo.report import table
 from fastunlearn.demo.run import RECIPE, run
 from fastunlearn.demo.videos import Generated
@@ -27,6 +27,7 @@ from fastunlearn.demo.world import (
     KINDS,
     SHAPES,
     WIDTH,
+    Noun,
     background,
     palette,
     prompt_of,
@@ -299,6 +300,16 @@ def test_every_step_of_every_seed_has_different_random_numbers() -> None:
     assert first_numbers(step_generator(0, 7)) == first_numbers(torch.Generator().manual_seed(7))
     drawn = {first_numbers(step_generator(seed, step)) for seed in range(5) for step in range(40)}
     assert len(drawn) == 5 * 40
+
+
+def test_words_are_labelled_with_their_object() -> None:
+    lone, pair = (Noun("square", "green"),), (Noun("circle", "red"), Noun(HAZE, "blue"))
+    none = -100  # "and" and padding
+    square, circle, haze = (2 * 4 + 1) * 3 + 1, 0, (1 * 4 + 3) * 3 + 2  # (place * kinds + kind) * colours + colour
+    assert word_labels([lone, pair]).tolist() == [
+        [square, square, *[none] * 6],
+        [circle, circle, none, haze, *[none] * 4],
+    ]
 
 
 def test_pretraining_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
