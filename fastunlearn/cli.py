@@ -45,6 +45,7 @@ BENCHMARKS = {
     "traffic": "bytes that the kernels move, against the fewest possible",
     "algorithms": "low-rank localization and concept attention, alone and in whole models",
     "training": "a training step, against a published one",
+    "recipes": "what the defaults, the paper's settings and others erase from the demo's models",
 }
 _HIDDEN: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
 

@@ -1,0 +1,305 @@
+"""Erases by several recipes, each with several seeds, on the little models of the demo, and has the videos judged.
+
+It also compares the metrics of `fastunlearn evaluate` with the judge: a metric is as good as it ranks the runs.
+
+    python -m fastunlearn.bench.recipes [--models FILE ...] [--rows NAME ...] [--seeds N ...] --output FILE
+
+A row is the commands' defaults, or the paper's settings, with one thing changed; all share the settings of sampling
+that the size of the models asks for. Every run is written to the output file when it is done, and not repeated if it
+is there. `python -m fastunlearn.demo.pretrain --variant NAME` makes further models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastunlearn.bench.command import one_line_errors, option_parser, write_report
+from fastunlearn.demo import prompts, report
+from fastunlearn.demo.model import WEIGHTS
+from fastunlearn.demo.run import RECIPE
+from fastunlearn.demo.videos import Generated, Studio, open_studio
+from fastunlearn.demo.world import SHAPES
+from fastunlearn.erasers import detach_erasers
+from fastunlearn.files import expand_home, read_json
+from fastunlearn.training import evaluate, prepare, train
+from fastunlearn.training.cache.index import file_entry
+from fastunlearn.training.data.recipe import read_recipe
+from fastunlearn.training.options import EvaluateOptions, PrepareOptions, TrainingOptions
+
+COMMAND = "fastunlearn.bench.recipes"
+CONCEPT = "circle"
+
+# What the size of the models asks for, whatever the recipe.
+_SIZE: dict[str, dict[str, Any]] = {
+    "prepare": {"num_inference_steps": 12, "batch_size": 16},
+    "train": {"checkpointing_steps": 10_000},
+}
+_PAPER: dict[str, dict[str, Any]] = {
+    "prepare": {"baseline": "negative", "follow_replacement": 0.0},
+    "train": {
+        "relative": False,
+        "negative_guidance_scale": 7.5,
+        "preservation_weight": 0.5,
+        "localization_weight": 1.0,
+        "learning_rate": 1e-4,
+        "lr_scheduler": "constant_with_warmup",
+        "kept_negative_share": 0.0,
+    },
+}
+
+
+def _changed(start: Mapping[str, Mapping[str, Any]], **changes: Any) -> dict[str, dict[str, Any]]:
+    """A row: `start` with these options of `prepare` or `train` changed."""
+    preparing = {"baseline", "follow_replacement"}
+    return {
+        "prepare": dict(start.get("prepare", {})) | {k: v for k, v in changes.items() if k in preparing},
+        "train": dict(start.get("train", {})) | {k: v for k, v in changes.items() if k not in preparing},
+    }
+
+
+def _demo() -> dict[str, dict[str, Any]]:
+    recipe = read_recipe(RECIPE)
+    names = ("max_train_steps", "train_batch_size")
+    return {"train": {name: recipe.train[name] for name in names}}
+
+
+# The name of a row -> its options that are not defaults.
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "defaults": {},
+    "the demo's recipe": _demo(),
+    "paper": _PAPER,
+    "paper, relative": _changed(_PAPER, relative=True, learning_rate=0.1, localization_weight=0.1),
+    "paper, learning rate 1e-3": _changed(_PAPER, learning_rate=1e-3),
+    "paper, localization 0.004": _changed(_PAPER, localization_weight=0.004),
+    "paper, from the replacement": _changed(_PAPER, baseline="replacement"),
+    "defaults, absolute, learning rate 1e-4": _changed({}, relative=False, learning_rate=1e-4),
+    "defaults, from the negative prompt": _changed({}, baseline="negative", follow_replacement=0.0),
+    "defaults, eta 1": _changed({}, negative_guidance_scale=1.0),
+    "defaults, eta 7.5": _changed({}, negative_guidance_scale=7.5),
+    "defaults, constant learning rate": _changed({}, lr_scheduler="constant_with_warmup"),
+    "defaults, points of the prompt only": _changed({}, follow_replacement=0.0),
+    "defaults, localization 1": _changed({}, localization_weight=1.0),
+    "defaults, no localization": _changed({}, localization_weight=0.0),
+    "defaults, 150 steps": _changed({}, max_train_steps=150),
+}
+MAIN_ROWS = ("defaults", "the demo's recipe", "paper")
+
+
+class _Results:
+    """The results in the output file."""
+
+    def __init__(self, path: Path | None, arguments: Sequence[str] | None) -> None:
+        self._path, self._arguments = path, arguments
+        self.runs: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            self.runs = read_json(path)["runs"]
+
+    def has(self, **run: Any) -> bool:
+        return any(all(done[name] == value for name, value in run.items()) for done in self.runs)
+
+    def add(self, run: dict[str, Any]) -> None:
+        self.runs.append(run)
+        write_report(self._path, COMMAND, self._arguments, {"concept": CONCEPT, "runs": self.runs})
+
+
+def _of_seed(model: Path, seed: int, rows: Sequence[str], results: _Results, device: torch.device) -> None:
+    """Runs all rows for one model and seed. They share the videos before, and the caches of rows that prepare alike."""
+    digest = file_entry(model)["sha256"][:12]
+    missing = [row for row in rows if not results.has(model=model.stem, weights=digest, row=row, seed=seed)]
+    if not missing:
+        return
+    studio = open_studio(CONCEPT, seed, device, model)
+    with tempfile.TemporaryDirectory(prefix="fastunlearn-recipes-") as name:
+        folder = Path(name)
+        prompts.write_files(folder, CONCEPT)
+        before: Generated | None = None
+        for row in missing:
+            options = _prepare_options(model, folder, seed, row)
+            if before is None:
+                before = studio.generate(options, "generating before", with_masks=True)
+            erasers = _trained(options, model, folder, seed, row)
+            measured = _measure(studio, erasers, options, before)
+            measured["metrics"] = _metrics(model, erasers, folder, seed, list(ROWS).index(row))
+            run = {"model": model.stem, "weights": digest, "row": row, "seed": seed}
+            results.add(run | {"options": ROWS[row]} | measured)
+            print(_line(results.runs[-1:], f"{model.stem}, {row}, seed {seed}"), flush=True)
+
+
+def _prepare_options(model: Path, folder: Path, seed: int, row: str) -> PrepareOptions:
+    chosen = _SIZE["prepare"] | ROWS[row].get("prepare", {})
+    number = sorted({str(options.get("prepare", {})) for options in ROWS.values()}).index(
+        str(ROWS[row].get("prepare", {}))
+    )
+    return PrepareOptions(
+        pretrained_model_name_or_path=str(model),
+        output_dir=folder / f"cache-{number}",
+        concept=CONCEPT,
+        target_prompts=folder / "target.txt",
+        kept_prompts=folder / "kept.txt",
+        mixed_precision="no",
+        device="cpu",
+        seed=seed,
+        **chosen,
+    )
+
+
+def _trained(options: PrepareOptions, model: Path, folder: Path, seed: int, row: str) -> Path:
+    """Makes the row's cache, unless an earlier row has, and trains. Returns the folder of the erasers."""
+    prepare.run(options)
+    output = folder / f"trained-{list(ROWS).index(row)}"
+    training = TrainingOptions(
+        pretrained_model_name_or_path=str(model),
+        cache_dir=options.output_dir,
+        output_dir=output,
+        mixed_precision="no",
+        device="cpu",
+        seed=seed,
+        **_SIZE["train"] | ROWS[row].get("train", {}),
+    )
+    return train.run(training).erasers
+
+
+def _measure(studio: Studio, erasers: Path, options: PrepareOptions, before: Generated) -> dict[str, Any]:
+    studio.model.load_erasers(erasers)
+    try:
+        after = studio.generate(options, "generating after", with_masks=False)
+    finally:
+        for expert in studio.model.experts:
+            detach_erasers(expert)
+    measured = report.measure(studio, CONCEPT, before, after)
+    return {name: measured[name] for name in ("appearances", "together", "binding", "mask_iou")}
+
+
+def _metrics(model: Path, erasers: Path, folder: Path, seed: int, number: int) -> dict[str, float | None]:
+    """What `evaluate` measures on held-out prompts. All rows share its cache."""
+    target_file, kept_file = prompts.held_out_files(CONCEPT)
+    cache = folder / "evaluation" / "cache"
+    report = evaluate.run(
+        EvaluateOptions(
+            pretrained_model_name_or_path=str(model),
+            erasers=(erasers,),
+            output_dir=folder / (f"evaluation-{number}" if cache.exists() else "evaluation"),
+            concept=CONCEPT,
+            target_prompts=folder / target_file,
+            kept_prompts=folder / kept_file,
+            cache_dir=cache if cache.exists() else None,
+            num_inference_steps=_SIZE["prepare"]["num_inference_steps"],
+            batch_size=_SIZE["prepare"]["batch_size"],
+            mixed_precision="no",
+            device="cpu",
+            seed=seed + 1000,
+        )
+    )
+    seen = report["seen"]
+    return {
+        "erasure coefficient": report["erasure_coefficient"],
+        "early erasure coefficient": report["early_erasure_coefficient"],
+        "distance to the baseline": report["distance_to_baseline"],
+        "coefficient on its own trajectories": seen["on_policy_coefficient"],
+        "mean likeness": seen["mean_likeness"],
+        "share of videos seen": seen["share"]["erased"],
+        "drift at kept prompts": report["preserved_drift"],
+    }
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation; values that are equal share their mean rank. NaN if one side is all equal."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+def correlations(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """How well each metric ranks the runs, as lines of text."""
+    judged = [_shares(run)[CONCEPT][1] for run in runs]
+    yield f"rank correlation of evaluate's metrics with the share of videos with a {CONCEPT}, over {len(runs)} runs"
+    for name in runs[0]["metrics"]:
+        known = [(run["metrics"][name], seen) for run, seen in zip(runs, judged, strict=True)]
+        pairs = [(value, seen) for value, seen in known if value is not None]
+        yield f"{name:<40}{rank_correlation(*zip(*pairs, strict=True)) if pairs else math.nan:>20.2f}"
+
+
+def _shares(run: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """The columns of the table for one run: what was before, and after; the worst of the other shapes."""
+    was, now = (run["appearances"][when] for when in report.WHEN)
+    others = [shape for shape in SHAPES if shape != CONCEPT]
+
+    def column(shapes: Iterable[str], name: str, worst: Any) -> tuple[float, float]:
+        return worst(was[shape][name]["share"] for shape in shapes), worst(
+            now[shape][name]["share"] for shape in shapes
+        )
+
+    return {
+        CONCEPT: column([CONCEPT], "asked", max),
+        "others beside it": column(others, "beside", min),
+        "others": column(others, "asked", min),
+        "uninvited": column(others, "uninvited", max),
+        "asked-for colour": column(SHAPES, "colour", min),
+    }
+
+
+def _line(runs: Sequence[Mapping[str, Any]], name: str) -> str:
+    columns = [[_shares(run)[head] for run in runs] for head in _shares(runs[0])]
+    cells = [
+        f"{mean(was for was, _ in column):.0%} -> {mean(now for _, now in column):.0%}".rjust(20) for column in columns
+    ]
+    return f"{name:<40}" + "".join(cells)
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The means over seeds of each model and row, as lines of text."""
+    for model in dict.fromkeys(run["model"] for run in runs):
+        of_model = [run for run in runs if run["model"] == model]
+        seeds = sorted({run["seed"] for run in of_model})
+        yield f"{model}: share of videos before -> after, means over seeds; of the other shapes, the worse one"
+        yield " " * 40 + "".join(f"{head:>20}" for head in _shares(of_model[0]))
+        for row in (row for row in ROWS if any(run["row"] == row for run in of_model)):
+            of_row = [run for run in of_model if run["row"] == row]
+            yield _line(of_row, row + ("" if len(of_row) == len(seeds) else f" ({len(of_row)} seeds)"))
+        yield ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line, does the runs that are missing, and prints the table of all."""
+    parser: argparse.ArgumentParser = option_parser(COMMAND, __doc__.partition("\n")[0])
+    parser.add_argument(
+        "--models",
+        type=expand_home,
+        nargs="+",
+        default=[WEIGHTS],
+        metavar="FILE",
+        help="models to erase from, as demo.pretrain writes them (default: the demo's)",
+    )
+    parser.add_argument(
+        "--rows",
+        choices=ROWS,
+        nargs="+",
+        default=MAIN_ROWS,
+        metavar="NAME",
+        help=f"rows of the table: {', '.join(ROWS)} (default: {', '.join(MAIN_ROWS)})",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    options = parser.parse_args(arguments)
+    with one_line_errors(COMMAND, ValueError, OSError, MemoryError):
+        results = _Results(options.output, arguments)
+        for model in options.models:
+            for seed in options.seeds:
+                _of_seed(model, seed, options.rows, results, torch.device(options.device))
+    print("\n".join([*table(results.runs), *correlations(results.runs)]))
+
+
+if __name__ == "__main__":
+    main()
