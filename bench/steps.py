@@ -67,12 +67,12 @@ class _DenseTerms(Terms):
     """The losses of a step, with the localization loss of dense outputs instead of low-rank ones."""
 
     def target_losses(
-        self, student: Any, erasers: Mapping[str, nn.Module], points: Any, guidance_scale: float
+        self, student: Any, erasers: Mapping[str, nn.Module], points: Any, guidance_scale: float, expert: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         outputs: dict[str, Tensor] = {}
         without = Terms(replace(self._options, localization_weight=0.0), device=self._device, dtype=self._dtype)
         with EraserOutputsCapture(student, erasers, outputs):
-            unlearning, _ = without.target_losses(student, erasers, points, guidance_scale)
+            unlearning, _ = without.target_losses(student, erasers, points, guidance_scale, expert)
         mask, weight = points.mask.to(self._device), self._options.localization_weight
         return unlearning, localization_loss(outputs, mask, normalization="mean", weight=weight).loss
 
@@ -96,7 +96,14 @@ class StepRunner:
             words = WORDS if prompt == TARGET else []
             self._encoded[prompt] = EncodedPrompt(prompt, {"encoder_hidden_states": text}, words)
         self.training = TrainingOptions(
-            "", Path(), Path(), rank=size.rank, checkpointing_steps=10**9, validation_share=0.0
+            "",
+            Path(),
+            Path(),
+            rank=size.rank,
+            checkpointing_steps=10**9,
+            relative=False,
+            kept_negative_share=0.0,
+            validation_share=0.0,
         )
 
     def make_cache(self, folder: Path, trajectories: int) -> StepCost:

@@ -164,7 +164,7 @@ class TrainingOptions:
         free_on_resume=True,
     )
     learning_rate: float = option(
-        "peak learning rate: by how much a step may change an eraser's output, relative to the attention's output",
+        "peak learning rate: change of an eraser's output per step, relative to the attention's output",
         0.1,
         group="optimization",
         check=is_rate,
@@ -201,8 +201,7 @@ class TrainingOptions:
         "exponent of the schedule polynomial", 1.0, group="optimization", check=within(0, 100), free_on_resume=True
     )
     relative: bool = option(
-        "take the learning rates and the weights of the losses as they are, not relative to the model's velocities and "
-        "attention outputs",
+        "take learning rates and losses as they are, not relative to the model's own outputs",
         True,
         group="optimization",
     )
@@ -237,7 +236,7 @@ class TrainingOptions:
     )
     # `RunSettings` compares the guidance scale of every target group instead.
     negative_guidance_scale: float = option(
-        "how far the target lies beyond the velocity without the concept (eta); the paper has 7.5",
+        "how far beyond the velocity without the concept the target lies: eta; in the paper 7.5",
         0.0,
         group="losses",
         check=is_scale,
@@ -319,7 +318,7 @@ class TrainingOptions:
         is_path=True,
     )
     overwrite_output_dir: bool = shared.overwrite_output_dir(
-        "start anew in an output_dir with an earlier run: its checkpoints are deleted, its erasers replaced at the end",
+        "start anew in an output_dir with an earlier run, whose checkpoints are deleted first",
         "checkpoints",
         free_on_resume=True,
     )

@@ -82,7 +82,10 @@ def test_an_unknown_concept(capsys: pytest.CaptureFixture[str]) -> None:
         ("--vresion", ": unknown option --vresion; did you mean --version?"),
         ("trian --rank 8", "got 'trian'; did you mean train?"),
         ("erase", ": command: expected one of prepare, train, evaluate, sample, demo, verify, bench, env, got 'erase'"),
-        ("bench trafic", "bench: NAME: expected one of kernels, traffic, algorithms, training, got 'trafic'; did you"),
+        (
+            "bench trafic",
+            "bench: NAME: expected one of kernels, traffic, algorithms, training, recipes, got 'trafic'; did",
+        ),
         ("bench kernels --rnus 3", "python -m fastunlearn.bench.kernels: unknown option --rnus; did you mean --runs?"),
         (
             "demo --concept circel",

@@ -53,7 +53,12 @@ def test_the_commands_lead_from_prompts_to_videos(
     run("sample", *sampling, "--erasers", erasers, "--prompt", "a red circle", "--output-dir", tmp_path / "videos")
     suffixes = sorted(path.suffix for path in (tmp_path / "videos").iterdir())
     assert ".mp4" in suffixes and ".png" in suffixes
-    assert read_video(tmp_path / "videos/a-red-circle-after.mp4").shape == (FRAMES, 3, HEIGHT, WIDTH)
+    assert read_video(tmp_path / "videos/a-red-circle-after.mp4").shape == (
+        FRAMES,
+        3,
+        3 * HEIGHT,
+        3 * WIDTH,
+    )  # enlarged, as all small ones
 
     folders = [erasers / "transformer", erasers / "transformer_2"] if family == "wan-2.2" else [erasers]
     for folder in folders:

@@ -84,9 +84,9 @@ def test_the_command_under_accelerate_launch_shards(tiny_pipeline: Callable[[str
         PrepareOptions(
             str(pipeline),
             tmp_path / "cache",
-            "circle",
-            tmp_path / "target",
-            tmp_path / "kept",
+            concept="circle",
+            target_prompts=tmp_path / "target",
+            kept_prompts=tmp_path / "kept",
             num_trajectories=2,
             timesteps_per_trajectory=4,
             num_inference_steps=8,
