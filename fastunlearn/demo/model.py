@@ -43,7 +43,7 @@ TEXT_LENGTH = 8
 TEXT_WIDTH = 64
 PATCH = 2
 TOKEN_GRID = (FRAMES, HEIGHT // PATCH, WIDTH // PATCH)
-GUIDANCE = 2.5
+GUIDANCE = 3.0
 
 
 def build_cogvideox(layers: int, heads: int) -> CogVideoXTransformer3DModel:
