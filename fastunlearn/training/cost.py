@@ -15,6 +15,8 @@ At batch size 1, with weights in bfloat16 and the commands' default options:
   block, S D L numbers, and the hidden states of the erasers, N r L numbers for N video tokens at rank r. The outputs of
   the erasers, N D L numbers, are never kept. Erasers, their gradients and Adam's two moments take 16 bytes per
   parameter.
+* Before the first step, every `--validation-steps` steps and at the end, `train` makes a forward pass at each of the
+  held-out points that it watches.
 * With `--sequential-terms` the activations of one student pass are held at a time, instead of those of both.
 
 Several processes share the trajectories of `prepare`, which are independent. In `train`, they all-reduce the erasers'
@@ -32,6 +34,7 @@ from fastunlearn.training.cache.estimate import ACTIVATIONS_PER_FEATURE
 from fastunlearn.training.cache.plan import Plan
 from fastunlearn.training.data.prompts import PromptLine
 from fastunlearn.training.data.requests import Request, target_requests
+from fastunlearn.training.loop.validation import POINTS as HELD_OUT_POINTS
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 
 # An assumption: 40% of the 989 TFLOP/s that an H100 has in dense bfloat16.
@@ -75,7 +78,8 @@ def cost_of(model: PublishedModel, *, has_guidance: bool) -> Cost:
     eraser_parameters = model.blocks * (2 * rank * model.features + rank + model.features)
     kept = _BFLOAT16 * model.blocks * (tokens * model.features + model.video_tokens * rank)
     held = weights + 4 * _FLOAT32 * model.transformers * eraser_parameters + at_work
-    train_forwards = TrainingOptions.max_train_steps * 2 * 3
+    measurements = 1 + TrainingOptions.max_train_steps // TrainingOptions.validation_steps
+    train_forwards = TrainingOptions.max_train_steps * 2 * 3 + measurements * 2 * HELD_OUT_POINTS
     return Cost(
         weights=weights,
         forward=forward,
