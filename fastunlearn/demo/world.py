@@ -111,7 +111,7 @@ def _coverage(dx: Tensor, dy: Tensor, size: Tensor) -> Tensor:
     return torch.cat([(0.5 - signed_distances).clamp(0, 1), haze[..., None]], dim=-1)
 
 
-def sample_videos(count: int, generator: torch.Generator, *, two_objects: float = 0.7) -> Videos:
+def sample_videos(count: int, generator: torch.Generator, *, two_objects: float = 0.45) -> Videos:
     """Draws `count` videos. Each shows two objects, of different kinds and colours, with probability `two_objects`."""
 
     def uniform(low: Tensor | float, high: Tensor | float, *shape: int) -> Tensor:
