@@ -2,11 +2,12 @@
 
 It also compares the metrics of `fastunlearn evaluate` with the judge: a metric is as good as it ranks the runs.
 
-    python -m fastunlearn.bench.recipes [--models FILE ...] [--rows NAME ...] [--seeds N ...] --output FILE
+    python -m fastunlearn.bench.recipes [--models FILE ...] [--rows NAME ...] [--seeds N ...] [--output FILE]
 
 A row is the commands' defaults, or the paper's settings, with one thing changed; all share the settings of sampling
 that the size of the models asks for. Every run is written to the output file when it is done, and not repeated if it
-is there. `python -m fastunlearn.demo.pretrain --variant NAME` makes further models.
+is there: after a change of the code, choose another file. `python -m fastunlearn.demo.pretrain --variant NAME` makes
+further models.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from fastunlearn.demo import prompts, report
 from fastunlearn.demo.model import WEIGHTS
 from fastunlearn.demo.videos import Generated, Studio, open_studio
 from fastunlearn.demo.world import SHAPES
+from fastunlearn.devices import usable_device
 from fastunlearn.erasers import detach_erasers
-from fastunlearn.files import expand_home, read_json
+from fastunlearn.files import expand_home, read_json, shown
 from fastunlearn.training import evaluate, prepare, train
 from fastunlearn.training.cache.index import file_entry
+from fastunlearn.training.option_fields import is_seed
 from fastunlearn.training.options import EvaluateOptions, PrepareOptions, TrainingOptions
 
 COMMAND = "fastunlearn.bench.recipes"
@@ -84,16 +87,32 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "defaults, 150 steps": _changed({}, max_train_steps=150),
 }
 MAIN_ROWS = ("defaults", "defaults, 120 steps of 8", "paper")
+_MEASURED = ("appearances", "together", "binding", "mask_iou")
+_PARTS = {"model", "weights", "row", "seed", "options", "metrics", *_MEASURED}  # of a run in the output file
 
 
 class _Results:
-    """The results in the output file."""
+    """The results in the output file, also those of earlier calls.
+
+    Raises:
+        ValueError: the file holds something else, or runs of a row that had other options then.
+    """
 
     def __init__(self, path: Path | None, arguments: Sequence[str] | None) -> None:
         self._path, self._arguments = path, arguments
         self.runs: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            self.runs = read_json(path)["runs"]
+        if path is None or not path.exists():
+            return
+        runs = read_json(path).get("runs")
+        if not isinstance(runs, list) or not all(isinstance(run, dict) and run.keys() >= _PARTS for run in runs):
+            raise ValueError(f"--output: expected a new file or results of {COMMAND}, got another file, {path}")
+        for run in runs:
+            if [options for row, options in ROWS.items() if row == run["row"]] != [run["options"]]:
+                raise ValueError(
+                    f"--output: expected runs with the options of today's rows, got others for {shown(run['row'])} in "
+                    f"{path}; choose another file"
+                )
+        self.runs = runs
 
     def has(self, **run: Any) -> bool:
         return any(all(done[name] == value for name, value in run.items()) for done in self.runs)
@@ -115,45 +134,43 @@ def _of_seed(model: Path, seed: int, rows: Sequence[str], results: _Results, dev
         prompts.write_files(folder, CONCEPT)
         before: Generated | None = None
         for row in missing:
-            options = _prepare_options(model, folder, seed, row)
+            options = _prepare_options(model, folder, seed, row, str(device))
             if before is None:
                 before = studio.generate(options, "generating before", with_masks=True)
-            erasers = _trained(options, model, folder, seed, row)
+            erasers = _trained(options, folder, seed, row)
             measured = _measure(studio, erasers, options, before)
-            measured["metrics"] = _metrics(model, erasers, folder, seed, list(ROWS).index(row))
+            measured["metrics"] = _metrics(options, erasers, folder, seed, row)
             run = {"model": model.stem, "weights": digest, "row": row, "seed": seed}
             results.add(run | {"options": ROWS[row]} | measured)
             print(_line(results.runs[-1:], f"{model.stem}, {row}, seed {seed}"), flush=True)
 
 
-def _prepare_options(model: Path, folder: Path, seed: int, row: str) -> PrepareOptions:
-    chosen = _SIZE["prepare"] | ROWS[row].get("prepare", {})
-    number = sorted({str(options.get("prepare", {})) for options in ROWS.values()}).index(
-        str(ROWS[row].get("prepare", {}))
-    )
+def _prepare_options(model: Path, folder: Path, seed: int, row: str, device: str) -> PrepareOptions:
+    own = ROWS[row].get("prepare", {})
+    first_alike = [options.get("prepare", {}) for options in ROWS.values()].index(own)
     return PrepareOptions(
         pretrained_model_name_or_path=str(model),
-        output_dir=folder / f"cache-{number}",
+        output_dir=folder / f"cache-{first_alike}",
         concept=CONCEPT,
         target_prompts=folder / "target.txt",
         kept_prompts=folder / "kept.txt",
         mixed_precision="no",
-        device="cpu",
+        device=device,
         seed=seed,
-        **chosen,
+        **_SIZE["prepare"] | own,
     )
 
 
-def _trained(options: PrepareOptions, model: Path, folder: Path, seed: int, row: str) -> Path:
+def _trained(options: PrepareOptions, folder: Path, seed: int, row: str) -> Path:
     """Makes the row's cache, unless an earlier row has, and trains. Returns the folder of the erasers."""
     prepare.run(options)
     output = folder / f"trained-{list(ROWS).index(row)}"
     training = TrainingOptions(
-        pretrained_model_name_or_path=str(model),
+        pretrained_model_name_or_path=options.pretrained_model_name_or_path,
         cache_dir=options.output_dir,
         output_dir=output,
         mixed_precision="no",
-        device="cpu",
+        device=options.device,
         seed=seed,
         **_SIZE["train"] | ROWS[row].get("train", {}),
     )
@@ -168,50 +185,51 @@ def _measure(studio: Studio, erasers: Path, options: PrepareOptions, before: Gen
         for expert in studio.model.experts:
             detach_erasers(expert)
     measured = report.measure(studio, CONCEPT, before, after)
-    return {name: measured[name] for name in ("appearances", "together", "binding", "mask_iou")}
+    return {name: measured[name] for name in _MEASURED}
 
 
-def _metrics(model: Path, erasers: Path, folder: Path, seed: int, number: int) -> dict[str, float | None]:
-    """What `evaluate` measures on held-out prompts. All rows share its cache."""
+def _metrics(options: PrepareOptions, erasers: Path, folder: Path, seed: int, row: str) -> dict[str, float | None]:
+    """What `evaluate` measures on held-out prompts. All rows share the cache of the first one."""
     target_file, kept_file = prompts.held_out_files(CONCEPT)
     cache = folder / "evaluation" / "cache"
-    report = evaluate.run(
+    result = evaluate.run(
         EvaluateOptions(
-            pretrained_model_name_or_path=str(model),
+            pretrained_model_name_or_path=options.pretrained_model_name_or_path,
             erasers=(erasers,),
-            output_dir=folder / (f"evaluation-{number}" if cache.exists() else "evaluation"),
+            output_dir=folder / (f"evaluation-{list(ROWS).index(row)}" if cache.exists() else "evaluation"),
             concept=CONCEPT,
             target_prompts=folder / target_file,
             kept_prompts=folder / kept_file,
             cache_dir=cache if cache.exists() else None,
-            num_inference_steps=_SIZE["prepare"]["num_inference_steps"],
-            batch_size=_SIZE["prepare"]["batch_size"],
+            num_inference_steps=options.num_inference_steps,
+            batch_size=options.batch_size,
             mixed_precision="no",
-            device="cpu",
-            seed=seed + 1000,
+            device=options.device,
+            seed=(seed + 1000) % 2**32,
         )
     )
-    seen = report["seen"]
+    seen = result["seen"]
     return {
-        "erasure coefficient": report["erasure_coefficient"],
-        "early erasure coefficient": report["early_erasure_coefficient"],
-        "distance to the baseline": report["distance_to_baseline"],
+        "erasure coefficient": result["erasure_coefficient"],
+        "early erasure coefficient": result["early_erasure_coefficient"],
+        "distance to the baseline": result["distance_to_baseline"],
         "coefficient on its own trajectories": seen["on_policy_coefficient"],
         "mean likeness": seen["mean_likeness"],
         "share of videos seen": seen["share"]["erased"],
-        "drift at kept prompts": report["preserved_drift"],
+        "drift at kept prompts": result["preserved_drift"],
     }
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's rank correlation; values that are equal share their mean rank. NaN if one side is all equal."""
+    if min(len(set(first)), len(set(second))) < 2:
+        return math.nan
 
     def ranks(values: Sequence[float]) -> np.ndarray:
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
 def correlations(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -222,6 +240,10 @@ def correlations(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         known = [(run["metrics"][name], seen) for run, seen in zip(runs, judged, strict=True)]
         pairs = [(value, seen) for value, seen in known if value is not None]
         yield f"{name:<40}{rank_correlation(*zip(*pairs, strict=True)) if pairs else math.nan:>20.2f}"
+
+
+def _quoted(rows: Iterable[str]) -> str:
+    return ", ".join(f'"{row}"' for row in rows)  # there are commas in their names
 
 
 def _shares(run: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -253,14 +275,19 @@ def _line(runs: Sequence[Mapping[str, Any]], name: str) -> str:
 
 def table(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The means over seeds of each model and row, as lines of text."""
-    for model in dict.fromkeys(run["model"] for run in runs):
-        of_model = [run for run in runs if run["model"] == model]
+    for model, weights in dict.fromkeys((run["model"], run["weights"]) for run in runs):
+        of_model = [run for run in runs if (run["model"], run["weights"]) == (model, weights)]
         seeds = sorted({run["seed"] for run in of_model})
-        yield f"{model}: share of videos before -> after, means over seeds; of the other shapes, the worse one"
+        yield (
+            f"{model}, SHA-256 {weights}...: share of videos before -> after, means over seeds; of several shapes, the "
+            "worst one"
+        )
         yield " " * 40 + "".join(f"{head:>20}" for head in _shares(of_model[0]))
-        for row in (row for row in ROWS if any(run["row"] == row for run in of_model)):
-            of_row = [run for run in of_model if run["row"] == row]
-            yield _line(of_row, row + ("" if len(of_row) == len(seeds) else f" ({len(of_row)} seeds)"))
+        for row in ROWS:
+            if of_row := [run for run in of_model if run["row"] == row]:
+                yield _line(
+                    of_row, row + ("" if len(of_row) == len(seeds) else f" ({len(of_row)} of {len(seeds)} seeds)")
+                )
         yield ""
 
 
@@ -273,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         default=[WEIGHTS],
         metavar="FILE",
-        help="models to erase from, as demo.pretrain writes them (default: the demo's)",
+        help="models to erase from, as python -m fastunlearn.demo.pretrain writes them (default: the demo's)",
     )
     parser.add_argument(
         "--rows",
@@ -281,15 +308,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         default=MAIN_ROWS,
         metavar="NAME",
-        help=f"rows of the table: {', '.join(ROWS)} (default: {', '.join(MAIN_ROWS)})",
+        help=f"rows of the table: {_quoted(ROWS)} (default: {_quoted(MAIN_ROWS)})",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="seeds of the caches, of training and of the judged videos (default: 0 1 2)",
+    )
     options = parser.parse_args(arguments)
     with one_line_errors(COMMAND, ValueError, OSError, MemoryError):
+        for seed in options.seeds:
+            is_seed("--seeds", seed)
+        device = usable_device(options.device)
         results = _Results(options.output, arguments)
         for model in options.models:
             for seed in options.seeds:
-                _of_seed(model, seed, options.rows, results, torch.device(options.device))
+                _of_seed(model, seed, options.rows, results, device)
     print("\n".join([*table(results.runs), *correlations(results.runs)]))
 
 
