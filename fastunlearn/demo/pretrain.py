@@ -1,6 +1,7 @@
 """Trains the demo's text-to-video model and its judge from scratch, and writes `weights.safetensors`.
 
     python -m fastunlearn.demo.pretrain [--variant NAME] [--steps N] [--minutes M] [--seed N] [--output FILE]
+        [--compile]
 
 It took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
 resumes from its last checkpoint, a file next to the output. Every step draws its data and noise from its own generator,
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import io
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from fastunlearn.console import one_line_messages
 from fastunlearn.demo import model as demo_model
 from fastunlearn.demo.judge import held_out_accuracy, train_judge
 from fastunlearn.demo.world import COLOURS, KINDS, MAX_OBJECTS, Nouns, prompt_of, sample_videos
+from fastunlearn.files import expand_home, load_torch, replace_file, shown, writable
+from fastunlearn.option_parser import OptionParser
 from fastunlearn.training.cache.index import file_entry
+from fastunlearn.training.option_fields import is_count, is_seed
 
+COMMAND = "fastunlearn.demo.pretrain"
 BATCH = 16
 MATRICES_LEARNING_RATE = 1e-2  # with Muon, which needs a third of the steps of AdamW for the same loss
 LEARNING_RATE = 3e-3  # with AdamW: embeddings, biases, norms; and the text encoder before
@@ -163,9 +170,8 @@ class _Pretraining:
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.smoothed_loss += 0.02 * (loss.item() - self.smoothed_loss)
 
-    def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        state = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "variant": self.model.variant,
             "seed": self.seed,
             "steps": self.steps,
@@ -175,16 +181,24 @@ class _Pretraining:
             "average": self.average.state_dict(),
             "optimizers": [part.state_dict() for part in self._stateful()],
         }
-        torch.save(state, partial)
-        partial.replace(path)
+
+    def save(self, path: Path) -> None:
+        content = io.BytesIO()
+        torch.save(self._state(), content)
+        replace_file(path, content.getvalue())
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        """Raises ValueError if the file is damaged, or not a checkpoint of such a run."""
+        state = load_torch(path)
+        if not isinstance(state, dict) or state.keys() != self._state().keys():
+            raise ValueError(
+                f"{path}: expected a checkpoint of this command, got another file; delete it to start anew"
+            )
         own = {"variant": self.model.variant, "seed": self.seed, "steps": self.steps}
         its = {name: state[name] for name in own}
         if its != own:
             expected, got = (" ".join(f"--{name} {value}" for name, value in of.items()) for of in (own, its))
-            raise SystemExit(
+            raise ValueError(
                 f"{path}: expected a checkpoint of a run with {expected}, got one with {got}; give the same "
                 "arguments, or delete it"
             )
@@ -224,50 +238,78 @@ def train_model(
     return run.average.eval(), run.step, run.smoothed_loss
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, trains, and writes the weights."""
-    parser = argparse.ArgumentParser(prog="python -m fastunlearn.demo.pretrain", description=__doc__.split("\n")[0])
+    parser = OptionParser(prog=f"python -m {COMMAND}", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--variant",
         choices=demo_model.VARIANTS,
         default=demo_model.DEMO,
+        metavar="NAME",
         help=f"model to train: {', '.join(demo_model.VARIANTS)} (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=3200, help="training steps in total (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=3200, metavar="N", help="training steps in total (default: %(default)s)"
+    )
     parser.add_argument(
         "--minutes",
         type=float,
         default=float("inf"),
+        metavar="M",
         help="stop after this many minutes; run again to resume (default: no limit)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and data (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of weights and data (default: %(default)s)"
+    )
     parser.add_argument(
         "--output",
-        type=Path,
-        help="file to write (default: the demo's weights, in the package; required for another variant)",
+        type=expand_home,
+        metavar="FILE",
+        help="file to write, NAME.safetensors (default: the demo's weights, in the package; required for another "
+        "variant)",
     )
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer: a fifth faster, but needs a C++ compiler"
     )
     options = parser.parse_args(arguments)
+    with one_line_messages(COMMAND):
+        _check(options)
+        _pretrain(options.variant, options.steps, options.seed, options.output, options.minutes, options.compile)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ValueError or OSError for what would fail only after minutes. Fills in the output."""
+    is_count("--steps", options.steps)
+    is_seed("--seed", options.seed)
+    if not options.minutes > 0:  # NaN fails too
+        raise ValueError(f"--minutes: expected a number above 0, got {options.minutes}")
     if options.output is None:
         if options.variant != demo_model.DEMO:
-            parser.error("--output: expected a file for a variant whose weights are not in the package, got none")
+            raise ValueError("--output: expected a file for a variant whose weights are not in the package, got none")
         options.output = demo_model.WEIGHTS
-    checkpoint = options.output.with_suffix(".checkpoint")
-    model, step, loss = train_model(
-        options.variant, options.steps, options.seed, checkpoint, minutes=options.minutes, compiled=options.compile
-    )
-    if step < options.steps:
-        print(f"stopped after {step} of {options.steps} steps; run the same command to go on from {checkpoint}")
+    if options.output.suffix != ".safetensors":
+        raise ValueError(
+            f"--output: expected a name that ends in .safetensors, by which the commands know the demo's models, got "
+            f"{shown(str(options.output), 300)}"
+        )
+    writable(options.output.parent)
+
+
+def _pretrain(variant: str, steps: int, seed: int, output: Path, minutes: float, compiled: bool) -> None:
+    checkpoint = output.with_suffix(".checkpoint")
+    model, step, loss = train_model(variant, steps, seed, checkpoint, minutes=minutes, compiled=compiled)
+    if step < steps:
+        print(f"stopped after {step} of {steps} steps; run the same command to go on from {checkpoint}")
         return
-    judge = train_judge(options.seed)
-    accuracy = held_out_accuracy(judge, options.seed + 1)
-    record = {"steps": step, "seed": options.seed, "loss": round(loss, 5), "judge_accuracy": accuracy}
-    demo_model.save(model, judge, record, options.output)
+    judge = train_judge(seed)
+    accuracy = held_out_accuracy(judge, seed + 1)
+    record = {"steps": step, "seed": seed, "loss": round(loss, 5), "judge_accuracy": accuracy}
+    demo_model.save(model, judge, record, output)
     checkpoint.unlink()
-    entry = file_entry(options.output)
-    print(f"wrote {options.output} ({entry['bytes'] / 1e6:.2f} MB, SHA-256 {entry['sha256']}): {record}")
+    entry = file_entry(output)
+    print(f"wrote {output} ({entry['bytes'] / 1e6:.2f} MB, SHA-256 {entry['sha256']}): {record}")
+    if output == demo_model.WEIGHTS and entry["sha256"] != demo_model.WEIGHTS_SHA256:
+        print(f"the demo refuses these weights until WEIGHTS_SHA256 in {demo_model.__file__} is their SHA-256")
 
 
 if __name__ == "__main__":

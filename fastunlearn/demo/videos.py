@@ -15,6 +15,7 @@ from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.model import TOKEN_GRID, WEIGHTS, load
 from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH, Nouns, prompt_of
 from fastunlearn.devices import round_buffers
+from fastunlearn.files import shown
 from fastunlearn.training.cache.concept_masks import ConceptMasks
 from fastunlearn.training.data.requests import NEGATIVE, PROMPT
 from fastunlearn.training.model.sampling import denoise, stack_conditions
@@ -116,8 +117,16 @@ class Studio:
 
 
 def open_studio(concept: str, seed: int, device: torch.device, weights: Path = WEIGHTS) -> Studio:
-    """Loads a model and its judge, and draws noise for the prompts that are judged for `concept`."""
+    """Loads a model and its judge, and draws noise for the prompts that are judged for `concept`.
+
+    Raises:
+        ValueError: the record of training does not say how often the judge is right.
+        Others: what `load` raises.
+    """
     text_to_video, judge, training_record = load(weights)
+    accuracy = training_record.get("judge_accuracy")
+    if not isinstance(accuracy, float):
+        raise ValueError(f"{weights}: expected judge_accuracy in the record of training, got {shown(accuracy)}")
     round_buffers([text_to_video], device)
     model = text_to_video.to(device).without_text_encoder()
     asked = prompts.judged(concept)
@@ -126,7 +135,7 @@ def open_studio(concept: str, seed: int, device: torch.device, weights: Path = W
     return Studio(
         model=model,
         judge=judge.to(device),
-        judge_accuracy=training_record["judge_accuracy"],
+        judge_accuracy=accuracy,
         prompts=asked,
         with_concept=sum(concept in prompts.kinds_in(nouns) for nouns in asked),
         encoded=[encoded[prompt_of(nouns)] for nouns in asked],

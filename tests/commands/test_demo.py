@@ -326,8 +326,35 @@ def test_pretraining_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixtu
         pretrain(["--steps", "2", "--output", str(parts), "--minutes", "0.00001"])
         assert "run the same command to go on" in capsys.readouterr().out
         assert parts.with_suffix(".checkpoint").exists() and not parts.exists()
-        with pytest.raises(SystemExit, match="--seed 0 --steps 2"):
+        with pytest.raises(SystemExit, match="^fastunlearn.demo.pretrain: .*parts.checkpoint: .* --seed 0 --steps 2"):
             pretrain(["--steps", "3", "--output", str(parts)])
-        pretrain(["--steps", "2", "--output", str(parts)])
+        patch.setattr("fastunlearn.demo.model.WEIGHTS", parts)
+        pretrain(["--steps", "2"])
+        assert "the demo refuses these weights until WEIGHTS_SHA256 in" in capsys.readouterr().out
     assert whole.read_bytes() == parts.read_bytes()
     assert not parts.with_suffix(".checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps 0", "--steps: expected a whole number from 1 to 1000000000, got 0"),
+        ("--seed -1", "--seed: expected a whole number from 0 to 4294967295, got -1"),
+        ("--minutes nan", "--minutes: expected a number above 0, got nan"),
+        ("--variant wan", "--output: expected a file for a variant whose weights are not in the package, got none"),
+        ("--output a.checkpoint", "--output: expected a name that ends in .safetensors, .*, got 'a.checkpoint'"),
+        ("--output file/a.safetensors", ".*File exists: 'file'"),
+        ("--output old.safetensors", "old.checkpoint: expected a checkpoint of this command, got another file; delete"),
+        ("--output cut.safetensors", "cut.checkpoint: expected a readable file of tensors alone, got one that fails"),
+    ],
+)
+def test_pretraining_that_cannot_be_is_a_one_line_error(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    torch.save({"step": 3}, "old.checkpoint")
+    Path("cut.checkpoint").write_bytes(Path("old.checkpoint").read_bytes()[:100])
+    with pytest.raises(SystemExit, match=f"^fastunlearn.demo.pretrain: {message}"):
+        pretrain(arguments.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "old.checkpoint", "cut.checkpoint"}

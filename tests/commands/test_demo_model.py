@@ -19,6 +19,7 @@ from fastunlearn.cli import main
 from fastunlearn.demo import model as demo_model
 from fastunlearn.demo.judge import Judge
 from fastunlearn.demo.model import GUIDANCE, VARIANTS, TextToVideo, load, save
+from fastunlearn.demo.videos import open_studio
 from fastunlearn.demo.world import FRAMES, HEIGHT, WIDTH
 from fastunlearn.training.cache.reader import TeacherCache
 from fastunlearn.training.data.videos import read_video
@@ -190,6 +191,13 @@ def test_another_file_is_refused(
     with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {message}") as error:
         load_model(file, **FP32)
     assert len(str(error.value)) < 400
+
+
+def test_a_file_without_the_judge_s_accuracy_is_not_judged_by(weights: Callable[[str], Path]) -> None:
+    with pytest.raises(
+        ValueError, match=r"wan.safetensors: expected judge_accuracy in the record of training, got Non"
+    ):
+        open_studio("circle", 0, torch.device("cpu"), weights("wan"))
 
 
 def test_a_damaged_or_missing_file_is_a_one_line_error(weights: Callable[[str], Path], tmp_path: Path) -> None:
