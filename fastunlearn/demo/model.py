@@ -38,12 +38,12 @@ from fastunlearn.training.model.text import EncodedPrompt
 from fastunlearn.training.model.video_model import Defaults, VideoModel
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
-WEIGHTS_SHA256 = "a75b3949fe727f9064a02bdc30f90b98a82c4efaa9f66208877918ff82ea4d8b"  # `pretrain` prints it
+WEIGHTS_SHA256 = "f8e4a0842741e6a2a417a86b5262c057ebfde9395f923314c343bb0f981586c0"  # `pretrain` prints it
 TEXT_LENGTH = 8
 TEXT_WIDTH = 64
 PATCH = 2
 TOKEN_GRID = (FRAMES, HEIGHT // PATCH, WIDTH // PATCH)
-GUIDANCE = 3.0
+GUIDANCE = 2.5
 
 
 def build_cogvideox(layers: int, heads: int) -> CogVideoXTransformer3DModel:
