@@ -93,7 +93,9 @@ def draw_picture(rows: Sequence[Row], validation: Sequence[Measured], concept: s
             for number, frame in enumerate(video):
                 page.frame((left + number * (width * PICTURE_SCALE + GAP), y + 34), frame, PICTURE_SCALE)
     if validation:
-        page.image.paste(_curves(validation, page.width - 2 * MARGIN, CURVE_HEIGHT), (MARGIN, bottom))
+        with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+            curves = _curves(validation, page.width - 2 * MARGIN, CURVE_HEIGHT)
+        page.image.paste(curves, (MARGIN, bottom))
     content = io.BytesIO()
     page.image.save(content, format="PNG", optimize=True)
     replace_file(path, content.getvalue())
@@ -196,7 +198,6 @@ def _draw_title(page: _Page, concept: str) -> None:
 
 def _curves(validation: Sequence[Measured], width: int, height: int) -> Image.Image:
     """Draws the erasure coefficient and the drift on held-out trajectories against the training step."""
-    matplotlib.rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
     curves = {
         "erasure_coefficient": ("how much of the concept is left in the velocity (held-out trajectories)", ERASED_INK),

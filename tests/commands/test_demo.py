@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 from PIL import Image
@@ -214,6 +215,7 @@ def test_a_short_run_writes_everything(
     output.mkdir()
     unrelated.write_text("mine")
     reports = []
+    font = matplotlib.rcParams["font.family"]
     for _ in range(2):  # the same run may be repeated
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*kept.txt: only 15 of 27 prompts are used")
@@ -229,6 +231,7 @@ def test_a_short_run_writes_everything(
     assert set(report["appearances"]["after"]) == set(KINDS)
     assert (output / "recipe.toml").read_text() == SHORT
     assert unrelated.read_text() == "mine"
+    assert matplotlib.rcParams["font.family"] == font
     with Image.open(output / "demo.gif") as animation:
         assert animation.n_frames == 4  # three frames forward, and the middle one on the way back
     with Image.open(output / "demo.png") as picture:
