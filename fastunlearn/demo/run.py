@@ -21,7 +21,7 @@ from fastunlearn.demo.model import WEIGHTS
 from fastunlearn.demo.videos import Generated, Studio, open_studio
 from fastunlearn.demo.world import SHAPES, prompt_of
 from fastunlearn.devices import usable_device
-from fastunlearn.files import read_json, refuse_links, remove_folder, replace_file, writable, write_json
+from fastunlearn.files import expand_home, read_json, refuse_links, remove_folder, replace_file, writable, write_json
 from fastunlearn.training import evaluate, prepare, train
 from fastunlearn.training.data.recipe import read_recipe, with_recipe
 from fastunlearn.training.loop import measurements
@@ -61,6 +61,7 @@ def run(concept: str, output: Path, seed: int = 0, device: str = "cpu", recipe: 
         raise ValueError(f"concept: expected one of {', '.join(SHAPES)}, got {concept!r}")
     is_seed("seed", seed)
     torch_device = usable_device(device)
+    recipe = expand_home(recipe)
     read_recipe(recipe)  # raises before anything is written
     settings = recipe.read_bytes()
     output = writable(output)

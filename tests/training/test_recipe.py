@@ -92,6 +92,16 @@ def test_a_recipe_gives_defaults_and_what_is_given_comes_first(recipe):
         with_recipe(PrepareOptions, recipe)
 
 
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "recipe.toml").write_text("\ufeff[prepare]\nheight = 16\n", encoding="utf-8")
+    assert read_recipe(tmp_path / "recipe.toml").prepare == {"height": 16}
+
+
+def test_a_text_without_letters_is_not_the_folder_of_the_recipe(tmp_path):
+    (tmp_path / "recipe.toml").write_text("[train]\nresume_from_checkpoint = ''\n")
+    assert read_recipe(tmp_path / "recipe.toml").train == {"resume_from_checkpoint": ""}
+
+
 def test_groups_have_prompts_trajectories_and_steps_of_their_own(recipe):
     options = with_recipe(PrepareOptions, recipe, pretrained_model_name_or_path="m")
     assert read_requests(options) == [

@@ -38,7 +38,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-KEPT = "kept"  # the group of the kept prompts
+KEPT = "kept"  # the group of the prompts that must not change; all other groups are targets
 _LARGEST = 4 << 20  # bytes
 Options = TypeVar("Options", PrepareOptions, TrainingOptions)
 
@@ -112,7 +112,7 @@ def read_recipe(path: Path) -> Recipe:
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a recipe, but there is no such file")
     try:
-        content = tomllib.loads(read_file(path, _LARGEST).decode("utf-8"))
+        content = tomllib.loads(read_file(path, _LARGEST).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a recipe in TOML, got {one_line(error, 200)}") from error
     tables = {"prepare": PrepareOptions, "train": TrainingOptions}
@@ -241,12 +241,12 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def _located(value: Any, folder: Path, may_be_path: bool) -> Any:
-    """A path relative to `folder`; also a string that may be a path, if there is something."""
+    """A path relative to `folder`; also a string that may be a path, if there is such a file or folder."""
     if isinstance(value, tuple):
         return tuple(_located(element, folder, may_be_path) for element in value)
     if isinstance(value, Path):
         return folder / expand_home(value)
-    if may_be_path and (path := folder / expand_home(value)).exists():
+    if may_be_path and value and (path := folder / expand_home(value)).exists():
         return str(path)
     return value
 

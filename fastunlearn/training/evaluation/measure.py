@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fastunlearn.training.cache.provenance import check_inputs_fit
 from fastunlearn.training.cache.reader import Points, PointSet, TeacherCache
+from fastunlearn.training.data.recipe import KEPT
 from fastunlearn.training.evaluation.metrics import (
     Ratio,
     Sums,
@@ -26,8 +27,6 @@ from fastunlearn.training.evaluation.metrics import (
 )
 from fastunlearn.training.model.erased import without_erasers
 from fastunlearn.training.model.video_model import VideoModel
-
-KEPT = "kept"  # the group of the prompts that must not change; all other groups are targets
 
 # Rounding alone makes the frozen model drift from its cache, by 1 to 2 percent in half precision on another GPU.
 _MAX_FROZEN_DRIFT = 0.1

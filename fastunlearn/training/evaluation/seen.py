@@ -27,8 +27,8 @@ from torch import Tensor
 
 from fastunlearn.files import shown
 from fastunlearn.training.cache.reader import TeacherCache
+from fastunlearn.training.data.recipe import KEPT
 from fastunlearn.training.data.requests import INSTEAD, NEGATIVE, PROMPT
-from fastunlearn.training.evaluation.measure import KEPT
 from fastunlearn.training.evaluation.metrics import Ratio, erasure
 from fastunlearn.training.model.erased import without_erasers
 from fastunlearn.training.model.sampling import Conditions, denoise, scheduler_for, velocities
