@@ -23,6 +23,7 @@ from fastunlearn.demo.world import SHAPES, prompt_of
 from fastunlearn.devices import usable_device
 from fastunlearn.files import expand_home, read_json, refuse_links, remove_folder, replace_file, writable, write_json
 from fastunlearn.training import evaluate, prepare, train
+from fastunlearn.training.cache.changes import changes
 from fastunlearn.training.data.recipe import read_recipe, with_recipe
 from fastunlearn.training.loop import measurements
 from fastunlearn.training.loop.checkpoints import ERASERS
@@ -121,12 +122,12 @@ def _begin(output: Path, run_of: dict[str, Any]) -> None:
             found = read_json(path)
         except ValueError:
             found = {}
-        earlier = {name: found.get(name) for name in run_of}
+        others = list(changes({name: found.get(name) for name in run_of}, run_of))
         is_unfinished = found.keys() == run_of.keys()
-        if earlier != run_of and not is_unfinished:
+        if others and not is_unfinished:
             raise FileExistsError(
-                f"output: expected a new folder, or the demo of {run_of}, got {path} of {earlier}; choose another "
-                "folder"
+                f"output: expected a new folder, or that of the same demo, got {path} of another (there -> now: "
+                f"{'; '.join(others)}); choose another folder"
             )
     else:
         concept = run_of["concept"]

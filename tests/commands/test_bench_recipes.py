@@ -123,7 +123,7 @@ def test_the_paper_s_row_is_the_paper_s_recipe() -> None:
         ("train", recipe.train, TrainingOptions("", Path(), Path())),
     ):
         row = recipes.ROWS["paper"][command]
-        own_size = {"target_prompts", "kept_prompts", "mask_layers", "mask_threshold", "mixed_precision"}
+        own_size = {"target_prompts", "kept_prompts", "mixed_precision"}
         differs = {name: value for name, value in listed.items() if value != getattr(options, name)}
         assert {n: v for n, v in differs.items() if n not in own_size | recipes._SIZE[command].keys()} == row
 

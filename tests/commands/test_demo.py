@@ -249,13 +249,14 @@ def test_a_short_run_writes_everything(
 EARLIER: dict[str, Any] = {"concept": "square", "seed": 0, "device": "cpu", "recipe": {}, "videos": 84}
 
 
-@pytest.mark.parametrize("report", [EARLIER, {}, None])
-def test_the_report_of_another_run_is_not_replaced(report: dict[str, Any] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("report", "concept"), [(EARLIER, "'square' -> 'circle'"), ({}, "None -> 'circle'"), (None, "None -> 'circle'")]
+)
+def test_the_report_of_another_run_is_not_replaced(report: dict[str, Any] | None, concept: str, tmp_path: Path) -> None:
     text = "of an earlier run" if report is None else json.dumps(report)
     (tmp_path / "demo.json").write_text(text)
-    with pytest.raises(
-        FileExistsError, match="output: expected a new folder, or the demo of .*'circle'.*, got .*demo.json"
-    ):
+    message = f"output: expected a new folder, .* got .*demo.json of another .there -> now: concept: {concept};.*choose"
+    with pytest.raises(FileExistsError, match=message):
         run("circle", tmp_path)
     assert (tmp_path / "demo.json").read_text() == text
 

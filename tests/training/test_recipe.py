@@ -97,6 +97,11 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
     assert read_recipe(tmp_path / "recipe.toml").prepare == {"height": 16}
 
 
+def test_a_folder_is_not_a_recipe(tmp_path):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: expected a file, got a folder$"):
+        read_recipe(tmp_path)
+
+
 def test_a_text_without_letters_is_not_the_folder_of_the_recipe(tmp_path):
     (tmp_path / "recipe.toml").write_text("[train]\nresume_from_checkpoint = ''\n")
     assert read_recipe(tmp_path / "recipe.toml").train == {"resume_from_checkpoint": ""}

@@ -105,14 +105,15 @@ def read_recipe(path: Path) -> Recipe:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not TOML; a table or an option is unknown; a value has the wrong type or is out of range; two
-            groups have one name. The message names the file, the table and the option.
+        ValueError: it is not a file, or not TOML; a table or an option is unknown; a value has the wrong type or is out
+            of range; two groups have one name. The message names the file, the table and the option.
     """
     path = expand_home(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a recipe, but there is no such file")
+    text = read_file(path, _LARGEST)
     try:
-        content = tomllib.loads(read_file(path, _LARGEST).decode("utf-8-sig"))
+        content = tomllib.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a recipe in TOML, got {one_line(error, 200)}") from error
     tables = {"prepare": PrepareOptions, "train": TrainingOptions}
