@@ -25,7 +25,7 @@ import torch
 
 from fastunlearn.bench.command import one_line_errors, option_parser, write_report
 from fastunlearn.demo import prompts, report
-from fastunlearn.demo.model import WEIGHTS
+from fastunlearn.demo.model import WEIGHTS, load
 from fastunlearn.demo.videos import Generated, Studio, open_studio
 from fastunlearn.demo.world import SHAPES
 from fastunlearn.devices import usable_device
@@ -323,6 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in options.seeds:
             is_seed("--seeds", seed)
         device = usable_device(options.device)
+        for model in options.models:
+            load(model)  # raises before the runs of the others, which take hours
         results = _Results(options.output, arguments)
         for model in options.models:
             for seed in options.seeds:

@@ -55,8 +55,9 @@ class OptionParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
+            listed = ", ".join(repr(choice) if "," in choice else choice for choice in choices)
             raise argparse.ArgumentError(
-                action, f"expected one of {', '.join(choices)}, got {value!r}{_did_you_mean(str(value), choices)}"
+                action, f"expected one of {listed}, got {value!r}{_did_you_mean(str(value), choices)}"
             )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from fastunlearn.bench import recipes
 from fastunlearn.demo import prompts
+from fastunlearn.demo.model import WEIGHTS
 from fastunlearn.demo.report import WHEN
 from fastunlearn.demo.run import RECIPE
 from fastunlearn.demo.world import SHAPES
@@ -106,13 +107,21 @@ def test_a_file_of_other_runs_is_refused(content: dict[str, Any], message: str, 
     [
         (["--seeds", "0", "-1"], "--seeds: expected a whole number from 0 to 4294967295, got -1"),
         (["--device", "nowhere"], "device: expected .*, got 'nowhere'"),
-        (["--models", "no.safetensors"], ".*no.safetensors"),
+        (["--models", str(WEIGHTS), "no.safetensors"], "no.safetensors is missing"),
     ],
 )
 def test_options_that_cannot_be_are_one_line_errors(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=f"^fastunlearn.bench.recipes: {message}") as error:
         recipes.main(["--device", "cpu", *arguments])
     assert "\n" not in str(error.value)
+
+
+def test_rows_are_listed_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipes.main(["--rows", "defaults, eta 2"])
+    error = capsys.readouterr().err
+    assert "expected one of defaults, 'defaults, 120 steps of 8', paper, 'paper, relative', " in error
+    assert "did you mean defaults, eta 1?" in error
 
 
 def test_the_paper_s_row_is_the_paper_s_recipe() -> None:
