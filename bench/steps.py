@@ -95,6 +95,7 @@ class StepRunner:
             text = torch.randn(size.text_tokens, size.text_features, generator=generator).to(device, dtype)
             words = WORDS if prompt == TARGET else []
             self._encoded[prompt] = EncodedPrompt(prompt, {"encoder_hidden_states": text}, words)
+        # As the published step trains: the same target and losses, and nothing that it does not measure.
         self.training = TrainingOptions(
             "",
             Path(),
