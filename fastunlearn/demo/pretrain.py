@@ -3,7 +3,7 @@
     python -m fastunlearn.demo.pretrain [--variant NAME] [--steps N] [--minutes M] [--seed N] [--output FILE]
         [--compile]
 
-It took 34 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
+It took 32 minutes on one CPU core with --compile. It can be stopped at any time: run again with the same arguments, it
 resumes from its last checkpoint, a file next to the output. Every step draws its data and noise from its own generator,
 seeded by the run's seed and the step, so that a resumed run sees the same data as an uninterrupted one.
 """
