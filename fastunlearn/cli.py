@@ -70,7 +70,7 @@ def _add_command(commands: Any, command: str, help_line: str, description: str) 
     parser: argparse.ArgumentParser = commands.add_parser(
         command,
         help=help_line,
-        description=f"{description} Defaults are in parentheses; they were chosen on the demo's little models.",
+        description=f"{description} Defaults are in parentheses.",
         formatter_class=_WideHelp,
         usage=f"fastunlearn {command} [option ...]",
     )
