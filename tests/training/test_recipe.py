@@ -120,6 +120,13 @@ def test_groups_have_prompts_trajectories_and_steps_of_their_own(recipe):
         ValueError, match=r"target_prompts: expected none beside the \[\[targets\]\] of .*recipe.toml, got"
     ):
         read_requests(dataclasses.replace(options, target_prompts=recipe.parent / "beside.txt"))
+    videos = dataclasses.replace(options, data=recipe.parent, kept_prompts=None)
+    with pytest.raises(ValueError, match=r"^data: expected no videos beside the .* of .*recipe.toml, .* got"):
+        read_requests(videos)
+    recipe.write_text(RECIPE.replace('"dog"', '"circles"'))
+    with pytest.raises(ValueError, match="beside replacement: expected a prompt without 'circle', got"):
+        read_requests(options)
+    recipe.write_text(RECIPE)
     (recipe.parent / "beside.txt").write_text("two circles\n")
     with pytest.raises(ValueError, match="beside.txt: expected 'circle' as a word of its own"):
         read_requests(options)

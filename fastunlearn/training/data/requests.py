@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from fastunlearn.files import expand_home, shown
 from fastunlearn.training.data.prompts import PromptLine, read_prompts
-from fastunlearn.training.data.recipe import KEPT, read_recipe
+from fastunlearn.training.data.recipe import KEPT, Targets, read_recipe
 from fastunlearn.training.data.words import occurrences, other_forms, replace_concept, similar_words
 from fastunlearn.training.options import PrepareOptions
 
@@ -87,8 +87,8 @@ def read_requests(options: PrepareOptions) -> list[Request]:
     """The requests that the options describe: one per video in `data`, or `num_trajectories` per group of prompts.
 
     The groups are the target prompts, or those of the recipe, and the kept prompts. The prompts of a group take turns.
-    Warns of what is allowed but may be a mistake: no kept prompts, which training
-    needs, repeated prompts, and words that resemble the concept where it must not be.
+    Warns of what is allowed but may be a mistake: no kept prompts, which training needs, repeated prompts, and words
+    that resemble the concept where it must not be.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -98,8 +98,14 @@ def read_requests(options: PrepareOptions) -> list[Request]:
     """
     _refuse_concept(options.concept, options.negative_prompt, "negative_prompt")
     _refuse_concept(options.concept, options.replacement, "replacement")
+    groups_of_recipe = () if options.recipe is None else read_recipe(options.recipe).targets
     if options.data is None:
-        requests = _read_prompt_requests(options)
+        requests = _read_prompt_requests(options, groups_of_recipe)
+    elif groups_of_recipe:
+        raise ValueError(
+            f"data: expected no videos beside the [[targets]] of {options.recipe}, because each video has its own "
+            f"prompt; got {str(options.data)!r}"
+        )
     elif options.target_prompts is not None or options.kept_prompts is not None:
         raise ValueError(
             "data: expected no target_prompts or kept_prompts together with it, because each video has its own "
@@ -123,8 +129,7 @@ def read_requests(options: PrepareOptions) -> list[Request]:
     return requests
 
 
-def _read_prompt_requests(options: PrepareOptions) -> list[Request]:
-    targets = () if options.recipe is None else read_recipe(options.recipe).targets
+def _read_prompt_requests(options: PrepareOptions, targets: Sequence[Targets]) -> list[Request]:
     if targets and options.target_prompts is not None:
         raise ValueError(
             f"target_prompts: expected none beside the [[targets]] of {options.recipe}, got "
@@ -143,7 +148,9 @@ def _read_prompt_requests(options: PrepareOptions) -> list[Request]:
     for targets_of_recipe in targets:
         assert options.recipe is not None
         lines, own_options = targets_of_recipe.lines(options.recipe), targets_of_recipe.options(options)
-        where = str(targets_of_recipe.target_prompts or f"{options.recipe}: [[targets]] {targets_of_recipe.name}")
+        table = f"{options.recipe}: [[targets]] {targets_of_recipe.name}"
+        _refuse_concept(options.concept, own_options.replacement, f"{table} replacement")
+        where = str(targets_of_recipe.target_prompts or table)
         _check_lines(own_options, targets_of_recipe.name, where, lines)
         start, end = targets_of_recipe.steps
         requests += target_requests(lines, own_options, group=targets_of_recipe.name, steps=(start, end))
