@@ -18,6 +18,7 @@ from training_worker import CASES, train_case
 
 from fastunlearn import eraser_files
 from fastunlearn.training import prepare, train
+from fastunlearn.training.loop import measurements
 from fastunlearn.training.loop.processes import connect, fsdp_plugin
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 
@@ -61,10 +62,23 @@ def check_same(two: Path, one: Path, tolerance: float = 1e-4) -> None:
         assert (got[name] - value).abs().max().item() < tolerance * largest, name
 
 
+@pytest.mark.filterwarnings("ignore:validation. expected an erasure coefficient")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "not-finite"])
 def test_two_processes_equal_one_with_twice_the_batch_size(case: str, under_torchrun: Path, tmp_path: Path) -> None:
     train_case(tmp_path, case, batch=2, fsdp=False, gradient_checkpointing=False)
     check_same(under_torchrun / case / "erasers", tmp_path / "erasers")
+
+
+@pytest.mark.filterwarnings("ignore:validation. expected an erasure coefficient")
+@pytest.mark.parametrize("case", [case for case in CASES if "watched" in case])
+def test_two_processes_measure_what_one_does(case: str, under_torchrun: Path, tmp_path: Path) -> None:
+    train_case(tmp_path, case, batch=2, fsdp=False)
+    got, expected = measurements.read(under_torchrun / case), measurements.read(tmp_path)
+    assert [one.step for one in got] == [one.step for one in expected] == [0, 2, 4, 5]
+    for metric in ("erasure_coefficient", "preserved_drift"):
+        values = [getattr(one, metric) for one in expected]
+        assert [getattr(one, metric) for one in got] == pytest.approx(values, rel=1e-3, abs=1e-5), metric
+    assert (expected[-1].preserved_drift or 0) > 1e-3
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(under_torchrun: Path) -> None:

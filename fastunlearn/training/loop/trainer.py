@@ -221,6 +221,11 @@ class Trainer:
             loss_type=options.loss_type,
             batch_size=options.train_batch_size,
         )
+        if self._accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            # Other GPUs may round differently; other learning rates there would drive the processes' erasers apart.
+            (units,) = broadcast_object_list([units])
         if self._resumed is None:
             scale_initial_weights(self._erasers, units)
         return units
