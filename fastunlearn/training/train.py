@@ -146,7 +146,7 @@ def train(
             output_dir=output_dir,
             options=options,
             targets=targets,
-            kept=kept if options.preservation_weight else None,
+            kept=kept,
             factor=learning_rate_factor(options) if lr_lambda is None else lr_lambda,
             accelerator=accelerator,
             plugin=plugin,

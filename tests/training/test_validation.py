@@ -179,6 +179,19 @@ def test_what_is_not_erased_or_not_kept_is_a_warning(tmp_path: Path) -> None:
         train(model, tiny_cache(model), tmp_path / "1", strong)  # type: ignore[arg-type]
 
 
+def test_drift_is_measured_even_if_nothing_holds_it_back(tmp_path: Path) -> None:
+    done, _, cache, _ = watched(tmp_path / "0", preservation_weight=0.0, learning_rate=0.1)
+    assert (done.measurements[-1].preserved_drift or 0) > 0.01
+    record = json.loads((tmp_path / "0" / "erasers/training.json").read_text())
+    assert record["settings"]["kept"] is None, "a run may be resumed that drew no kept points"
+    del cache.groups["kept"]
+    output = tmp_path / "1"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "validation: expected an erasure")
+        done = train(tiny_model(), cache, output, options_for(output, preservation_weight=0.0, **WATCHED))  # type: ignore[arg-type]
+    assert {one.preserved_drift for one in done.measurements} == {None}
+
+
 def test_a_small_group_is_not_watched_and_said_once(tmp_path: Path) -> None:
     model = tiny_model()
     cache = tiny_cache(model)

@@ -82,7 +82,7 @@ class Trainer:
         output_dir: the folder for checkpoints and the trained erasers.
         options: the options of training.
         targets: the groups of target points.
-        kept: the group of kept points, or None to leave out the preservation loss.
+        kept: the group of kept points. At a preservation weight of 0 they are not trained on, only measured.
         factor: the factor of the learning rate, by step.
         accelerator: Accelerate's `Accelerator`.
         plugin: Accelerate's settings for FSDP2, or None not to shard the model.
@@ -99,7 +99,7 @@ class Trainer:
         output_dir: Path,
         options: TrainingOptions,
         targets: Sequence[TargetGroup],
-        kept: str | None,
+        kept: str,
         factor: LearningRateFactor,
         accelerator: Any,
         plugin: Any,
@@ -107,7 +107,7 @@ class Trainer:
     ) -> None:
         self._model, self._cache, self._options = model, cache, options
         self._output_dir, self._accelerator = output_dir, accelerator
-        self._kept = kept
+        self._kept = kept if options.preservation_weight else None
         num_processes = accelerator.num_processes
         is_sharded = plugin is not None and num_processes > 1
         device, dtype = accelerator.device if is_sharded else model.device, model.dtype
@@ -116,14 +116,14 @@ class Trainer:
         self._batches = Batches(
             cache.groups,
             targets,
-            kept,
+            self._kept,
             size=points,
             seed=options.seed,
             held_out=held_out,
             negative_share=options.kept_negative_share,
         )
         self._settings = RunSettings(
-            options, targets, kept, points=points, cache=cache.fingerprint, dtype=str(dtype), factor=factor
+            options, targets, self._kept, points=points, cache=cache.fingerprint, dtype=str(dtype), factor=factor
         )
         self._resumed = self._checkpoint_to_resume()
         self._last_checkpoint = None if self._resumed is None else self._resumed.path
@@ -149,7 +149,7 @@ class Trainer:
             cache,
             held_out,
             [target.name for target in targets],
-            kept,
+            kept if kept in cache.groups else None,
             options,
             experts=model.experts,
             device=device,
