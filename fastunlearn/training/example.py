@@ -21,10 +21,10 @@ from fastunlearn.training.data.requests import Request, distinct_prompts, target
 from fastunlearn.training.data.videos import check_ffmpeg, write_video
 from fastunlearn.training.model.erased import without_erasers
 from fastunlearn.training.model.loading import load_model
+from fastunlearn.training.model.sampling import video
 from fastunlearn.training.model.text import encode_prompts
 from fastunlearn.training.options import PrepareOptions, TrainingOptions
 from fastunlearn.training.prepare import prepare
-from fastunlearn.training.sample import video
 from fastunlearn.training.train import train
 
 CONCEPT = "dog"

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,14 +29,13 @@ from fastunlearn.training.data.videos import check_ffmpeg, enlarged, write_video
 from fastunlearn.training.data.words import has_unspaced_script
 from fastunlearn.training.model import erased
 from fastunlearn.training.model.memory import explained_out_of_memory
-from fastunlearn.training.model.sampling import denoise, stack_conditions
+from fastunlearn.training.model.sampling import video
 from fastunlearn.training.model.text import encode_prompts
 from fastunlearn.training.model.video_model import VideoModel, VideoSize
 from fastunlearn.training.options import SampleOptions
 
 _NAME_LENGTH = 56  # a file name may have 255 bytes, and a letter takes up to 4
 _NEVER_ALONE = frozenset(["a", "an", "the", "of", "in", "on", "at", "to", "for", "with", "and", "or", "is"])
-_PROMPT, _NEGATIVE = "prompt", "negative"
 _VERSIONS = ("before", "after")
 _PROMPTS = "prompts.txt"  # numbers and prompts
 
@@ -85,59 +83,11 @@ def run(options: SampleOptions) -> list[Path]:
     steps = len(prompts) * len(_versions(options)) * options.num_inference_steps
     with explained_out_of_memory(options), tqdm(total=steps, desc="sampling", unit="step") as bar:
         for prompt, name, title in zip(prompts, names, titles, strict=True):
-            conditions = {_PROMPT: encoded[prompt].condition, _NEGATIVE: encoded[options.negative_prompt].condition}
+            conditions = {"prompt": encoded[prompt].condition, "negative": encoded[options.negative_prompt].condition}
             videos = _before_and_after(model, conditions, size, options, bar)
             written += _write(_files(output, name, options), videos, title, fps)
     print(f"wrote {len(written)} files to {output}: " + ", ".join(file.name for file in written))
     return written
-
-
-def video(
-    model: VideoModel,
-    conditions: Mapping[str, Condition],
-    size: VideoSize,
-    *,
-    seed: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-    bar: tqdm | None = None,
-) -> Tensor:
-    """Samples one video: (F, 3, H, W) in [0, 1], on the CPU.
-
-    Args:
-        model: a model loaded with its VAE.
-        conditions: the conditions of the "prompt" and of the "negative" prompt, without a batch dimension.
-        size: one that the model's `latent_shape` accepts.
-        seed: the seed of the initial noise, which is drawn in float32 on the CPU to be the same on every device.
-        num_inference_steps: number of sampling steps.
-        guidance_scale: classifier-free guidance scale; 1 samples without guidance, from the prompt alone.
-        bar: a progress bar to advance by 1 per step.
-
-    Raises:
-        FloatingPointError: the latents are not finite. Decoded, they would just be a black video.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(1, *model.latent_shape(*size), generator=generator)
-    needed = [_PROMPT] if guidance_scale == 1 else [_PROMPT, _NEGATIVE]
-    for step in denoise(
-        model,
-        latents,
-        {name: stack_conditions([conditions[name]], model.device) for name in needed},
-        follow=_PROMPT,
-        guide_from=_NEGATIVE,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        generators=[generator],
-    ):
-        latents = step.x_next
-        if bar is not None:
-            bar.update()
-    if not latents.isfinite().all():
-        raise FloatingPointError(
-            f"video: expected finite latents, got NaN or infinity after {num_inference_steps} sampling steps; "
-            f"the model overflows in {model.dtype}, or guidance or the erasers are too strong"
-        )
-    return model.decode(latents, size.num_frames)[0]
 
 
 def file_names(prompts: Sequence[str]) -> list[str]:

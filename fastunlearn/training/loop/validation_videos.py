@@ -13,9 +13,9 @@ from fastunlearn.families import Condition
 from fastunlearn.files import subfolder
 from fastunlearn.training.data.comparison import write_strip
 from fastunlearn.training.model.erased import without_erasers
+from fastunlearn.training.model.sampling import video
 from fastunlearn.training.model.video_model import VideoModel, VideoSize
 from fastunlearn.training.options import TrainingOptions
-from fastunlearn.training.sample import video
 
 FOLDER = "validation"
 

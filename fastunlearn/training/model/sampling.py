@@ -1,4 +1,4 @@
-"""Sampling from a model step by step, with access to its velocities at every step."""
+"""Sampling from a model: step by step, with access to its velocities at every step, or a whole video."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastunlearn.families import Condition
 from fastunlearn.files import one_line, shown
-from fastunlearn.training.model.video_model import VideoModel
+from fastunlearn.training.model.video_model import VideoModel, VideoSize
 from fastunlearn.training.random_numbers import random_generator
 from fastunlearn.velocity_model import VelocityModel
 
@@ -162,6 +162,54 @@ def denoise(
         x_next = advance(velocity, index, x_t).to(x_t.dtype)
         yield Step(index, float(t), x_t.to(model.dtype), by_name, x_next)
         x_t = x_next
+
+
+def video(
+    model: VideoModel,
+    conditions: Mapping[str, Condition],
+    size: VideoSize,
+    *,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    bar: Any = None,
+) -> Tensor:
+    """Samples one video: (F, 3, H, W) in [0, 1], on the CPU.
+
+    Args:
+        model: a model loaded with its VAE.
+        conditions: the conditions of the "prompt" and of the "negative" prompt, without a batch dimension.
+        size: one that the model's `latent_shape` accepts.
+        seed: the seed of the initial noise, which is drawn in float32 on the CPU to be the same on every device.
+        num_inference_steps: number of sampling steps.
+        guidance_scale: classifier-free guidance scale; 1 samples without guidance, from the prompt alone.
+        bar: a progress bar (tqdm) to advance by 1 per step.
+
+    Raises:
+        FloatingPointError: the latents are not finite. Decoded, they would just be a black video.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(1, *model.latent_shape(*size), generator=generator)
+    needed = ["prompt"] if guidance_scale == 1 else ["prompt", "negative"]
+    for step in denoise(
+        model,
+        latents,
+        {name: stack_conditions([conditions[name]], model.device) for name in needed},
+        follow="prompt",
+        guide_from="negative",
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        generators=[generator],
+    ):
+        latents = step.x_next
+        if bar is not None:
+            bar.update()
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            f"video: expected finite latents, got NaN or infinity after {num_inference_steps} sampling steps; "
+            f"the model overflows in {model.dtype}, or guidance or the erasers are too strong"
+        )
+    return model.decode(latents, size.num_frames)[0]
 
 
 def _advance(scheduler: Any, generators: Sequence[torch.Generator]) -> Callable[[Tensor, int, Tensor], Tensor]:
