@@ -13,7 +13,7 @@ from prepare_cases import prepare_and_open
 from training_cases import options_for
 
 from fastunlearn.erasers import detach_erasers
-from fastunlearn.training.loop.validation_videos import refuse_sharded_model
+from fastunlearn.training.loop.validation_videos import ValidationVideos, refuse_sharded_model
 from fastunlearn.training.train import train
 
 
@@ -55,6 +55,28 @@ def test_pictures_show_every_prompt_before_and_after(model_and_prompts: Any, loa
         assert (second[row] == third[row]).all() == is_frozen
         if not is_frozen:
             assert (second[row] != second[row - 1]).any()
+
+
+def test_erasers_are_written_before_the_last_videos(
+    model_and_prompts: Any, loaded_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoded = model_and_prompts("cogvideox")
+    cache = prepare_and_open(model, encoded, tmp_path / "cache")
+    prompts = tuple(prompt for prompt in encoded if prompt != cache.facts["negative_prompt"])[:1]
+    conditions = {prompt: entry.condition for prompt, entry in encoded.items()}
+    options = options_for(tmp_path / "out", validation_prompt=prompts, checkpointing_steps=2, max_train_steps=2)
+
+    def run_out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ValidationVideos, "write", run_out_of_memory)
+    with_vae = loaded_model("cogvideox", vae=True)
+    try:
+        with pytest.raises(MemoryError):
+            train(with_vae, cache, tmp_path / "out", options, validation_conditions=conditions)
+    finally:
+        detach_erasers(with_vae.experts[0])
+    assert (tmp_path / "out" / "erasers" / "training.json").exists()
 
 
 def test_what_cannot_be_sampled_is_refused(model_and_prompts: Any, loaded_model: Any, tmp_path: Path) -> None:

@@ -267,6 +267,8 @@ class Trainer:
         erasers = self._output_dir / ERASERS
         if is_main:
             self._save_erasers(subfolder(self._output_dir, ERASERS), options.max_train_steps)
+            if self._videos is not None and first < options.max_train_steps:  # now that the erasers are safe
+                self._videos.write(options.max_train_steps)
         self._accelerator.wait_for_everyone()
         self._validation.finish()
         resumed_from = None if self._resumed is None else self._resumed.path

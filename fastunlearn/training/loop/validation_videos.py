@@ -65,8 +65,8 @@ class ValidationVideos:
         self._frozen: dict[str, Tensor] = {}
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` is the last one, or has a checkpoint."""
-        return step == self._options.max_train_steps or step % self._options.checkpointing_steps == 0
+        """Whether `step` has a checkpoint. The last one is never due: its erasers have to be written first."""
+        return step < self._options.max_train_steps and step % self._options.checkpointing_steps == 0
 
     @torch.no_grad()
     def write(self, step: int) -> None:
