@@ -194,6 +194,10 @@ def test_prepare_and_train_with_a_recipe(recipe, tmp_path, tiny_pipeline):
             "[train]\nlearning_rate = " + "9" * 400,
             "[train] learning_rate: expected a number from 0 to 1000, got a longer number",
         ),
+        (
+            "[train]\nlearning_rate = -" + "9" * 400,
+            "[train] learning_rate: expected a number from 0 to 1000, got a longer number",
+        ),
         ("[train]\nfsdp = 1", "[train] fsdp: expected true or false, got 1"),
         ("[train]\ncache_dir = 3", "[train] cache_dir: expected a string, got 3"),
         ("[train]\nloss_type = 'l3'", "[train] loss_type: expected one of 'l2', 'l1', got 'l3'"),

@@ -236,7 +236,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     is_fit = isinstance(value, (int, float) if hint is float else str if hint is Path else hint)
     if not is_fit or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{name}: expected {kinds.get(hint, 'a string')}, got {shown(value)}")
-    if hint is float and value <= sys.float_info.max:  # a larger integer is out of every range
+    if hint is float and abs(value) <= sys.float_info.max:  # a larger integer is out of every range
         return float(value)
     return Path(value) if hint is Path else value
 
