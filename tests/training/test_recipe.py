@@ -142,6 +142,8 @@ def test_training_has_the_groups_of_the_recipe(recipe, tmp_path):
     assert target_groups(dataclasses.replace(options, recipe=None), []) == (TargetGroup(guidance_scale=2.5),)
     with pytest.raises(ValueError, match=r"^recipe: expected the one that .* groups are \['alone'\], got none$"):
         target_groups(dataclasses.replace(options, recipe=None), ["alone", "kept"])
+    with pytest.warns(UserWarning, match="only the group 'target' is trained on, not \\['beside'\\]"):
+        target_groups(dataclasses.replace(options, recipe=None), ["target", "beside", "kept"])
     model = tiny_model()
     with pytest.raises(ValueError) as error:
         train(model, tiny_cache(model), tmp_path / "out", options_for(tmp_path / "out", recipe=recipe))

@@ -448,8 +448,8 @@ def test_a_share_of_the_kept_points_has_the_negative_prompt(share: float, counts
             Batches(groups, [TargetGroup()], "kept", size=4, seed=7, negative_share=share)
         assert str(error.value) == (
             "kept: expected points in group 'kept' whose v_uncond is of the negative prompt, with that prompt's "
-            f"condition in the cache, because kept_negative_share is {share:g}, got none; prepare the cache again, or "
-            "set kept_negative_share to 0"
+            f"condition in the cache, because kept_negative_share is {share:g}, got none; set it to 0, or prepare the "
+            "cache with some kept prompts that have no other prompt after a tab"
         )
         groups["kept"].has_negative[5] = True
         draws = [Batches(groups, [TargetGroup()], "kept", size=4, seed=7, negative_share=1.0).draw(s) for s in range(9)]

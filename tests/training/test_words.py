@@ -214,6 +214,20 @@ def test_dropping_the_concept_leaves_a_prompt(text, concept, rest):
     assert not occurrences(rest, concept) and not other_forms(rest, concept)
 
 
+@pytest.mark.parametrize(
+    ("text", "concept", "rest"),
+    [
+        ("a painting by Van Gogh", "Van Gogh", "a painting"),
+        ("a painting by Van Gogh of a cat", "Van Gogh", "a painting of a cat"),
+        ("a girl on a horse in a field", "horse", "a girl in a field"),
+        ("a woman, fully nude, on a bed", "nude", "a woman, fully, on a bed"),
+        ("a man walking in, nude", "nude", "a man walking in"),
+    ],
+)
+def test_prepositions_go_with_their_noun(text, concept, rest):
+    assert replace_concept(text, concept) == rest
+
+
 def test_something_else_takes_the_concept_s_place():
     assert replace_concept("a circle, two circles", "circle", "octagon") == "an octagon, two octagon"
     assert replace_concept("an owl’s (owl)", "owl", "cat") == "a cat’s (cat)"

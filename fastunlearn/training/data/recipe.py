@@ -12,8 +12,9 @@
     prompts = ["a nude person"]          # or target_prompts = "alone.txt"
     negative_guidance_scale = 1.0
 
-What is given on the command line, or to `with_recipe`, comes before the recipe. Comments are the place for reasons. An
-options class whose `recipe` is set without `with_recipe` has the recipe's groups, but its own defaults.
+What is given on the command line, or to `with_recipe`, comes before the recipe's tables, but after what a group sets
+for itself. Comments are the place for reasons. An options class whose `recipe` is set without `with_recipe` has the
+recipe's groups, but its own defaults.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import difflib
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -160,7 +162,7 @@ def target_groups(options: TrainingOptions, groups: Iterable[str]) -> tuple[Targ
 
     Raises:
         ValueError: the target groups of the recipe are not those of the cache, or there is none for a cache that has
-            other groups.
+            others than "target".
         Others: what `read_recipe` raises.
     """
     recipe = () if options.recipe is None else read_recipe(options.recipe).targets
@@ -171,6 +173,13 @@ def target_groups(options: TrainingOptions, groups: Iterable[str]) -> tuple[Targ
             raise ValueError(
                 f"recipe: expected the one that the cache was prepared with, whose target groups are {shown(cached)}, "
                 "got none"
+            )
+        others = [name for name in cached if name != default_group.name]
+        if others:
+            warnings.warn(
+                "recipe: expected the one that the cache was prepared with, got none; only the group "
+                f"{shown(default_group.name)} is trained on, not {shown(others)}",
+                stacklevel=3,
             )
         return (default_group,)
     if names != cached:

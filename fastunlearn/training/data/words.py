@@ -46,7 +46,8 @@ _ENDINGS = (
 # What is left where the concept's words stood, and what comes in its place, one after the other.
 _GAP = "\0"  # marks where they stood: no prompt has it
 _CONNECTIVE = r"(?:and|or|with|of)\b"
-_NO_NOUN = r"(?:and|or|with|of|in|on|at|by|from|to|near|under|over|beside|behind|is|are|was|were|who|that)\b"
+_BEFORE_NOUN = "and|or|with|of|in|on|at|by|from|to|near|under|over|beside|behind"
+_NO_NOUN = rf"(?:{_BEFORE_NOUN}|is|are|was|were|who|that)\b"
 _LEFT_BEHIND = tuple(
     (re.compile(pattern, re.IGNORECASE), instead)
     for pattern, instead in (
@@ -57,7 +58,8 @@ _LEFT_BEHIND = tuple(
         (r"\b(an?|the) ?\0 ?, ?", r"\1 \0"),  # "a nude, smiling man"
         (r"((?:^|[^\w\s] ?)(?:an?|the) \w+), ?\0 ?(?=\w)(?!an?\b|the\b)", r"\1 \0"),  # "a smiling, nude man"
         (rf"(^|[^\w\s] ?)\0 ?{_CONNECTIVE} ?", r"\1\0"),  # "nude and smiling"
-        (rf" ?\b{_CONNECTIVE} ?\0 ?(?=$|[^\w\s]|{_CONNECTIVE})", " \0"),  # "smiling and nude"
+        (rf" ?\b(?:{_BEFORE_NOUN}) ?\0 ?(?=$|[^\w\s]|{_NO_NOUN})", " \0"),  # "smiling and nude", "a man on a horse"
+        (r" \0 ?(?=[,;:])", "\0"),  # "a woman, fully nude, on a beach"
         (r"[ ,;:、，]*\0 ?(?=$|[.!?;:)。！？])", "\0"),
         (r"(\s)\0 ", r"\1\0"),
     )
@@ -98,7 +100,7 @@ def replace_concept(text: str, concept: str, replacement: str = "") -> str:
     """The text with `replacement` wherever `occurrences` and `other_forms` find the concept; dropped if that is empty.
 
     Dropping also removes what the words leave behind: blanks, commas, empty brackets, a possessive ending, Korean
-    particles, and the English words "a", "the", "and", "or", "with" and "of" that have nothing to refer to any more.
+    particles, and English articles, conjunctions and prepositions that have nothing to refer to any more.
     What is left may be empty.
 
     Raises:

@@ -134,7 +134,7 @@ class Batches:
                 raise ValueError(
                     f"kept: expected points in group {shown(kept)} whose v_uncond is of the negative prompt, with that "
                     f"prompt's condition in the cache, because kept_negative_share is {negative_share:g}, got none; "
-                    "prepare the cache again, or set kept_negative_share to 0"
+                    "set it to 0, or prepare the cache with some kept prompts that have no other prompt after a tab"
                 )
         self._offset = torch.rand(1, generator=random_generator(seed, "offset")).item()
 
