@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,7 +79,7 @@ def write_report(path: Path | None, command: str, arguments: Sequence[str] | Non
     if path is None:
         return
     provenance = {
-        "command": " ".join([f"python -m {command}", *(sys.argv[1:] if arguments is None else arguments)]),
+        "command": shlex.join(["python", "-m", command, *(sys.argv[1:] if arguments is None else arguments)]),
         "commit": _commit(),
         "machine": platform.processor() or platform.machine(),
         "environment": describe().splitlines(),

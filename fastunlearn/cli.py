@@ -88,7 +88,8 @@ def _add_phase(commands: Any, command: str) -> None:
     types_of_fields = typing.get_type_hints(options_class)
     takes_recipe = "recipe" in types_of_fields
     if takes_recipe:
-        parser.description = f"{parser.description} They were chosen on the demo's model, not on one of full size."
+        tested = "They were chosen on the demo's model and tested on two others of its size, none of full size."
+        parser.description = f"{parser.description} {tested}"
     for field in dataclasses.fields(options_class):
         title = field.metadata["group"]
         if title not in groups:

@@ -118,7 +118,10 @@ def test_a_misspelt_command_is_one_line_with_what_may_be_meant(
         ("help", "fastunlearn [-h] [--version] command"),
         ("help train", "fastunlearn train [option ...]"),
         ("train help", "fastunlearn train [option ...]"),
-        ("train --help", "They were chosen on the demo's model, not on one of full size."),
+        (
+            "train --help",
+            "They were chosen on the demo's model and tested on two others of its size, none of full size.",
+        ),
         ("bench", "fastunlearn bench NAME [option ...]"),
         ("bench --help", "  traffic     bytes that the kernels move"),
         ("bench help kernels", "python -m fastunlearn.bench.kernels"),

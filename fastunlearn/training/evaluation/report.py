@@ -22,9 +22,12 @@ _SEEN, _ERASED, _KEPT, _INSIDE, _REFERENCE = "#b5651d", "#d1495b", "#2e7d6b", "#
 
 
 def table(report: Report) -> str:
-    """The metrics as text: a row per range of timesteps, from noise to video, then the totals and how to read them."""
+    """The metrics as text: whether the concept is seen, which of all says most about the videos; then the diagnostics.
+
+    These have a row per range of timesteps, from noise to video, then the totals and how to read them.
+    """
     heads = ("erasure coefficient", "distance to baseline", "change inside mask", "drift on kept prompts")
-    lines = [f"{'timestep':>12}" + "".join(f"{head:>23}" for head in heads)]
+    lines = [*_seen_remarks(report["seen"]), "", f"{'timestep':>12}" + "".join(f"{head:>23}" for head in heads)]
     for row in report["by_timesteps"]:
         first, last = f"{row['from']:.0f}", f"{row['to']:.0f}"
         lines.append(_row(first if first == last else f"{first} - {last}", row))
@@ -45,8 +48,7 @@ def _remarks(report: Report) -> Iterator[str]:
     """The lines below the table."""
     concept = "the concept" if report["concept"] is None else f'"{report["concept"]}"'
     yield f"{report['target_points']} points with {concept}, {report['kept_points']} without"
-    yield from _seen_remarks(report["seen"])
-    yield "erasure coefficient     a diagnostic: 1: nothing erased; 0: the concept has no effect; below 0: avoided"
+    yield "erasure coefficient     1: nothing erased; 0: the concept has no effect; below 0: avoided"
     early = _shown(report["early_erasure_coefficient"], ".2f")
     yield f"  at early timesteps    {early}; what a video shows is decided there"
     yield "distance to baseline    1: nothing erased; 0: the concept has no effect; every other change makes it larger"

@@ -12,6 +12,9 @@ the target prompt and its baseline, which is the prompt without the concept.
 So the prompt explains the video better if c > 1/2: then the concept is *seen*. c is the erasure coefficient of v*, with
 both sums over several noise levels. It is called the *likeness* to the concept: about 1 for a video of the prompt, and
 0 for a video of the baseline.
+
+Of all that `fastunlearn evaluate` measures, the share of videos in which the concept is seen ranks erasers most like a
+classifier of the videos does: `python -m fastunlearn.bench.recipes` measures how much, bench/README.md has the numbers.
 """
 
 from __future__ import annotations
