@@ -15,7 +15,10 @@ _DTYPE_BY_MIXED_PRECISION = {"no": torch.float32, "fp16": torch.float16, "bf16":
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of the arithmetic on these tensors: float64 if any of them is float64, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

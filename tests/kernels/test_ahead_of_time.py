@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,19 @@ import pytest
 import torch
 
 from fastunlearn.testing.ahead_of_time import TARGETS, Launch, compile_launch, recorded_launches
-from fastunlearn.testing.launches import OPERATIONS, Operation, combinations, pairwise, table_row
+from fastunlearn.testing.launches import (
+    ATTENTION_CHOICES,
+    OPERATIONS,
+    Operation,
+    attention_launches,
+    combinations,
+    pairwise,
+    table_row,
+)
 
 pytest.importorskip("triton", reason="there are no kernels without Triton")
 
+from fastunlearn.kernels import concept_attention
 from fastunlearn.kernels.velocity import velocity_loss
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -103,6 +113,50 @@ def test_every_launch_compiles_well(shard: int) -> None:
     table = [line for launch, target in jobs()[shard::SHARDS] for line in problems(launch, target)]
     assert len(jobs()) > 1000
     assert not table, "\n".join(table)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_two_programs_of_attention_share_a_multiprocessor_of_hopper(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(concept_attention, "_capability", lambda device: 9)
+    concept_attention._plan.cache_clear()
+    grid = [choice for choice in combinations(ATTENTION_CHOICES) if not choice["lse"]]
+    for choice in grid if dtype == BRAIN else grid[:1]:
+        (launch,) = attention_launches((dtype,), choice)
+        binary = compile_launch(launch, "sm_90")
+        assert binary.spilled_bytes == binary.local_bytes == 0
+        assert binary.registers * launch.options["num_warps"] * 32 <= 65536 // 2
+    concept_attention._plan.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "channels"),
+    [(30, 17776, 64), (48, 17776, 64), (24, 119056, 128), (40, 32760, 128), (12, 32760, 128)],
+    ids=["CogVideoX-2B", "CogVideoX-5B", "HunyuanVideo", "Wan 14B", "Wan 1.3B"],
+)
+@pytest.mark.parametrize("multiprocessors", [108, 132, 148, 160])
+def test_attention_leaves_few_multiprocessors_idle(
+    heads: int, tokens: int, channels: int, multiprocessors: int
+) -> None:
+    x = torch.empty(1, heads, tokens, channels, dtype=BRAIN, device="meta")
+    for programs_each in (1, 2):
+        plan = concept_attention._plan(
+            x.shape,
+            x.stride(),
+            x.dtype,
+            tokens,
+            x.stride(),
+            x.dtype,
+            2,
+            (2, 1),
+            None,
+            None,
+            None,
+            torch.device("cpu"),
+        )
+        waves = math.prod(plan.grid) / (programs_each * multiprocessors)
+        assert waves / math.ceil(waves) > 0.93
 
 
 def test_more_than_two_to_the_31_elements() -> None:

@@ -110,6 +110,55 @@ def test_large_logits_do_not_overflow() -> None:
     check_concept_attention(30 * query, 30 * key, torch.arange(10))
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 2])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_scales_of_any_sign(scale: float, with_lse: bool) -> None:
+    query, key = query_and_key(keys=70)
+    lse = (query.double() @ key.double().mT * scale).logsumexp(-1).float() if with_lse else None
+    actual = concept_attention(query, key, [2, 5], scale=scale, lse=lse)
+    np.testing.assert_allclose(actual.numpy(), oracle.concept_attention(query, key, [2, 5], scale=scale), rtol=2e-5)
+
+
+def test_a_masked_key_stays_masked_where_the_scale_is_zero() -> None:
+    query, key = query_and_key()
+    mask = torch.arange(17).expand(2, 17) < 4
+    actual = concept_attention(query, key, [2, 5], scale=0.0, key_mask=mask)
+    torch.testing.assert_close(actual, torch.full((2, 13), 0.25))
+
+
+@pytest.mark.parametrize("keys", [1, 32, 63, 64, 65, 128, 150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_keys_that_fill_blocks_or_do_not(keys: int, dtype: torch.dtype) -> None:
+    check(*query_and_key(keys=keys, dtype=dtype), torch.tensor([0, keys // 2, keys - 1]))
+
+
+KEY_MASKS = {
+    "padding at the end": torch.arange(150) < 140,
+    "a block of padding": torch.arange(150) < 64,
+    "padding at the start": torch.arange(150) >= 70,
+    "a gap": (torch.arange(150) < 66) | (torch.arange(150) > 128),
+    "only the last key": torch.arange(150) == 149,
+    "all but the last key": torch.arange(150) < 149,
+}
+
+
+@pytest.mark.parametrize("name", KEY_MASKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_masks_of_whole_blocks(name: str, dtype: torch.dtype) -> None:
+    """The samples differ, and masked keys are NaN: they must not be multiplied by 0."""
+    query, key = query_and_key(keys=150, dtype=dtype)
+    key_mask = torch.stack([KEY_MASKS[name], torch.ones(150, dtype=torch.bool)])
+    kept = [2, 63, 64, 100, 135, 149]
+    expected = concept_attention(query[1:], key[1:], kept)
+    check(query, key, torch.tensor(kept), key_mask)
+    key[0, :, ~KEY_MASKS[name]] = torch.nan
+    actual = concept_attention(query, key, kept, key_mask=key_mask)
+    only = KEY_MASKS[name].nonzero()[:, 0].tolist()
+    without = concept_attention(query[:1], key[:1, :, only], [only.index(i) for i in kept if i in only])
+    torch.testing.assert_close(actual[:1], without)
+    torch.testing.assert_close(actual[1:], expected)
+
+
 def test_empty_batch() -> None:
     assert concept_attention(*query_and_key(batch=0), torch.tensor([0])).shape == (0, 13)
     assert concept_attention(*query_and_key(queries=0), torch.tensor([0])).shape == (2, 0)

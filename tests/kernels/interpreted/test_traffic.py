@@ -122,13 +122,14 @@ def test_low_rank_localization_reads_hidden_states_once_per_pass(dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_concept_attention_with_lse_reads_queries_once_and_the_chosen_keys(dtype: torch.dtype) -> None:
     query, key = random_tensors((2, 3, 200, 64), [dtype] * 2)
-    tokens, block = torch.tensor([3, 7, -1]), 64 if dtype == torch.bfloat16 else 32
+    tokens = torch.tensor([3, 7, -1])
     for lse in (torch.zeros(2, 3, 200), None):
         with observed_kernels() as observed:
             concept_attention(query, key, tokens, lse=lse)
         loaded = {name: n for (_, name), n in observed.loaded.items()}
         assert observed.launches == ["concept_attention_kernel"]
         assert loaded["query_ptr"] == query.nbytes
+        block = 32 if dtype == torch.float32 else 128 if lse is None else 64
         # Each block of queries reads the keys; all blocks but the first find them in a cache.
         bytes_per_block = 2 * 3 * 64 * dtype.itemsize * (2 if lse is not None else 202)
         assert loaded["key_ptr"] == -(-200 // block) * bytes_per_block
