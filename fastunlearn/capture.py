@@ -233,6 +233,7 @@ class AttnMapsCapture(_Capture):
         self._grid: tuple[int, int, int] | None = None
         self._has_warned = False
         self._tokens: Tensor | None = None
+        self._token_rows: dict[tuple[Any, ...], Tensor] = {}
         if token_indices is not None:
             self._tokens = integer_tensor("token_indices", token_indices)
             if not self._tokens.numel():
@@ -240,6 +241,7 @@ class AttnMapsCapture(_Capture):
 
     def _install_hooks(self, undo: ExitStack) -> None:
         self._calls.clear()
+        self._token_rows.clear()
         self._grid = None
         undo.callback(self._transformer.register_forward_pre_hook(self._keep_grid, with_kwargs=True).remove)
         for name, attention in self._captured_modules().items():
@@ -317,20 +319,18 @@ class AttnMapsCapture(_Capture):
             self._warn_of_extra_pass()
         if self._tokens is None:
             return attention.with_lse().part(video, text).probabilities()
-        batch, keys = attention.query.shape[0], attention.key.shape[2]
-        first, last, _ = text.indices(keys)
-        index = token_index_rows(self._tokens, batch, last - first).to(attention.query.device)
         if not attention.masks_keys_only:
             # The kernel takes no masks that are added to the logits, or that differ between heads or queries.
             probabilities = attention.with_lse().part(video, text).probabilities().mean(1)
-            index = index[:, None].expand(-1, probabilities.shape[1], -1)
+            index = self._rows_of_tokens(attention, text, 0)[:, None].expand(-1, probabilities.shape[1], -1)
             return probabilities.gather(2, index.clamp(min=0)).masked_fill(index < 0, 0).sum(2)
         # With the log-sum-exp known, only the keys of the text have to be read.
         if attention.lse is not None:
+            index = self._rows_of_tokens(attention, text, 0)
             attention = attention.part(video, text)
         else:
+            index = self._rows_of_tokens(attention, text, text.indices(attention.key.shape[2])[0])
             attention = attention.part(video, slice(None))
-            index = torch.where((index >= 0) & (index < last - first), index + first, -1)
         return concept_attention(
             attention.query,
             attention.key,
@@ -339,6 +339,23 @@ class AttnMapsCapture(_Capture):
             key_mask=attention.key_mask,
             lse=attention.lse,
         )
+
+    def _rows_of_tokens(self, attention: Attention, text: slice, shift: int) -> Tensor:
+        """The indices of the chosen text tokens plus `shift`, (B, T), -1 for none.
+
+        They are checked and copied to the device once: a copy at every call would make the host wait for the device.
+        """
+        assert self._tokens is not None
+        first, last, _ = text.indices(attention.key.shape[2])
+        batch, device = attention.query.shape[0], attention.query.device
+        key = (batch, last - first, shift, device)
+        rows = None if torch.compiler.is_compiling() else self._token_rows.get(key)
+        if rows is None:
+            rows = token_index_rows(self._tokens, batch, last - first)
+            rows = torch.where((rows >= 0) & (rows < last - first), rows + shift, -1).to(device)
+            if not torch.compiler.is_compiling():
+                self._token_rows[key] = rows
+        return rows
 
     def _warn_of_extra_pass(self) -> None:
         if self._has_warned or torch.compiler.is_compiling():

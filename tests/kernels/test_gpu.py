@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import cogvideox, inputs
 from torch import Tensor
 
+from fastunlearn.capture import AttnMapsCapture
 from fastunlearn.functional import LowRankOutput, localization_loss, velocity_loss
 from fastunlearn.testing import cases
 from fastunlearn.testing.cases import Case
+from fastunlearn.velocity_model import as_velocity_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,6 +77,28 @@ def test_the_same_bits_and_no_host_sync(loss: object) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(values[0], value) for value in values)
     assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
+
+
+@pytest.mark.filterwarnings("ignore:the attention does not return")
+def test_a_capture_does_not_make_the_host_wait(recwarn: pytest.WarningsRecorder) -> None:
+    model = as_velocity_model(cogvideox().to("cuda", torch.bfloat16))
+    x_t, t, cond = (x.to("cuda", torch.bfloat16 if x.is_floating_point() else x.dtype) for x in inputs())
+
+    def waits() -> int:
+        recwarn.clear()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            model(x_t, t, cond)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in recwarn)
+
+    with torch.no_grad():
+        model(x_t, t, cond)
+        expected = waits()
+        with AttnMapsCapture(model, {}, token_indices=[3, 7]):
+            model(x_t, t, cond)
+            assert waits() == expected
 
 
 @pytest.mark.parametrize("loss", [velocity, localization, low_rank_localization])

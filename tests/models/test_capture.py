@@ -18,6 +18,7 @@ from tiny_models import (
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastunlearn import families, interception, localization_loss
 from fastunlearn.capture import AttnMapsCapture, EraserOutputsCapture
@@ -661,3 +662,81 @@ def test_wrong_mappings_are_named():
     ):
         with pytest.raises(TypeError, match=name):
             make()
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of operations, and which of them make the host wait: copies between devices, reading values."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.waits = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        devices = {x.device for x in tree_leaves([args, kwargs, result]) if isinstance(x, torch.Tensor)}
+        self.names.append(name)
+        if name in ("_local_scalar_dense", "nonzero") or (name in ("_to_copy", "copy_") and len(devices) > 1):
+            self.waits.append(name)
+        return result
+
+
+@pytest.mark.parametrize("tokens", [[1, 4], [[1, 4], [0, -1]], None])
+@pytest.mark.parametrize("position", ["first", "cross"])
+@pytest.mark.parametrize(
+    ("mask_kind", "returns_lse"), [(None, True), (None, False), ("key", True), ("key", False), ("added", False)]
+)
+@pytest.mark.filterwarnings("ignore:the attention does not return")
+def test_the_host_waits_for_the_device_once_a_capture(position, mask_kind, returns_lse, tokens, monkeypatch):
+    """The device is "meta": a copy to it shows, and reading a value from it raises."""
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, toy(position)))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta tensors do not have
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+
+    def attention_and_lse(query, key, value, mask, scale):
+        return torch.empty_like(query), query.new_empty(query.shape[:3])
+
+    monkeypatch.setattr(interception, "_attention_and_lse", attention_and_lse if returns_lse else lambda *_: None)
+    model, (video, text) = ToyTransformer(position), (torch.empty(2, n, 32, device="meta") for n in (11, 5))
+    model.blocks.append(model.blocks[0])
+    rows, columns = (11, 5) if position == "cross" else (16, 16)
+    mask = attention_mask(mask_kind, 2, rows, columns)
+    model.blocks[0].attn.mask = None if mask is None else mask.to("meta")
+    capture = AttnMapsCapture(model, {}, token_indices=tokens)
+    for _ in range(2):
+        with capture:
+            calls = []
+            for _ in range(3):
+                with Operations() as operations:
+                    model(video, text)
+                calls.append(operations.waits)
+        assert calls[0].count("_to_copy") == (tokens is not None)
+        assert calls[1:] == [[], []]
+
+
+def test_token_indices_are_read_again_when_a_capture_begins():
+    model, tokens, maps = as_velocity_model(cogvideox()), torch.tensor([3, 7]), {}
+    capture = AttnMapsCapture(model, maps, token_indices=tokens)
+    with torch.no_grad():
+        with capture:
+            model(*inputs())
+        first = maps[LAYERS[0]]
+        tokens.copy_(torch.tensor([1, 2]))
+        with capture:
+            model(*inputs())
+        expected = {}
+        with AttnMapsCapture(model, expected, token_indices=[1, 2]):
+            model(*inputs())
+    assert torch.equal(maps[LAYERS[0]], expected[LAYERS[0]])
+    assert not torch.equal(maps[LAYERS[0]], first)
+
+
+def test_calls_of_texts_of_other_lengths_check_the_token_indices_again(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, toy("cross")))
+    model, video = ToyTransformer("cross"), torch.randn(1, 11, 32)
+    with (
+        pytest.raises(ValueError, match="token_indices: expected -1 to 3, the last key, got 4"),
+        AttnMapsCapture(model, {}, token_indices=[4]),
+    ):
+        model(video, torch.randn(1, 5, 32))
+        model(video, torch.randn(1, 4, 32))
