@@ -180,4 +180,7 @@ def _attention_and_lse(
     if choice == SDPBackend.EFFICIENT_ATTENTION.value:
         output, lse = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, scale=scale)[:2]
         return output, lse[:, :, : query.shape[2]]  # the operator pads the log-sum-exp
+    if choice == SDPBackend.CUDNN_ATTENTION.value:
+        output, lse = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=scale)[:2]
+        return output, lse.view(query.shape[:3])  # (B, H, Sq, 1)
     return None

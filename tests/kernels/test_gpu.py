@@ -11,9 +11,12 @@ import pytest
 import torch
 from tiny_models import cogvideox, inputs
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastunlearn.capture import AttnMapsCapture
 from fastunlearn.functional import LowRankOutput, localization_loss, velocity_loss
+from fastunlearn.interception import Attention, Interception
 from fastunlearn.testing import cases
 from fastunlearn.testing.cases import Case
 from fastunlearn.velocity_model import as_velocity_model
@@ -77,6 +80,24 @@ def test_the_same_bits_and_no_host_sync(loss: object) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(values[0], value) for value in values)
     assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION"])
+def test_attention_returns_its_log_sum_exp(backend: str, channels: int) -> None:
+    query, key = (torch.randn(2, 4, n, channels, device="cuda", dtype=torch.bfloat16) for n in (200, 333))
+    kept: list[Attention] = []
+    with sdpa_kernel(SDPBackend.__members__[backend]):
+        try:
+            expected = F.scaled_dot_product_attention(query, key, key)
+        except RuntimeError as error:
+            pytest.skip(f"this GPU or torch has no {backend}: {error}")
+        with Interception(kept.append):
+            output = F.scaled_dot_product_attention(query, key, key)
+    assert torch.equal(output, expected)
+    exact = (query.double() @ key.double().mT * channels**-0.5).logsumexp(3)
+    assert kept[0].lse is not None
+    torch.testing.assert_close(kept[0].lse, exact.float(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:the attention does not return")

@@ -16,7 +16,9 @@ from tiny_models import (
     train_a_little,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -740,3 +742,19 @@ def test_calls_of_texts_of_other_lengths_check_the_token_indices_again(monkeypat
     ):
         model(video, torch.randn(1, 5, 32))
         model(video, torch.randn(1, 4, 32))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+def test_the_log_sum_exp_is_taken_from_the_attention_that_torch_chooses_on_a_gpu(backend, scale, monkeypatch):
+    """With tensors that have a shape and no values, on a GPU that is not there."""
+    choice = SDPBackend.__members__[f"{backend.upper()}_ATTENTION"].value
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **kwargs: choice)
+    kept = []
+    with FakeTensorMode(), Operations() as operations, interception.Interception(kept.append):
+        query, key = (torch.empty(2, HEADS, n, 16, device="cuda") for n in (6, 5))
+        output = F.scaled_dot_product_attention(query, key, key, scale=scale)
+    assert f"_scaled_dot_product_{backend}_attention" in operations.names
+    assert output.shape == query.shape
+    assert kept[0].lse.shape == query.shape[:3]
+    assert kept[0].lse.dtype == torch.float32
