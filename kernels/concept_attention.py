@@ -347,12 +347,7 @@ def concept_attention(
     lse: Tensor | None,
 ) -> Tensor:
     """The Triton counterpart of the `torch_backend` function: one launch."""
-    tensors = (
-        query.detach(),
-        key.detach(),
-        token_indices,
-        float(scale),
-        key_mask,
-        None if lse is None else lse.detach(),
-    )
-    return concept_attention_op(*tensors) if torch.compiler.is_compiling() else _launch(*tensors)
+    if not torch.compiler.is_compiling():
+        return _launch(query, key, token_indices, scale, key_mask, lse)
+    lse = None if lse is None else lse.detach()
+    return concept_attention_op(query.detach(), key.detach(), token_indices, float(scale), key_mask, lse)
