@@ -16,6 +16,7 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
+from fastunlearn.kernels.concept_attention import _plan
 from fastunlearn.testing import low_rank_outputs, random_mask, random_tensors
 from fastunlearn.testing.interpreter import Observed, observed_kernels
 
@@ -133,6 +134,20 @@ def test_concept_attention_with_lse_reads_queries_once_and_the_chosen_keys(dtype
         # Each block of queries reads the keys; all blocks but the first find them in a cache.
         bytes_per_block = 2 * 3 * 64 * dtype.itemsize * (2 if lse is not None else 202)
         assert loaded["key_ptr"] == -(-200 // block) * bytes_per_block
+
+
+def test_concept_attention_plans_calls_of_the_same_layouts_once() -> None:
+    query, key = random_tensors((1, 2, 40, 16), [torch.bfloat16] * 2)
+    _plan.cache_clear()
+    for _ in range(3):
+        concept_attention(query, key, [3, 7])
+    concept_attention(query, key, [5, 1], scale=0.1)
+    assert (_plan.cache_info().misses, _plan.cache_info().hits) == (1, 3)
+    concept_attention(query, key[:, :, 1:], [3, 7])
+    concept_attention(query.float(), key, [3, 7])
+    concept_attention(query, key, [3, 7], lse=torch.zeros(1, 2, 40))
+    concept_attention(query, key, [3, 7], key_mask=torch.ones(1, 40, dtype=torch.bool))
+    assert _plan.cache_info().misses == 5
 
 
 @pytest.mark.parametrize(("layers", "forward"), [(2, 6), (16, 6), (18, 7), (40, 8)])
