@@ -36,6 +36,12 @@ def tile_start(tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tile_count(elements, BLOCK: tl.constexpr):
+    """The number of tiles of 1 or more elements. `tl.cdiv` overflows 32 bits shortly before 2^31 elements."""
+    return (elements - 1) // BLOCK + 1
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """Convert `x` to DTYPE; to half precision by way of float32, because no hardware rounds float64 to bfloat16."""
     if DTYPE.primitive_bitwidth == 16:

@@ -40,6 +40,7 @@ from fastunlearn.kernels.launch import (
     programs_for,
     readable,
     rounded,
+    tile_count,
     tile_start,
 )
 from fastunlearn.kernels.upstream import scale_gradients
@@ -86,7 +87,7 @@ def localization_forward_kernel(
     dtype = partial_ptr.dtype.element_ty
     term_sums = tl.zeros((BLOCK // GROUP, GROUP), dtype)
     weight_sums = tl.zeros((BLOCK // GROUP, GROUP), dtype)
-    for tile in range(program, tl.cdiv(elements, BLOCK), programs):
+    for tile in range(program, tile_count(elements, BLOCK), programs):
         group_offsets = tile_start(tile, BLOCK) + tl.arange(0, BLOCK // GROUP) * GROUP
         offsets = group_offsets[:, None] + tl.arange(0, GROUP)[None, :]
         in_bounds = offsets < elements

@@ -26,6 +26,7 @@ from fastunlearn.kernels.launch import (
     programs_for,
     readable,
     rounded,
+    tile_count,
     tile_start,
 )
 
@@ -54,7 +55,7 @@ def scale_gradients_kernel(
         common_factor *= tl.load(upstream_ptr)
     if inverse_ptr is not None:
         common_factor *= tl.load(inverse_ptr)
-    tiles = tl.cdiv(elements, BLOCK)
+    tiles = tile_count(elements, BLOCK)
     if IN_PLACE and not PER_ELEMENT and weight_ptr is None:
         # A kernel cannot return early, so it loops over no tiles instead.
         tiles = tl.where(common_factor == 1, 0, tiles)

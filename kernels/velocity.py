@@ -42,6 +42,7 @@ from fastunlearn.kernels.launch import (
     readable,
     rounded,
     same_layout,
+    tile_count,
     tile_start,
 )
 from fastunlearn.kernels.upstream import scale_gradients
@@ -84,7 +85,7 @@ def velocity_forward_kernel(
     prediction_sums = tl.zeros((BLOCK,), dtype)
     target_sums = tl.zeros((BLOCK,), dtype)
     mask_sums = tl.zeros((BLOCK,), dtype)
-    for tile in range(program, tl.cdiv(elements, BLOCK), programs):
+    for tile in range(program, tile_count(elements, BLOCK), programs):
         offsets = tile_start(tile, BLOCK) + tl.arange(0, BLOCK)
         in_bounds = offsets < elements
 

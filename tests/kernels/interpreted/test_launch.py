@@ -15,12 +15,24 @@ from hypothesis import strategies as st
 
 from fastunlearn.cli import main
 from fastunlearn.kernels import launch
-from fastunlearn.kernels.launch import broadcast_index, broadcast_offsets, is_dense, same_layout, tile_start
+from fastunlearn.kernels.launch import (
+    broadcast_index,
+    broadcast_offsets,
+    is_dense,
+    same_layout,
+    tile_count,
+    tile_start,
+)
 
 
 @triton.jit
 def tile_start_kernel(result_ptr, tile, BLOCK: tl.constexpr):
     tl.store(result_ptr, tile_start(tile, BLOCK))
+
+
+@triton.jit
+def tile_count_kernel(result_ptr, elements, BLOCK: tl.constexpr):
+    tl.store(result_ptr, tile_count(elements, BLOCK))
 
 
 @triton.jit
@@ -44,6 +56,16 @@ def test_offsets_are_64_bit() -> None:
     result = torch.zeros(1, dtype=torch.int64)
     tile_start_kernel[(1,)](result, 2**21, BLOCK=2048)
     assert result.item() == 2**32
+
+
+@pytest.mark.parametrize(
+    "elements", [1, 2047, 2048, 2049, 2**31 - 2049, 2**31 - 2048, 2**31 - 2047, 2**31 - 1, 2**31, 2**33 + 1]
+)
+def test_tiles_are_counted_on_both_sides_of_two_to_the_31(elements: int) -> None:
+    """`tl.cdiv` adds the tile's size first, in the 32 bits of its argument, and so counts none just below 2^31."""
+    result = torch.zeros(1, dtype=torch.int64)
+    tile_count_kernel[(1,)](result, elements, BLOCK=2048)
+    assert result.item() == -(-elements // 2048)
 
 
 @settings(max_examples=100, deadline=None)
