@@ -9,6 +9,7 @@ element may have weight 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +19,14 @@ from torch import Tensor
 
 from fastunlearn.kernels.launch import (
     NO_OPERAND,
+    PLANS,
+    Launcher,
+    Layout,
     block_elements,
     broadcast_offsets,
+    described,
     launch_options,
+    layout,
     leading_index,
     on_device,
     programs_for,
@@ -38,9 +44,9 @@ def scale_gradients_kernel(
     upstream_ptr,  # (elements,) if PER_ELEMENT, else ()
     inverse_ptr,  # () another factor, or None
     weight_ptr,  # one factor per sample or per layer, or None
-    weight_strides,
     scale: tl.float64,
     elements,
+    weight_strides,
     WEIGHT_DIM_SIZES: tl.constexpr,
     WEIGHT_OPERAND_SIZES: tl.constexpr,
     WEIGHT_IN_32_BITS: tl.constexpr,
@@ -76,6 +82,34 @@ def scale_gradients_kernel(
             tl.store(result_ptrs[i] + offsets, rounded(gradient, result_ptrs[i].dtype.element_ty), in_bounds)
 
 
+@functools.lru_cache(PLANS)
+def _launcher(
+    gradient: Layout,
+    dtypes: tuple[torch.dtype, ...],
+    upstream_dtype: torch.dtype,
+    weight: Layout | None,
+    has_inverse: bool,
+    per_element: bool,
+    in_place: bool,
+    device: torch.device,
+) -> Launcher:
+    """How to multiply gradients of these `dtypes` and the layout of the first; its arguments are the kernel's."""
+    x, weights = described(gradient), described(weight)
+    assert x is not None
+    index = NO_OPERAND if weights is None else leading_index(x, weights)
+    block = block_elements(upstream_dtype)
+    constants = {
+        "WEIGHT_DIM_SIZES": index.DIM_SIZES,
+        "WEIGHT_OPERAND_SIZES": index.OPERAND_SIZES,
+        "WEIGHT_IN_32_BITS": index.IN_32_BITS,
+        "PER_ELEMENT": per_element,
+        "IN_PLACE": in_place,
+        "BLOCK": block,
+    }
+    grid = (programs_for(x.numel(), block),)
+    return Launcher(scale_gradients_kernel, grid, (x.numel(), index.strides), constants, launch_options(device))
+
+
 def _launch(
     gradients: Sequence[Tensor],
     upstream: Tensor,
@@ -85,36 +119,30 @@ def _launch(
     *,
     in_place: bool,
 ) -> list[Tensor]:
-    gradients = list(gradients)
-    results = gradients if in_place else [torch.empty_like(x) for x in gradients]
-    elements = gradients[0].numel() if gradients else 0
-    if elements == 0:
+    results = list(gradients) if in_place else [torch.empty_like(x) for x in gradients]
+    if not results or results[0].numel() == 0:
         return results
+    first = gradients[0]
     per_element = upstream.dim() > 0 and any(upstream.stride())
     if per_element:
-        if upstream.stride() != gradients[0].stride():
-            upstream = torch.empty_like(gradients[0], dtype=upstream.dtype).copy_(upstream)
+        if upstream.stride() != first.stride():
+            upstream = torch.empty_like(first, dtype=upstream.dtype).copy_(upstream)
     elif upstream.dim() > 0:
         upstream = upstream[(0,) * upstream.dim()]  # one expanded value: the gradient of a sum or a mean
-    weight_index = NO_OPERAND if weight is None else leading_index(gradients[0], weight)
-    block = block_elements(upstream.dtype)
-    with on_device(upstream):
-        scale_gradients_kernel[(programs_for(elements, block),)](
-            tuple(results),
-            tuple(gradients),
-            upstream,
-            inverse,
-            None if weight is None else readable(weight),
-            weight_index.strides,
+    launch = _launcher(
+        layout(first),
+        tuple([x.dtype for x in gradients]),
+        upstream.dtype,
+        layout(weight),
+        inverse is not None,
+        per_element,
+        in_place,
+        first.device,
+    )
+    with on_device(first):
+        launch(
+            (tuple(results), tuple(gradients), upstream, inverse, None if weight is None else readable(weight)),
             float(scale),
-            elements,
-            WEIGHT_DIM_SIZES=weight_index.DIM_SIZES,
-            WEIGHT_OPERAND_SIZES=weight_index.OPERAND_SIZES,
-            WEIGHT_IN_32_BITS=weight_index.IN_32_BITS,
-            PER_ELEMENT=per_element,
-            IN_PLACE=in_place,
-            BLOCK=block,
-            **launch_options(upstream),
         )
     return results
 

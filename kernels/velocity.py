@@ -18,6 +18,7 @@ pass leaves a factor to the backward pass, which then costs a read and a write:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -30,11 +31,16 @@ from fastunlearn.dtypes import compute_dtype
 from fastunlearn.kernels.launch import (
     FINISH_BLOCK,
     NO_OPERAND,
+    PLANS,
+    Launcher,
+    Layout,
     block_elements,
     broadcast_offsets,
+    described,
     distinct,
     finish_sum,
     launch_options,
+    layout,
     leading_index,
     mask_index,
     on_device,
@@ -60,13 +66,13 @@ def velocity_forward_kernel(
     uncond_ptr,  # (elements,)
     cond_ptr,  # (elements,), or None: the target is uncond
     mask_ptr,  # the mask at its own resolution, without a channel dim, or None
-    mask_strides,
     sample_weight_ptr,  # (B,), or None
-    sample_weight_strides,
     guidance_scale: tl.float64,
     loss_scale: tl.float64,  # multiplies what is stored at `losses_ptr`
     gradient_scale: tl.float64,  # multiplies the gradients
     elements,
+    mask_strides,
+    sample_weight_strides,
     MASK_DIM_SIZES: tl.constexpr,
     MASK_OPERAND_SIZES: tl.constexpr,
     MASK_IN_32_BITS: tl.constexpr,
@@ -157,8 +163,8 @@ def velocity_finish_kernel(
     target_norm_ptr,  # () out
     inverse_ptr,  # () out: 1 / the mask's sum, 0 for an empty mask, or None
     partial_ptr,  # (4, programs), as the forward kernel wrote it
-    programs,
     scale: tl.float64,
+    programs,
     BLOCK: tl.constexpr,
 ):
     """Add up the partial sums, in one program."""
@@ -191,16 +197,76 @@ def _is_normalized(mask: Tensor | None, options: _Options) -> bool:
     return mask is not None and options.reduction == "mean" and options.mask_normalization == "mask"
 
 
-def _scale(elements: int, is_normalized: bool, options: _Options) -> float:
-    """The factor of the loss that is known before the launch."""
-    if options.reduction == "mean" and not is_normalized:
-        return options.weight / max(elements, 1)
-    return options.weight
+def _divisor(elements: int, is_normalized: bool, reduction: str) -> int:
+    """What the loss is divided by, as far as it is known before the launch."""
+    return max(elements, 1) if reduction == "mean" and not is_normalized else 1
 
 
 def _defers_scale(gradients: Iterable[Tensor | None], is_normalized: bool) -> bool:
     """Whether the forward pass leaves the scale and the sample weights to the backward pass."""
     return is_normalized or torch.float16 in [x.dtype for x in gradients if x is not None]
+
+
+class _Plan(NamedTuple):
+    """What follows from layouts and options."""
+
+    like: Tensor  # empty, of the dtype of the arithmetic
+    partial_sums: int
+    divisor: int  # of the loss, as far as it is known before the launch
+    is_normalized: bool
+    defers_scale: bool
+    forward: Launcher | None  # None for an empty batch
+    finish: Launcher
+
+
+@functools.lru_cache(PLANS)
+def _plan(
+    layouts: tuple[Layout | None, ...],
+    needs_gradient: tuple[bool, ...],
+    channel_dim: int,
+    loss_type: str,
+    reduction: str,
+    mask_normalization: str,
+    device: torch.device,
+) -> _Plan | None:
+    """The plan for inputs, mask and sample weights of these layouts, or None unless all inputs are dense and alike."""
+    prediction, uncond, cond, mask, sample_weight = map(described, layouts)
+    assert prediction is not None
+    inputs = (prediction, uncond, cond)
+    if any(x is not y for x, y in zip(inputs, same_layout(prediction, (uncond, cond)), strict=True)):
+        return None
+    options = _Options(1.0, channel_dim, loss_type, reduction, mask_normalization, 1.0)
+    dtype, elements = compute_dtype(prediction, uncond, cond, mask, sample_weight), prediction.numel()
+    block = block_elements(dtype)
+    programs = programs_for(elements, block)
+    is_normalized = _is_normalized(mask, options)
+    gradients = [x for x, needed in zip(inputs, needs_gradient, strict=True) if needed]
+    defers_scale = _defers_scale(gradients, is_normalized)
+    mask_broadcast = NO_OPERAND if mask is None else mask_index(prediction, mask, channel_dim)
+    sample_broadcast = NO_OPERAND if sample_weight is None else leading_index(prediction, sample_weight)
+    constants = {
+        "MASK_DIM_SIZES": mask_broadcast.DIM_SIZES,
+        "MASK_OPERAND_SIZES": mask_broadcast.OPERAND_SIZES,
+        "MASK_IN_32_BITS": mask_broadcast.IN_32_BITS,
+        "SAMPLE_DIM_SIZES": sample_broadcast.DIM_SIZES,
+        "SAMPLE_OPERAND_SIZES": sample_broadcast.OPERAND_SIZES,
+        "SAMPLE_IN_32_BITS": sample_broadcast.IN_32_BITS,
+        "LOSS_TYPE": loss_type,
+        "NORMALIZE": is_normalized,
+        "DEFER_SAMPLE_WEIGHT": defers_scale,
+        "BLOCK": block,
+    }
+    integers = (elements, mask_broadcast.strides, sample_broadcast.strides)
+    launch = launch_options(device)
+    return _Plan(
+        torch.empty(0, dtype=dtype, device=device),
+        4 * programs,
+        _divisor(elements, is_normalized, reduction),
+        is_normalized,
+        defers_scale,
+        Launcher(velocity_forward_kernel, (programs,), integers, constants, launch) if programs else None,
+        Launcher(velocity_finish_kernel, (1,), (programs,), {"BLOCK": FINISH_BLOCK}, launch),
+    )
 
 
 def _launch_forward(
@@ -218,67 +284,46 @@ def _launch_forward(
     weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Return the loss, both norms, the gradients of inputs that need one, and 1 / the mask's sum if it is used."""
-    options = _Options(guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
-    dtype = compute_dtype(prediction, uncond, cond, mask, sample_weight)
-    prediction, uncond, cond = same_layout(prediction, (uncond, cond))
-    elements, device = prediction.numel(), prediction.device
-    block = block_elements(dtype)
-    programs = programs_for(elements, block)
-    is_normalized = _is_normalized(mask, options)
+    options = (guidance_scale, channel_dim, loss_type, reduction, mask_normalization, weight)
+    plan = _plan(
+        (layout(prediction), layout(uncond), layout(cond), layout(mask), layout(sample_weight)),
+        tuple(needs_gradient),
+        *options[1:-1],
+        prediction.device,
+    )
+    if plan is None:
+        inputs = same_layout(prediction, (uncond, cond))
+        return _launch_forward(*inputs, mask, sample_weight, needs_gradient, *options)
 
     gradients = [
         torch.empty_like(x) if x is not None and needed else None
         for x, needed in zip((prediction, uncond, cond), needs_gradient, strict=True)
     ]
-    scale = _scale(elements, is_normalized, options)
-    defers_scale = _defers_scale(gradients, is_normalized)
-    mask_broadcast = NO_OPERAND if mask is None else mask_index(prediction, mask, channel_dim)
-    sample_broadcast = NO_OPERAND if sample_weight is None else leading_index(prediction, sample_weight)
-    partial = torch.empty(4 * programs, dtype=dtype, device=device)
-    loss, prediction_norm, target_norm, inverse_sum = [torch.empty((), dtype=dtype, device=device) for _ in range(4)]
-    losses = torch.empty_like(prediction, dtype=dtype) if reduction == "none" else None
-    inverse = inverse_sum if is_normalized else None
+    scale = float(weight) / plan.divisor
+    partial = plan.like.new_empty(plan.partial_sums)
+    loss = plan.like.new_empty(())
+    prediction_norm, target_norm = torch.empty_like(loss), torch.empty_like(loss)
+    inverse = torch.empty_like(loss) if plan.is_normalized else None
+    losses = torch.empty_like(prediction, dtype=loss.dtype) if reduction == "none" else None
 
     with on_device(prediction):
-        if programs:
-            velocity_forward_kernel[(programs,)](
-                partial,
-                losses,
-                *gradients,
-                prediction,
-                uncond,
-                cond,
-                None if mask is None else readable(mask),
-                mask_broadcast.strides,
-                None if sample_weight is None else readable(sample_weight),
-                sample_broadcast.strides,
+        if plan.forward is not None:
+            plan.forward(
+                (
+                    partial,
+                    losses,
+                    *gradients,
+                    prediction,
+                    uncond,
+                    cond,
+                    None if mask is None else readable(mask),
+                    None if sample_weight is None else readable(sample_weight),
+                ),
                 float(guidance_scale),
-                float(scale),
-                1.0 if defers_scale else float(scale),
-                elements,
-                MASK_DIM_SIZES=mask_broadcast.DIM_SIZES,
-                MASK_OPERAND_SIZES=mask_broadcast.OPERAND_SIZES,
-                MASK_IN_32_BITS=mask_broadcast.IN_32_BITS,
-                SAMPLE_DIM_SIZES=sample_broadcast.DIM_SIZES,
-                SAMPLE_OPERAND_SIZES=sample_broadcast.OPERAND_SIZES,
-                SAMPLE_IN_32_BITS=sample_broadcast.IN_32_BITS,
-                LOSS_TYPE=loss_type,
-                NORMALIZE=is_normalized,
-                DEFER_SAMPLE_WEIGHT=defers_scale,
-                BLOCK=block,
-                **launch_options(prediction),
+                scale,
+                1.0 if plan.defers_scale else scale,
             )
-        velocity_finish_kernel[(1,)](
-            loss if losses is None else None,
-            prediction_norm,
-            target_norm,
-            inverse,
-            partial,
-            programs,
-            float(scale),
-            BLOCK=FINISH_BLOCK,
-            **launch_options(prediction),
-        )
+        plan.finish((loss if losses is None else None, prediction_norm, target_norm, inverse, partial), scale)
     return (
         loss if losses is None else losses,
         prediction_norm,
@@ -334,7 +379,7 @@ class _VelocityLoss(torch.autograd.Function):
         ctx.scale = 1.0
         deferred_weight = None
         if _defers_scale(gradients, is_normalized):
-            ctx.scale = _scale(prediction.numel(), is_normalized, options)
+            ctx.scale = options.weight / _divisor(prediction.numel(), is_normalized, options.reduction)
             deferred_weight = sample_weight
         ctx.save_for_backward(inverse[0] if inverse else None, deferred_weight, *gradients)
         ctx.mark_non_differentiable(*norms)

@@ -75,12 +75,15 @@ def recorded_launches() -> Iterator[list[Launch]]:
     """Record launches in the list instead of running them."""
     from triton.runtime.jit import JITFunction
 
+    from fastunlearn.kernels.launch import Launcher
+
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(_specialize(self, args, kwargs))
 
-    with mock.patch.object(JITFunction, "run", run):
+    patch = mock.patch.object
+    with patch(JITFunction, "run", run), patch(Launcher, "__call__", Launcher.by_triton):
         yield launches
 
 
@@ -148,13 +151,13 @@ def _specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
             constants[path] = value
             return "constexpr"
         if isinstance(value, float):
-            return annotation or "fp32"
+            return "fp64" if "float64" in annotation else "fp32"
         if value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = {
-        parameter.name: type_of(bound[parameter.name], (i,), parameter.annotation_type, parameter.is_constexpr)
+        parameter.name: type_of(bound[parameter.name], (i,), str(parameter.annotation), parameter.is_constexpr)
         for i, parameter in enumerate(kernel.params)
     }
     return Launch(kernel, signature, constants, attributes, options)
