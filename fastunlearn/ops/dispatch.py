@@ -6,10 +6,13 @@ those of `fastunlearn.functional`, checked and completed. `fastunlearn.ops.torch
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
@@ -40,7 +43,28 @@ KERNELS: dict[str, Kernel | None] = {
     "concept_attention": Kernel("concept_attention", has_float64=False),
 }
 OPS = tuple(KERNELS)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Older ones lack tuples of pointers, and constants that are tuples.
+OLDEST_TRITON = (3, 4)
+# Older GPUs have neither bfloat16 nor its matrix products.
+OLDEST_CAPABILITY = (8, 0)
+
+
+def _installation_obstacle() -> str | None:
+    """Why the installed Triton cannot compile the kernels, or None. A build without a version passes."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    for package in ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"):
+        with contextlib.suppress(PackageNotFoundError):
+            installed = version(package)
+            numbers = re.match(r"(\d+)\.(\d+)", installed)
+            if numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST_TRITON:
+                oldest = ".".join(map(str, OLDEST_TRITON))
+                return f"the kernels need Triton {oldest} or newer, and {installed} is installed"
+            return None
+    return None
+
+
+_INSTALLATION_OBSTACLE = _installation_obstacle()
 
 
 class BackendChoice(NamedTuple):
@@ -96,12 +120,25 @@ def _triton_obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str |
     """Why `op` cannot run on Triton, or None if it can."""
     if not has_kernel(op, device, dtype):
         return f"no Triton kernel exists for {op} in {dtype_name(dtype)} on {device.type} tensors"
-    if not _HAS_TRITON:
-        return "Triton is not installed"
+    if _INSTALLATION_OBSTACLE is not None:
+        return _INSTALLATION_OBSTACLE
     # ROCm's device type is "cuda" too. Triton's interpreter runs kernels on CPU tensors.
-    if device.type in ("cuda", "xpu") or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"Triton runs on GPUs, and on CPU tensors only under TRITON_INTERPRET=1, not on {device.type} tensors"
+    return _capability_obstacle(device)
+
+
+def _capability_obstacle(device: torch.device) -> str | None:
+    """Why this GPU cannot run the kernels. AMD's and Intel's have no such number, nor has one that is not there."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_initialized():
         return None
-    return f"Triton runs on GPUs, and on CPU tensors only under TRITON_INTERPRET=1, not on {device.type} tensors"
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) >= OLDEST_CAPABILITY:
+        return None
+    needed = f"sm_{OLDEST_CAPABILITY[0]}{OLDEST_CAPABILITY[1]}"
+    return (
+        f"the kernels need a GPU of {needed} or newer, and {properties.name} is sm_{properties.major}{properties.minor}"
+    )
 
 
 def implementation(op: str, backend: str | None, *tensors: torch.Tensor | None) -> Callable[..., Any]:

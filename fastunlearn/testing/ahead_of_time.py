@@ -151,13 +151,13 @@ def _specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
             constants[path] = value
             return "constexpr"
         if isinstance(value, float):
-            return "fp64" if "float64" in annotation else "fp32"
+            return annotation or "fp32"
         if value % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     signature = {
-        parameter.name: type_of(bound[parameter.name], (i,), str(parameter.annotation), parameter.is_constexpr)
+        parameter.name: type_of(bound[parameter.name], (i,), parameter.annotation_type, parameter.is_constexpr)
         for i, parameter in enumerate(kernel.params)
     }
     return Launch(kernel, signature, constants, attributes, options)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn import functional
+from fastunlearn.environment import describe
 from fastunlearn.functional import (
     choose_backend,
     concept_attention,
@@ -66,10 +70,96 @@ def test_float64_matrix_products_do_not_run_on_triton_on_a_gpu(monkeypatch: pyte
 
 
 def test_without_triton_the_torch_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "_INSTALLATION_OBSTACLE", dispatch._installation_obstacle())
     assert choose_backend("velocity_loss", torch.device("cuda")) == ("torch", "Triton is not installed")
     with pytest.raises(ValueError, match="backend: .* got 'triton': Triton is not installed"):
         choose_backend("velocity_loss", torch.device("cuda"), "triton")
+
+
+@pytest.fixture
+def triton_is(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`triton_is(version, package)`: from now on this Triton is the one that is installed."""
+
+    def pretend(installed: str | None, package: str = "triton") -> None:
+        def version(name: str) -> str:
+            if installed is None or name != package:
+                raise PackageNotFoundError(name)
+            return installed
+
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(dispatch, "version", version)
+        monkeypatch.setattr(dispatch, "_INSTALLATION_OBSTACLE", dispatch._installation_obstacle())
+
+    monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
+    return pretend
+
+
+@pytest.mark.parametrize("package", ["triton", "pytorch-triton-rocm", "pytorch-triton-xpu"])
+@pytest.mark.parametrize("installed", ["3.3.1", "3.2.0+git35c6c7c6", "2.10.0"])
+def test_an_old_triton_is_named_as_the_obstacle(
+    installed: str, package: str, triton_is: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_is(installed, package)
+    reason = f"the kernels need Triton 3.4 or newer, and {installed} is installed"
+    assert choose_backend("velocity_loss", torch.device("cuda")) == ("torch", reason)
+    with pytest.raises(ValueError, match=f"backend: .* got 'triton': {re.escape(reason)}"):
+        choose_backend("velocity_loss", torch.device("cuda"), "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="need Triton 3.4 or newer"):
+        choose_backend("velocity_loss", CPU, "triton")
+
+
+@pytest.mark.parametrize("installed", ["3.4.0", "3.10.0", "3.4.0+git8ed1ca2e", "4.0.0", "unreleased", None])
+def test_a_triton_that_is_new_enough_or_does_not_say_runs_the_kernels(
+    installed: str | None, triton_is: Callable[..., None]
+) -> None:
+    triton_is(installed)
+    assert choose_backend("velocity_loss", torch.device("cuda")).name == "triton"
+
+
+def test_the_bounds_of_the_package_are_those_of_the_kernels() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"triton>={".".join(map(str, dispatch.OLDEST_TRITON))}; ' in text
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`a_gpu(major, minor)`: from now on torch sees a GPU of this compute capability."""
+
+    def pretend(major: int, minor: int) -> None:
+        properties = SimpleNamespace(major=major, minor=minor, name="Some GPU", total_memory=16 * 2**30)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    monkeypatch.delenv("FASTUNLEARN_BACKEND", raising=False)
+    return pretend
+
+
+def test_a_gpu_that_is_too_old_runs_the_reference_and_env_says_why(a_gpu: Callable[[int, int], None]) -> None:
+    a_gpu(7, 5)
+    reason = "the kernels need a GPU of sm_80 or newer, and Some GPU is sm_75"
+    assert choose_backend("concept_attention", torch.device("cuda", 0)) == ("torch", reason)
+    with pytest.raises(ValueError, match=f"backend: .* got 'triton': {reason}"):
+        choose_backend("concept_attention", torch.device("cuda", 0), "triton")
+    described = describe()
+    assert "cuda:0: Some GPU, sm_75, 16 GiB" in described
+    assert re.search(rf"^  velocity_loss +torch +{reason}$", described, re.MULTILINE)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 1)])
+def test_newer_gpus_run_the_kernels(capability: tuple[int, int], a_gpu: Callable[[int, int], None]) -> None:
+    a_gpu(*capability)
+    assert choose_backend("velocity_loss", torch.device("cuda")).name == "triton"
+
+
+def test_an_amd_gpu_is_not_judged_by_nvidias_numbers(
+    a_gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_gpu(7, 5)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert choose_backend("velocity_loss", torch.device("cuda")).name == "triton"
 
 
 def test_environment_variable_does_not_apply_to_operations_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
