@@ -24,6 +24,7 @@ from fake_gpu import FakeGpu, RecordedLaunch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from fastunlearn.kernels.launch import Launcher
 from fastunlearn.testing import ahead_of_time, launches
 from fastunlearn.testing.ahead_of_time import Launch
 from fastunlearn.testing.launches import OPERATIONS, combinations, pairwise
@@ -79,6 +80,7 @@ class Recorder:
         self.wrong: Counter[str] = Counter()
         self.compiled: Counter[str] = Counter()
         self.launched: Counter[str] = Counter()
+        self.direct = 0
         self._wanted: Launch | None = None
         triton.knobs.runtime.jit_post_compile_hook = self._after_compilation
 
@@ -99,15 +101,33 @@ class Recorder:
     def __call__(self) -> Iterator[list[Launch]]:
         """Stands for `recorded_launches`, but runs them."""
         calls: list[tuple[Launch, list[Any]]] = []
-        run = JITFunction.run
+        run, launch = JITFunction.run, Launcher.__call__
 
-        def observed(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        def observe(kernel: Any, *args: Any, **kwargs: Any) -> None:
             self._wanted = ahead_of_time._specialize(kernel, args, kwargs)
             bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
             calls.append((self._wanted, sent_values(self._wanted, bound)))
+
+        def observed_run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            observe(kernel, *args, **kwargs)
             return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
-        with mock.patch.object(JITFunction, "run", observed), self.gpu.recorded() as reached:
+        def observed_launch(launcher: Launcher, *args: Any) -> None:
+            before = len(calls)
+            launch(launcher, *args)
+            if len(calls) == before:  # not by Triton, but directly
+                self.direct += 1
+                with mock.patch.object(
+                    JITFunction, "run", lambda kernel, *args, grid, warmup, **kwargs: observe(kernel, *args, **kwargs)
+                ):
+                    launcher.by_triton(*args)
+
+        patch = mock.patch.object
+        with (
+            patch(JITFunction, "run", observed_run),
+            patch(Launcher, "__call__", observed_launch),
+            self.gpu.recorded() as reached,
+        ):
             yield []
         if len(reached) != len(calls):
             self.wrong[f"expected {len(calls)} launches, got {len(reached)}"] += 1
@@ -146,6 +166,8 @@ def main(capability: str = "9.0") -> int:
                     except Exception as error:
                         what = f"{operation.record.__name__}, {dtype}, {choice}: {type(error).__name__}: {error}"
                         recorder.wrong[what] += 1
+                if again and not recorder.direct:
+                    recorder.wrong["expected the same calls to be launched directly, got none"] += 1
                 if again and recorder.compiled.total() != before:
                     recorder.wrong["expected the same calls to compile nothing, got other machine code"] += 1
     for problem, count in recorder.wrong.items():
