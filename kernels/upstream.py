@@ -35,6 +35,7 @@ from fastunlearn.kernels.launch import (
     tile_count,
     tile_start,
 )
+from fastunlearn.ops.once_differentiable import graph_is_kept
 
 
 @triton.jit
@@ -178,12 +179,4 @@ def scale_gradients(
     """
     if torch.compiler.is_compiling():
         return scale_gradients_op(list(gradients), upstream, scale, inverse, weight)
-    return _launch(gradients, upstream, scale, inverse, weight, in_place=not _graph_is_kept())
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward pass may run again, so that nothing it saved may be overwritten."""
-    try:
-        return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):
-        return True
+    return _launch(gradients, upstream, scale, inverse, weight, in_place=not graph_is_kept())

@@ -144,13 +144,26 @@ def _capability_obstacle(device: torch.device) -> str | None:
 def implementation(op: str, backend: str | None, *tensors: torch.Tensor | None) -> Callable[..., Any]:
     """The function of the chosen backend that computes `op` of these tensors."""
     device = next(x.device for x in tensors if x is not None)
-    name = choose_backend(op, device, backend, compute_dtype(*tensors)).name
+    dtype = compute_dtype(*tensors)
+    if torch.compiler.is_compiling():
+        return _implementation(op, backend, device, dtype)
+    # All that the choice depends on: choosing takes longer than a small operation.
+    key = (op, backend, device, dtype, *map(os.environ.get, ("FASTUNLEARN_BACKEND", "TRITON_INTERPRET")))
+    if key not in _chosen:
+        _chosen[key] = _implementation(op, backend, device, dtype)
+    return _chosen[key]
+
+
+_chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def _implementation(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    name = choose_backend(op, device, backend, dtype).name
     kernel = KERNELS[op]
     if name == "triton" and kernel is not None:
         return getattr(_kernel_module(kernel.module), op)
-    if name == "compile" and not torch.compiler.is_compiling():
-        return _compiled(op)
-    return getattr(torch_backend, op)
+    compute: Callable[..., Any] = getattr(torch_backend, op)
+    return functools.partial(compute, is_compiled=True) if name == "compile" else compute
 
 
 def _kernel_module(name: str) -> ModuleType:
@@ -164,9 +177,3 @@ def _kernel_module(name: str) -> ModuleType:
         "velocity": velocity,
     }
     return modules[name]
-
-
-@functools.cache
-def _compiled(op: str) -> Callable[..., Any]:
-    # Not `fullgraph`, which raises at the limit of recompilations instead of running uncompiled.
-    return torch.compile(getattr(torch_backend, op))

@@ -126,6 +126,8 @@ def loss_of_layers(
         group: as in `fastunlearn.localization_loss`.
         one_mask: whether all layers were given the same mask, on every process.
     """
+    if group is None and not any(isinstance(layer.output, LowRankOutput) for layer in layers):
+        return _call_backend(layers, normalization, weight, loss_type=loss_type, backend=backend)
     needs_one_divisor = group is not None and normalization != "sum"
     calls = _calls(layers, needs_one_divisor=needs_one_divisor, one_mask=one_mask)
     compute = functools.partial(_call_backend, loss_type=loss_type, backend=backend)

@@ -22,10 +22,12 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         # Under torch.compile, the compiler itself refuses second derivatives.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             anchors = getattr(ctx, "anchors", None)
             sources = (*upstream, *(ctx.saved_tensors if anchors is None else anchors))
             forbid: Callable[..., Tensor] = _NoSecondDerivative.apply
@@ -35,10 +37,18 @@ def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> C
     return wrapper
 
 
+def graph_is_kept() -> bool:
+    """Whether the running backward pass may run again, so that nothing it saved may be overwritten."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except (AttributeError, RuntimeError):
+        return True
+
+
 def anchor(x: Tensor) -> Tensor:
     """An empty tensor that depends on `x` in the autograd graph but keeps none of its memory alive."""
     with torch.enable_grad():
-        return x.flatten()[:0].clone() if x.dim() == 0 else x.narrow(0, 0, 0).clone()
+        return x.flatten()[:0].clone() if x.dim() == 0 else torch.narrow_copy(x, 0, 0, 0)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -96,9 +96,25 @@ def read_nearest(mask: Tensor, spatial: Sequence[int]) -> Tensor:
     return mask
 
 
-def match_resolution(mask: Tensor, shape: Sequence[int], channel_dim: int) -> Tensor:
-    """The mask at the resolution of a tensor of `shape`, with size 1 at `channel_dim`, ready to broadcast over it."""
-    return read_nearest(mask, _spatial(shape, channel_dim)).unsqueeze(channel_dim)
+def match_resolution(mask: Tensor, shape: Sequence[int], channel_dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The mask at the resolution of a tensor of `shape`, with size 1 at `channel_dim`, ready to broadcast over it.
+
+    Args:
+        mask: (B or 1, *any), without a channel dim.
+        shape: of the tensor, batch first.
+        channel_dim: the channel's dim in `shape`.
+        dtype: of the result; that of the mask if None.
+    """
+    spatial, dtype = _spatial(shape, channel_dim), dtype or mask.dtype
+    if list(mask.shape[1:]) == spatial:
+        return mask.to(dtype).unsqueeze(channel_dim)
+    if not dtype.is_floating_point or len(spatial) > 3 or 0 in mask.shape or torch.compiler.is_compiling():
+        return read_nearest(mask, spatial).to(dtype).unsqueeze(channel_dim)
+    mask = mask.to(dtype)
+    if len(spatial) == 3 and mask.shape[1] == spatial[0]:
+        # Its frames as channels: much faster than with three spatial dims.
+        return F.interpolate(mask, size=spatial[1:], mode="nearest").unsqueeze(channel_dim)
+    return F.interpolate(mask[:, None], size=spatial, mode="nearest")[:, 0].unsqueeze(channel_dim)
 
 
 def expanded_sum(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

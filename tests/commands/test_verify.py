@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastunlearn.cli import main
-from fastunlearn.ops import torch_backend
+from fastunlearn.ops.torch_backend import velocity
 from fastunlearn.testing.cases import cases
 
 
@@ -48,7 +48,8 @@ def test_errors_are_shares_of_what_is_allowed(dtype: str, capsys: pytest.Capture
 
 
 def test_failures_are_counted_and_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_backend, "_rho", lambda error, loss_type: 1.1 * error.square())
+    right = velocity.sum_of_squares
+    monkeypatch.setattr(velocity, "sum_of_squares", lambda norms: 1.1 * right(norms))
     with pytest.raises(SystemExit) as exit_info:
         verified(capsys, "--dtype", "float32")
     assert exit_info.value.code == 1

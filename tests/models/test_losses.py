@@ -21,6 +21,7 @@ from fastunlearn import (
     T2VUnlearningLoss,
 )
 from fastunlearn.ops import definition
+from fastunlearn.ops.torch_backend import blocks
 from fastunlearn.testing import oracle, random_mask
 from fastunlearn.testing.checks import velocity_loss_of
 from fastunlearn.testing.error_bound import compare
@@ -482,7 +483,9 @@ class NoSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_value_is_read_back_to_the_host(student: Table, teacher: Table) -> None:
+def test_no_value_is_read_back_to_the_host(student: Table, teacher: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU there is nothing to wait for, and results are looked at.
+    monkeypatch.setattr(blocks, "can_look", lambda device: False)
     loss_fn = T2VUnlearningLoss(ALPHAS, 1.0, 0.5, 0.0, mask_normalization="mask", prediction_type="epsilon")
     outputs = eraser_outputs(first=(2, 60, 5))
     terms = {"mask": MASK, "eraser_outputs": outputs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from fastunlearn.dtypes import compute_dtype
 from fastunlearn.functional import concept_attention
-from fastunlearn.ops import definition, torch_backend
+from fastunlearn.ops import definition
 from fastunlearn.testing import cases, check_concept_attention, oracle
 from fastunlearn.testing.cases import Case
 from fastunlearn.testing.error_bound import compare
+
+# The package has a function of this name.
+module = importlib.import_module("fastunlearn.ops.torch_backend.concept_attention")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -57,7 +61,7 @@ def test_against_the_whole_softmax(
     dtype: torch.dtype, masked: bool, with_lse: bool, block: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if block is not None:
-        monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
     query, key = query_and_key(dtype=dtype)
     key_mask = random_key_mask() if masked else None
     lse = definition.log_sum_exp(query, key, key_mask).to(compute_dtype(query)) if with_lse else None
@@ -184,7 +188,7 @@ def test_never_holds_queries_times_keys() -> None:
     query, key = query_and_key(1, 2, 1024, 1024, 8, torch.float64)
     with LargestTensor(torch.float64) as largest:
         concept_attention(query, key, [1])
-    assert 0 < largest.elements <= torch_backend.BLOCK_ELEMENTS < query.shape[1] * 1024 * 1024
+    assert 0 < largest.elements <= module.BLOCK_ELEMENTS < query.shape[1] * 1024 * 1024
 
 
 def test_compiled_without_graph_breaks() -> None:
@@ -201,7 +205,7 @@ def test_compiled_without_graph_breaks() -> None:
 
 @pytest.mark.torch_backend
 def test_compiling_does_not_unroll_the_loop_over_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 64)
     query, key, indices = torch.randn(1, 2, 40, 4), torch.randn(1, 2, 16, 4), torch.tensor([[1, -1]])
     graphs = []
 
@@ -214,7 +218,7 @@ def test_compiling_does_not_unroll_the_loop_over_blocks(monkeypatch: pytest.Monk
     torch.testing.assert_close(compiled(query, key, indices), concept_attention(query, key, indices))
     assert max(graphs) < 20
     arguments = (query, key, indices, 0.5, torch.rand(1, 16) > 0.3, torch.randn(1, 2, 40))
-    torch.library.opcheck(torch_backend._opaque_concept_attention, arguments)
+    torch.library.opcheck(module._opaque_concept_attention, arguments)
 
 
 @pytest.mark.parametrize("token_indices", [[0.5], [True], "ab", None, [[1, 2], [1]]])

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastunlearn import functional
 from fastunlearn.environment import describe
 from fastunlearn.functional import (
+    LowRankOutput,
     choose_backend,
     concept_attention,
     localization_loss,
@@ -28,6 +29,7 @@ from fastunlearn.functional import (
     velocity_loss,
 )
 from fastunlearn.ops import dispatch
+from fastunlearn.ops.torch_backend import blocks
 
 CPU = torch.device("cpu")
 
@@ -190,13 +192,38 @@ def test_compile_backend_needs_a_compiler(tmp_path: Path) -> None:
     assert "compiler" in result.stderr.lower()
 
 
-def test_compile_backend_compiles_the_torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        dispatch, "_compiled", lambda op: torch.compile(getattr(dispatch.torch_backend, op), backend="eager")
-    )
-    prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    compiled = velocity_loss(prediction, target, backend="compile")
-    torch.testing.assert_close(compiled, velocity_loss(prediction, target, backend="torch"))
+@pytest.mark.parametrize("loss_type", ["l2", "l1"])
+def test_compile_backend_compiles_one_pass(loss_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_eagerly(make: Callable[..., Callable[..., Any]], *constants: Any) -> Callable[..., Any]:
+        compiled.append(make.__module__.rpartition(".")[2])
+        return torch.compile(make(*constants), backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(blocks, "_compiled", compile_eagerly)
+    v, u, c = (torch.randn(2, 3, 4, 6).requires_grad_() for _ in range(3))
+    tokens, hidden, up, bias = (torch.randn(s).requires_grad_() for s in ((2, 24, 5), (2, 24, 3), (7, 3), (7,)))
+    mask = torch.rand(2, 4, 6)
+    mask[:, :2], mask[:, 2] = 1, 0
+    sample_weight = torch.tensor([0.5, 2.0])
+    low_rank = [LowRankOutput(hidden, up, bias), LowRankOutput(hidden, up, None), tokens]
+
+    def losses(backend: str) -> list[torch.Tensor]:
+        loss = {"loss_type": loss_type, "backend": backend}
+        weighted = {"mask": mask, "sample_weight": sample_weight, "mask_normalization": "mask"}
+        return [
+            negatively_guided_velocity_loss(v, u, c, **loss).loss,
+            negatively_guided_velocity_loss(v, u, c, **weighted, **loss).loss,
+            velocity_loss(v, u.detach(), reduction="none", **loss).loss.sum(),
+            localization_loss(low_rank, mask, normalization="background_mean", **loss).loss,
+        ]
+
+    for actual, expected in zip(losses("compile"), losses("torch"), strict=True):
+        torch.testing.assert_close(actual, expected)
+        inputs = (v, u, c, tokens, hidden, up, bias)
+        gradients = torch.autograd.grad(actual, inputs, allow_unused=True)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, allow_unused=True))
+    assert set(compiled) == {"velocity", "localization"} | ({"low_rank"} if loss_type == "l2" else set())
 
 
 def test_signatures() -> None:

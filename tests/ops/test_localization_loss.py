@@ -15,7 +15,7 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 
 from fastunlearn.functional import LowRankOutput, localization_loss
-from fastunlearn.ops import torch_backend
+from fastunlearn.ops.torch_backend import blocks
 from fastunlearn.testing import DTYPES, cases, check_localization_loss, oracle, poisoned_memory, random_mask
 from fastunlearn.testing.cases import Case
 
@@ -138,13 +138,13 @@ def test_strided_outputs_and_scaled_upstream(loss_type: str) -> None:
 
 @pytest.mark.torch_backend
 def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, loss_type: str) -> None:
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 17)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 17)
     check_localization_loss(random_outputs([TOKENS, (2, 30, 40)]), random_mask("soft", (1, *GRID)), loss_type=loss_type)
 
 
 @pytest.mark.torch_backend
 def test_half_precision_is_upcast_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 200)
     outputs = random_outputs([(2, 30, 40), (2, 30, 300)], torch.bfloat16)
     with LargestTensor(torch.float32) as largest:
         localization_loss(outputs, random_mask("soft", (1, *GRID))).loss.backward()

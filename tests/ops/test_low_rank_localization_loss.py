@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastunlearn import LowRankOutput, MaskLocalizationLoss, localization_loss
 from fastunlearn.dtypes import MASK
-from fastunlearn.ops import torch_backend
+from fastunlearn.ops.torch_backend import blocks
 from fastunlearn.testing import (
     DTYPES,
     cases,
@@ -191,7 +191,7 @@ def test_no_output_is_computed() -> None:
 
 @pytest.mark.torch_backend
 def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 17)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 17)
     check_low_rank_localization_loss(random_outputs(), random_mask("soft", (1, *GRID)))
 
 

@@ -20,7 +20,7 @@ from fastunlearn.functional import (
     negatively_guided_velocity_loss,
     velocity_loss,
 )
-from fastunlearn.ops import torch_backend
+from fastunlearn.ops.torch_backend import blocks
 from fastunlearn.testing import DTYPES, cases, check_velocity_loss, compare, oracle, poisoned_memory, random_mask
 from fastunlearn.testing.cases import Case
 from fastunlearn.testing.checks import velocity_loss_of
@@ -185,14 +185,14 @@ def test_no_gradient_at_a_tie() -> None:
 
 @pytest.mark.torch_backend
 def test_blocks_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 11)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 11)
     check_velocity_loss(velocities(count=count), mask=random_mask("soft", (2, 3, 5, 7)), mask_normalization="mask")
     check_velocity_loss(velocities(count=count), reduction="none")
 
 
 @pytest.mark.torch_backend
 def test_half_precision_is_upcast_in_blocks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", 200)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 200)
     inputs = velocities((4, 10, 10, 10), torch.bfloat16, count)
     with LargestTensor(torch.float32) as largest:
         call(inputs, mask=random_mask("bool", (1, 5, 5))).loss.backward()

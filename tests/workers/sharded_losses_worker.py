@@ -29,6 +29,7 @@ from fastunlearn import (
 from fastunlearn.dtypes import compute_dtype
 from fastunlearn.functional import LocalizationLoss
 from fastunlearn.ops import definition
+from fastunlearn.ops.torch_backend import blocks
 from fastunlearn.testing import compare, oracle, random_mask, random_tensors
 from fastunlearn.testing.checks import velocity_loss_of
 from fastunlearn.testing.interpreter import is_interpreted
@@ -40,6 +41,8 @@ LAYOUTS = {
     4: {"equal": (2, 2, 2, 2), "uneven": (1, 4, 1, 2), "two empty": (0, 5, 3, 0)},
 }[WORLD_SIZE]
 UNEVEN = LAYOUTS["uneven"]
+# As on a GPU. On a CPU, where it costs nothing, a result decides whether a pass runs again.
+blocks.can_look = lambda device: False
 failures: list[str] = []
 shared: list[Tensor] = []
 """Values that must have the same bits on every process."""
@@ -321,7 +324,7 @@ def check_nan() -> None:
     own = shard(tokens, 1).requires_grad_()
     loss = localization_loss([own], shard(outside, 1), group=dist.group.WORLD).loss
     loss.backward()
-    assert loss.item() == 4 * 3 * (LENGTH - 1)
+    torch.testing.assert_close(loss.item(), 4.0 * 3 * (LENGTH - 1), rtol=1e-6, atol=0)
     assert own.grad is not None and own.grad.isfinite().all()
 
 
